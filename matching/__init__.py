@@ -1,0 +1,1 @@
+"""Stage 3, training-time matching: teachers and their soft labels."""

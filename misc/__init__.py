@@ -1,0 +1,1 @@
+"""What stands on the stages: report, figures, benchmark, checks, and the tiny Stable Diffusion."""

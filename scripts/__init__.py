@@ -1,0 +1,1 @@
+"""What the stage scripts stand on: the two diffusers pipelines, ranks, seeds, files and manifests."""

@@ -1,0 +1,386 @@
+"""Files that are whole or absent, output folders that resume, and the manifests that pass between the stages.
+
+A unit of work is a file (or a few). It is written under a temporary name in its own folder, flushed, fsynced and renamed, so
+"exists" means "finished". An output folder holds `args.json` (what decides its bytes, written first), the units, and
+`manifest.json` (the same arguments, facts for the next stage, size and sha256 of each file), written last.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+from scripts.runtime import refuse, warn
+
+FORMAT_VERSION = 1
+ARGS, MANIFEST, TIMING, LOG = "args.json", "manifest.json", "timing.json", "log.jsonl"
+VOLATILE = {TIMING, LOG}  # seconds, memory, host and absolute paths live here and nowhere else
+_TEMPORARY = re.compile(r"^\..+\.(?P<host>[^.]+)\.(?P<pid>\d+)\.tmp$")
+
+
+# -------------------------------------------------------------------------------------------------------------- whole files
+
+
+def _host():
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """`with atomic(path) as temporary:` write `temporary`; on leaving without an error it becomes `path`, durably."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        refuse(
+            f"cannot write {path}: {error.strerror or error} ({free_space(path.parent) / 2**20:.0f} MiB free there)"
+        )
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _fsync_folder(path.parent)
+
+
+def _fsync_folder(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some network file systems cannot sync a folder; the rename is atomic all the same
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path, data):
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path, text):
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False, allow_nan=False) + "\n")
+
+
+def _no_duplicates(pairs):
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
+    return dict(pairs)
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is not a number")
+
+
+def read_json(path):
+    """Strict JSON: refuses, naming the file, what is not UTF-8, has a key twice, or holds NaN or Infinity."""
+    try:
+        return json.loads(
+            Path(path).read_bytes().decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+        )
+    except (OSError, ValueError, RecursionError) as error:
+        refuse(f"{path}: cannot be read as JSON: {error}")
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def free_space(folder):
+    """Bytes free where `folder` is, or would be made."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def require_space(flag, folder, needed):
+    """Refuse to start what cannot fit: `needed` in bytes."""
+    free = free_space(folder)
+    if needed > free:
+        refuse(f"{flag} {folder}: needs about {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free there")
+
+
+def safe_name(text):
+    """Whether `text` can be one folder or file name anywhere: no separators, no leading dot, at most 200 bytes of UTF-8."""
+    return (
+        bool(text)
+        and not text.startswith(".")
+        and len(text.encode("utf-8", "surrogatepass")) <= 200
+        and not re.search(r'[/\\:*?"<>|\x00-\x1f\x7f-\x9f\ud800-\udfff]|[. ]$', text)
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- output folders
+
+
+def output_name(stem, options, defaults):
+    """`stem` plus `_<name><value>` for each option that is not its default: the one rule that names every output folder.
+
+    output_name("cifar10_ipc10", {"steps": 25, "kmeans": "full", "seed": 0}, {"steps": 50, "kmeans": "minibatch", "seed": 0})
+    is "cifar10_ipc10_steps25_kmeans-full". Text that is no plain word enters as a hash: no path derives from a prompt.
+    """
+    parts = [stem]
+    for name, value in options.items():
+        if value == defaults[name]:
+            continue
+        if isinstance(value, bool):
+            parts.append(name if value else f"no-{name}")
+        elif isinstance(value, (int, float)):
+            parts.append(f"{name}{value:g}")
+        else:
+            text = "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            plain = re.fullmatch(r"[A-Za-z0-9+.-]{1,40}", text)
+            parts.append(f"{name}-{text if plain else hashlib.sha256(text.encode()).hexdigest()[:8]}")
+    return "_".join(parts)
+
+
+@contextlib.contextmanager
+def output_folder(flag, folder, settings, process, resumable=()):
+    """Make or re-open the output `folder` for this process: locked, swept, and made with the same `settings`.
+
+    settings    {flag: value} of all that decides the bytes. A folder begun with other values is refused, naming the flag and
+                both values - except for flags in `resumable`, where the folder's own value is taken (with a warning).
+    Yields the settings to work with.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"{flag} {folder}: cannot make this folder: {error.strerror}")
+    with _lock(flag, folder, process):
+        sweep(folder)
+        settings = json.loads(json.dumps(settings))
+        if (folder / ARGS).exists():
+            settings = _same_settings(flag, folder, read_json(folder / ARGS), settings, resumable)
+        else:
+            leftover = next(
+                (p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name not in VOLATILE), None
+            )
+            if leftover:
+                refuse(
+                    f"{flag} {folder}: not made by this stage (it holds {leftover} and no {ARGS}); choose an empty folder"
+                )
+            write_json(folder / ARGS, settings)
+        yield settings
+
+
+def _same_settings(flag, folder, before, now, resumable):
+    if not isinstance(before, dict):
+        refuse(f"{folder / ARGS}: expected a JSON object")
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if name not in resumable:
+            refuse(
+                f"{flag} {folder}: begun with {name} {_short(old)}, now {name} {_short(new)}; choose another folder"
+            )
+        warn(f"--{name} {new}: {folder} was begun with {old}, which is used, so that its files stay the same")
+        now = {**now, name: old}
+    return now
+
+
+def _short(value):
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@contextlib.contextmanager
+def _lock(flag, folder, process):
+    """One writer a (folder, rank, world). flock dies with its process, so a lock is never stale; its text names the holder."""
+    path = folder / f".lock-{process.rank}-of-{process.world}"
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        if not _flock(file):
+            _refuse_held(flag, folder, file)
+        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            break
+        file.close()  # its last holder removed it between our open and our lock
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        for other in folder.glob(".lock-*"):  # the same folder at another number of processes
+            if not other.name.endswith(f"-of-{process.world}"):
+                with contextlib.suppress(FileNotFoundError), open(other, "r+", encoding="utf-8") as held:
+                    if not _flock(held):
+                        _refuse_held(flag, folder, held)
+                    other.unlink(missing_ok=True)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _flock(file):
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # a file system without locks: say so, and trust the user
+        warn(f"{file.name}: no file locks here ({error.strerror}); make sure that no second job writes to this folder")
+    return True
+
+
+def _refuse_held(flag, folder, file):
+    file.seek(0)
+    refuse(f"{flag} {folder}: {file.read() or 'another process'} is writing there")
+
+
+def sweep(folder, everything=False):
+    """Remove temporary files of dead processes of this machine; of all, once every unit is there."""
+    for path in Path(folder).rglob(".*.tmp"):
+        match = _TEMPORARY.match(path.name)
+        if match and (everything or (match["host"] == _host() and not _alive(int(match["pid"])))):
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------- manifests
+
+
+def library_versions():
+    """Versions of what computes, and the git revision: recorded, compared with a warning, never refused."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"python": sys.version.split()[0]}
+    for name in ("torch", "torchvision", "diffusers", "transformers", "accelerate", "scikit-learn", "numpy", "pillow"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def write_manifest(folder, stage, settings, files, facts):
+    """Write `folder`/manifest.json if every one of `files` (relative paths) is there; returns the missing ones.
+
+    Idempotent: whichever process finds all units present writes it, and two that do write the same bytes.
+    """
+    folder = Path(folder)
+    missing = [name for name in files if not (folder / name).is_file()]
+    if not missing:
+        sweep(folder, everything=True)
+        entries = {
+            name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in sorted(files)
+        }
+        write_json(
+            folder / MANIFEST,
+            {
+                "format_version": FORMAT_VERSION,
+                "stage": stage,
+                "arguments": settings,
+                **facts,
+                "content": content_digest(entries),
+                "versions": library_versions(),
+                "files": entries,
+            },
+        )
+    return missing
+
+
+def content_digest(entries):
+    """One sha256 over the names and sha256s of a folder's files: equal if and only if all files are."""
+    lines = "".join(f"{entry['sha256']}  {name}\n" for name, entry in sorted(entries.items()))
+    return hashlib.sha256(lines.encode("utf-8")).hexdigest()
+
+
+def is_complete(folder):
+    """Whether the folder has its manifest; its files were all there when it was written."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def read_manifest(flag, folder, stage, verify=False):
+    """The manifest of a finished folder of `stage`, after checking its files against it.
+
+    Sizes are compared for every file; a file written after the manifest (or all, with `verify`) is hashed. Refuses, in one
+    line, a folder that is missing, unfinished, of another stage or format, or changed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        refuse(f"{flag} {folder}: no such folder{_near(folder)}")
+    if not is_complete(folder):
+        begun = (folder / ARGS).exists()
+        refuse(
+            f"{flag} {folder}: no {MANIFEST}; "
+            + (
+                f"its {stage} stage is not finished: run it again to go on"
+                if begun
+                else f"this is not an output of the {stage} stage"
+            )
+        )
+    manifest = read_json(folder / MANIFEST)
+    check_manifest(flag, folder, manifest, stage)
+    written = (folder / MANIFEST).stat().st_mtime
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            refuse(f"{flag} {folder}: {name} is missing, its manifest lists it")
+        stat = path.stat()
+        if stat.st_size != entry["size"]:
+            refuse(f"{flag} {folder}: {name} has {stat.st_size} bytes, its manifest says {entry['size']}")
+        if verify or stat.st_mtime > written:
+            check_file(flag, folder, name, manifest)
+    return manifest
+
+
+def check_manifest(flag, folder, manifest, stage):
+    """Refuse a manifest of another shape, format version or stage."""
+    where = f"{flag} {folder}: {MANIFEST}"
+    if not isinstance(manifest, dict):
+        refuse(f"{where} is not a JSON object")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        refuse(
+            f"{where} has format version {_short(manifest.get('format_version'))}, this code reads {FORMAT_VERSION}"
+        )
+    if manifest.get("stage") != stage:
+        refuse(f"{where} is of the stage {_short(manifest.get('stage'))}, expected {stage}")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not isinstance(manifest.get("arguments"), dict):
+        refuse(f"{where} lacks its files or arguments")
+    for name, entry in files.items():
+        if not all(map(safe_name, name.split("/"))):
+            refuse(f"{where} lists {name!r}, which is not a plain relative path")
+        if not (
+            isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+        ):
+            refuse(f"{where}: the entry of {name} lacks size or sha256")
+    if manifest.get("content") != content_digest(files):
+        refuse(f"{where} was edited: its content digest does not fit its files")
+
+
+def check_file(flag, folder, name, manifest):
+    """Refuse a file whose content is not what the manifest says (hashed where it is first read)."""
+    if sha256(Path(folder) / name) != manifest["files"][name]["sha256"]:
+        refuse(f"{flag} {folder}: the content of {name} is not what its manifest says: changed since it was made")
+
+
+def _near(folder):
+    """' (there is A, B)' for an error about a folder that does not exist."""
+    if not folder.parent.is_dir():
+        return ""
+    names = sorted(p.name for p in folder.parent.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return f" (there is {', '.join(names[:4])}{' ...' if len(names) > 4 else ''})" if names else ""

@@ -1,0 +1,217 @@
+"""What every stage script shares: refusals, flags, processes, seeds, stop signals, logs.
+
+Randomness is passed, never ambient: `generator(seed, class, image)` gives a fresh CPU generator for one unit of work, so a
+result never depends on what ran before it, on the number of processes, or on a restart.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+import torch
+
+EXIT_REFUSED = 2
+EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: nothing is wrong, run the same command again
+
+
+def refuse(message) -> NoReturn:
+    """Print one line to stderr and leave with status 2: the one way in which this project turns bad input down."""
+    line = " ".join(str(message).split())
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    raise SystemExit(EXIT_REFUSED)
+
+
+def warn(message):
+    """Print one line to stderr and go on."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser for the stage scripts.
+
+    `--km_expand` and `--km-expand` are the same flag, abbreviations are errors, every error is one line with status 2, and
+    `retired` flags of the release ({"--flag": why}) are named instead of being "unrecognized".
+    """
+
+    def __init__(self, *args, retired=None, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.retired = retired or {}
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = [_underscored(a) for a in (sys.argv[1:] if args is None else args)]
+        for arg in args:
+            flag = arg.split("=", 1)[0]
+            if flag in self.retired:
+                refuse(f"{flag}: {self.retired[flag]}")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message):
+        refuse(f"{self.prog}: {message}")
+
+
+def _underscored(arg):
+    """`--a-b=c-d` -> `--a_b=c-d`; everything that is not a long flag is left alone."""
+    if not arg.startswith("--"):
+        return arg
+    flag, equals, value = arg.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def add_process_flags(parser):
+    """The flags that say where a stage runs; none of them changes its result."""
+    group = parser.add_argument_group("where it runs (changes no result)")
+    group.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
+    group.add_argument("--shard", default="0/1", metavar="I/N", help="make only part I of N, on a shared file system")
+    group.add_argument("--num_workers", type=int, default=4, help="image-reading processes; 0 reads in this one")
+
+
+def positive_int(text):
+    """argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def unit_interval(text):
+    """argparse type: a float in (0, 1]."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------- processes
+
+
+class Process(NamedTuple):
+    """This process among all that make one output: `rank` of `world`, working on `device`."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+
+def this_process(device="auto", shard="0/1") -> Process:
+    """Rank, world size and device, from torchrun's (or Slurm's) environment and `--shard i/n`.
+
+    Shard i of n of a job of w processes holds ranks i*w .. i*w + w - 1 of n*w: shards and processes compose.
+    Refuses a WORLD_SIZE that nobody gave this process a rank in, which would do all the work in every process.
+    """
+    world, rank, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+    )
+    if world > 1 and not ("RANK" in os.environ and "MASTER_ADDR" in os.environ):
+        refuse(
+            f"WORLD_SIZE={world}, but this process has no RANK and MASTER_ADDR: start it with torchrun, or unset it"
+        )
+    if not 0 <= rank < world:
+        refuse(f"RANK={rank} is outside WORLD_SIZE={world}")
+    index, _, count = str(shard).partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        refuse(f"--shard {shard}: expected I/N with 0 <= I < N, such as 0/2")
+    return Process(int(index) * world + rank, int(count) * world, resolve_device(device, local_rank))
+
+
+def resolve_device(name="auto", local_rank=0) -> torch.device:
+    """`auto` -> cuda, else mps, else cpu; one CUDA device a local process."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        refuse(f"--device {name}: expected auto, cpu, mps, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        index = local_rank if device.index is None else device.index
+        if index >= count:
+            refuse(f"--device {name}: local process {local_rank} needs CUDA device {index}, this machine has {count}")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+# -------------------------------------------------------------------------------------------------------------------- seeds
+
+
+def seed_of(*key) -> int:
+    """A 63-bit seed from integers such as (seed, class, image), by numpy's SeedSequence hash."""
+    return int(np.random.SeedSequence([int(k) for k in key]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def generator(*key) -> torch.Generator:
+    """A CPU generator for one unit of work; equal keys give equal draws on every machine."""
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+# ------------------------------------------------------------------------------------------------------------- stop signals
+
+
+class StopSignals:
+    """Turns SIGTERM and SIGUSR1 (Slurm's warnings) into a flag that the loops read between two units."""
+
+    def __init__(self):
+        self.name = None
+
+    def __enter__(self):
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _frame):
+        self.name = signal.Signals(number).name
+
+    def leave_if_asked(self):
+        """Between two units: leave with status 75 if a signal came."""
+        if self.name:
+            print(
+                f"{self.name}: left after a finished unit; run the same command to go on", file=sys.stderr, flush=True
+            )
+            raise SystemExit(EXIT_STOPPED)
+
+
+# --------------------------------------------------------------------------------------------------------------------- logs
+
+
+def append_log(folder, **row):
+    """One line of `folder`/log.jsonl; the only file, with timing.json, that may differ between equal runs."""
+    row = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **row}
+    with open(Path(folder) / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+
+
+def peak_memory(device=None):
+    """Peak memory of this process so far, in MiB: resident, and allocated on the CUDA device."""
+    # ru_maxrss is in KiB on Linux and in bytes on macOS
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    peak = {"host_mib": round(host)}
+    if device is not None and torch.device(device).type == "cuda":
+        peak["cuda_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
+    return peak
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+
+    @property
+    def seconds(self):
+        return time.perf_counter() - self.start

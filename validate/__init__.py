@@ -1,0 +1,1 @@
+"""Stage 4: students trained on synthetic images and soft labels, tested on real images."""

@@ -4,9 +4,9 @@
     split.folders[0], split.prompts[0], len(split.items[0])       # 'n01440764', 'tench, Tinca tinca', 1300
     split.read(split.items[0][0])                                 # a PIL image in RGB
 
-Class index = position of the folder name in sorted order, for real and synthetic images alike, which is what torchvision's
-ImageFolder gives and what its ImageNet teachers were trained with. Everything is keyed by class index and folder name,
-never by prompt: two ImageNet classes share the word "crane".
+Class index = position of the folder name in sorted order, for real and synthetic images alike, which is what
+torchvision's ImageFolder gives and what its ImageNet teachers were trained with. Everything is keyed by class index
+and folder name, never by prompt: two ImageNet classes share the word "crane".
 """
 
 import csv
@@ -69,8 +69,8 @@ class BadImage(ValueError):
 class Split:
     """The images of one split by class.
 
-    folders, prompts, class_ids    one entry a class; class_ids are positions in the whole data set, so that a class keeps
-                                   its seeds when --classes selects a part
+    folders, prompts, class_ids    one entry a class; class_ids are positions in the whole data set, so that a class
+                                   keeps its seeds when --classes selects a part
     items                          items[c]: what `read` takes, one entry an image, in sorted order
     arrays                         (N, H, W, 3) uint8 if the images live in memory (CIFAR, digits), else None
     """
@@ -101,11 +101,12 @@ class Split:
         return state.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------------- images
+# ---- images
 
 
 def read_rgb(path):
-    """A file as PIL RGB: alpha dropped, palettes resolved, the first frame of an animation, no EXIF rotation (as the release).
+    """A file as PIL RGB: alpha dropped, palettes resolved, the first frame of an animation, no EXIF rotation (as the
+    release).
 
     16-bit gray is scaled to 8 bits; PIL alone would clip it to white. Raises BadImage.
     """
@@ -137,15 +138,17 @@ def squash(image, size):
     return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
-# -------------------------------------------------------------------------------------------------------------- label files
+# ---- label files
 
 
 def read_label_file(path, folders, dataset="imagefolder", flag="--label_file_path"):
-    """The prompts of `folders` from a text file: line i = prompt of class i, or `folder<TAB>prompt` (also `wnid prompt`).
+    """The prompts of `folders` from a text file: line i = prompt of class i, or `folder<TAB>prompt` (also `wnid
+    prompt`).
 
-    A BOM, CRs, outer spaces and balanced outer quotes are taken off. Refuses, with its line number, a blank line, a stray
-    quote, a control character, a wrong count, an unknown or repeated folder, and - against our own list of a known data
-    set - rows in another order or with their spaces gone. A prompt that two classes share is only warned about.
+    A BOM, CRs, outer spaces and balanced outer quotes are taken off. Refuses, with its line number, a blank line, a
+    stray quote, a control character, a wrong count, an unknown or repeated folder, and - against our own list of a
+    known data set - rows in another order or with their spaces gone. A prompt that two classes share is only warned
+    about.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
@@ -232,7 +235,7 @@ def _check_order(prompts, folders, dataset, where):
             refuse(f"{where}, line {number}: {prompt!r} has lost its spaces, expected {ours[folder]!r}")
         if other not in (None, folder):
             refuse(
-                f"{where}, line {number}: {prompt!r} is the prompt of {other}, this line is of {folder} ({ours[folder]!r})"
+                f"{where}, line {number}: {prompt!r} is the prompt of {other}, expected {folder}'s {ours[folder]!r}"
             )
 
 
@@ -248,7 +251,7 @@ def known_prompts(dataset):
     return dict(line.split("\t") for line in path.read_text(encoding="utf-8").splitlines())
 
 
-# ------------------------------------------------------------------------------------------------------------------- splits
+# ---- splits
 
 
 def add_dataset_flags(parser, data_flag="--data_dir"):
@@ -309,7 +312,7 @@ def open_split(
     missing = [folders[c] for c in chosen if folders[c] not in by_class]
     if missing:
         refuse(
-            f"{flag} {root}: {len(missing)} of {len(chosen)} classes of {dataset} have no folder there, first {missing[0]}; "
+            f"{flag} {root}: {len(missing)} of {len(chosen)} classes of {dataset} are not there, first {missing[0]}; "
             f"expected {_expected(dataset)}"
         )
     return Split(
@@ -422,7 +425,8 @@ def _imagenet_ground_truth(root, base, flag):
         return {f"ILSVRC2012_val_{i:08d}.JPEG": wnid_of_id[number] for i, number in enumerate(ids, 1)}
     refuse(
         f"{flag} {root}: {base} is flat and no ground truth is beside it: LOC_val_solution.csv, "
-        "imagenet_2012_validation_synset_labels.txt, or the devkit's ILSVRC2012_validation_ground_truth.txt with meta.mat"
+        "imagenet_2012_validation_synset_labels.txt, or the devkit's "
+        "ILSVRC2012_validation_ground_truth.txt with meta.mat"
     )
 
 

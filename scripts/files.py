@@ -1,8 +1,8 @@
 """Files that are whole or absent, output folders that resume, and the manifests that pass between the stages.
 
-A unit of work is a file (or a few). It is written under a temporary name in its own folder, flushed, fsynced and renamed, so
-"exists" means "finished". An output folder holds `args.json` (what decides its bytes, written first), the units, and
-`manifest.json` (the same arguments, facts for the next stage, size and sha256 of each file), written last.
+A unit of work is a file (or a few). It is written under a temporary name in its own folder, flushed, fsynced and
+renamed, so "exists" means "finished". An output folder holds `args.json` (what decides its bytes, written first), the
+units, and `manifest.json` (the same arguments, facts for the next stage, size and sha256 of each file), written last.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ VOLATILE = {TIMING, LOG}  # seconds, memory, host and absolute paths live here a
 _TEMPORARY = re.compile(r"^\..+\.(?P<host>[^.]+)\.(?P<pid>\d+)\.tmp$")
 
 
-# -------------------------------------------------------------------------------------------------------------- whole files
+# ---- whole files
 
 
 def _host():
@@ -117,7 +117,7 @@ def require_space(flag, folder, needed):
 
 
 def safe_name(text):
-    """Whether `text` can be one folder or file name anywhere: no separators, no leading dot, at most 200 bytes of UTF-8."""
+    """Whether `text` can be a folder or file name anywhere: no separators, no leading dot, at most 200 bytes."""
     return (
         bool(text)
         and not text.startswith(".")
@@ -126,14 +126,16 @@ def safe_name(text):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- output folders
+# ---- output folders
 
 
 def output_name(stem, options, defaults):
-    """`stem` plus `_<name><value>` for each option that is not its default: the one rule that names every output folder.
+    """`stem` plus `_<name><value>` for each option that is not its default: the one rule that names every output
+    folder.
 
-    output_name("cifar10_ipc10", {"steps": 25, "kmeans": "full", "seed": 0}, {"steps": 50, "kmeans": "minibatch", "seed": 0})
-    is "cifar10_ipc10_steps25_kmeans-full". Text that is no plain word enters as a hash: no path derives from a prompt.
+    output_name("cifar10_ipc10", {"steps": 25, "kmeans": "full", "seed": 0}, {"steps": 50, "kmeans": "minibatch",
+    "seed": 0}) is "cifar10_ipc10_steps25_kmeans-full". Text that is no plain word enters as a hash: no path derives
+    from a prompt.
     """
     parts = [stem]
     for name, value in options.items():
@@ -154,8 +156,9 @@ def output_name(stem, options, defaults):
 def output_folder(flag, folder, settings, process, resumable=()):
     """Make or re-open the output `folder` for this process: locked, swept, and made with the same `settings`.
 
-    settings    {flag: value} of all that decides the bytes. A folder begun with other values is refused, naming the flag and
-                both values - except for flags in `resumable`, where the folder's own value is taken (with a warning).
+    settings    {flag: value} of all that decides the bytes. A folder begun with other values is refused, naming the
+                flag and both values - except for flags in `resumable`, where the folder's own value is taken (with a
+                warning).
     Yields the settings to work with.
     """
     folder = Path(folder)
@@ -174,7 +177,7 @@ def output_folder(flag, folder, settings, process, resumable=()):
             )
             if leftover:
                 refuse(
-                    f"{flag} {folder}: not made by this stage (it holds {leftover} and no {ARGS}); choose an empty folder"
+                    f"{flag} {folder}: not made by this stage (it holds {leftover}, no {ARGS}); choose an empty folder"
                 )
             write_json(folder / ARGS, settings)
         yield settings
@@ -203,7 +206,7 @@ def _short(value):
 
 @contextlib.contextmanager
 def _lock(flag, folder, process):
-    """One writer a (folder, rank, world). flock dies with its process, so a lock is never stale; its text names the holder."""
+    """One writer a (folder, rank, world). A flock dies with its process, so it is never stale; its text names the holder."""
     path = folder / f".lock-{process.rank}-of-{process.world}"
     while True:
         file = open(path, "a+", encoding="utf-8")
@@ -261,7 +264,7 @@ def _alive(pid):
     return True
 
 
-# ---------------------------------------------------------------------------------------------------------------- manifests
+# ---- manifests
 
 
 def library_versions():
@@ -316,8 +319,8 @@ def is_complete(folder):
 def read_manifest(flag, folder, stage, verify=False):
     """The manifest of a finished folder of `stage`, after checking its files against it.
 
-    Sizes are compared for every file; a file written after the manifest (or all, with `verify`) is hashed. Refuses, in one
-    line, a folder that is missing, unfinished, of another stage or format, or changed.
+    Sizes are compared for every file; a file written after the manifest (or all, with `verify`) is hashed. Refuses, in
+    one line, a folder that is missing, unfinished, of another stage or format, or changed.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -376,6 +379,24 @@ def check_file(flag, folder, name, manifest):
     """Refuse a file whose content is not what the manifest says (hashed where it is first read)."""
     if sha256(Path(folder) / name) != manifest["files"][name]["sha256"]:
         refuse(f"{flag} {folder}: the content of {name} is not what its manifest says: changed since it was made")
+
+
+def write_timing(folder):
+    """`folder`/timing.json from the `event: run` lines of its log.jsonl, over all processes and restarts.
+
+    seconds: the longest-working process's sum; process_seconds: of all; units, host_mib, cuda_mib (peaks).
+    """
+    by_rank, total = {}, {"units": 0}
+    for line in (Path(folder) / LOG).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row.get("event") == "run":
+            by_rank[row["rank"]] = by_rank.get(row["rank"], 0) + row["seconds"]
+            total["units"] += row["units"]
+            for name in ("host_mib", "cuda_mib"):
+                if name in row:
+                    total[name] = max(total.get(name, 0), row[name])
+    seconds = {"seconds": round(max(by_rank.values()), 2), "process_seconds": round(sum(by_rank.values()), 2)}
+    write_json(Path(folder) / TIMING, {**seconds, "processes": len(by_rank), **total})
 
 
 def _near(folder):

@@ -1,7 +1,7 @@
 """What every stage script shares: refusals, flags, processes, seeds, stop signals, logs.
 
-Randomness is passed, never ambient: `generator(seed, class, image)` gives a fresh CPU generator for one unit of work, so a
-result never depends on what ran before it, on the number of processes, or on a restart.
+Randomness is passed, never ambient: `generator(seed, class, image)` gives a fresh CPU generator for one unit of work,
+so a result never depends on what ran before it, on the number of processes, or on a restart.
 """
 
 import argparse
@@ -37,8 +37,8 @@ def warn(message):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser for the stage scripts.
 
-    `--km_expand` and `--km-expand` are the same flag, abbreviations are errors, every error is one line with status 2, and
-    `retired` flags of the release ({"--flag": why}) are named instead of being "unrecognized".
+    `--km_expand` and `--km-expand` are the same flag, abbreviations are errors, every error is one line with status 2,
+    and `retired` flags of the release ({"--flag": why}) are named instead of being "unrecognized".
     """
 
     def __init__(self, *args, retired=None, **kwargs):
@@ -90,7 +90,7 @@ def unit_interval(text):
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------------- processes
+# ---- processes
 
 
 class Process(NamedTuple):
@@ -144,7 +144,7 @@ def resolve_device(name="auto", local_rank=0) -> torch.device:
     return device
 
 
-# -------------------------------------------------------------------------------------------------------------------- seeds
+# ---- seeds
 
 
 def seed_of(*key) -> int:
@@ -157,7 +157,7 @@ def generator(*key) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
-# ------------------------------------------------------------------------------------------------------------- stop signals
+# ---- stop signals
 
 
 class StopSignals:
@@ -186,7 +186,7 @@ class StopSignals:
             raise SystemExit(EXIT_STOPPED)
 
 
-# --------------------------------------------------------------------------------------------------------------------- logs
+# ---- logs
 
 
 def append_log(folder, **row):
@@ -215,3 +215,22 @@ class Stopwatch:
     @property
     def seconds(self):
         return time.perf_counter() - self.start
+
+
+# ---- GPU memory
+
+
+def in_parts(function, items):
+    """`function(items)`, in halves where the GPU has not enough memory; returns the list of the parts' results.
+
+    The items, their seeds and their order stay; only the size of what is computed at once changes.
+    """
+    try:
+        return [function(items)]
+    except torch.OutOfMemoryError:
+        if len(items) == 1:
+            refuse("out of GPU memory with one image at a time: use a smaller --size, --dtype fp16, or a larger GPU")
+    torch.cuda.empty_cache()  # outside the except block: the traceback no longer holds the failed batch
+    middle = len(items) // 2
+    warn(f"out of GPU memory with {len(items)} images at a time: going on with {middle} (or set --batch_size)")
+    return in_parts(function, items[:middle]) + in_parts(function, items[middle:])

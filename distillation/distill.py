@@ -1,0 +1,84 @@
+"""Stages 1 and 2 in one process, with no prototype file: real images -> prototypes -> synthetic images.
+
+    python -m distillation.distill --dataset imagenet --data_dir data/imagenet --ipc 10 --km_expand 1
+
+The PNGs are byte-identical to those of gen_prototype followed by gen_syn_image.
+"""
+
+if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
+    raise SystemExit("run it from the repository root: python -m distillation.distill")
+
+from distillation.gen_prototype import (
+    add_prototype_flags,
+    class_latents,
+    class_table,
+    latent_cache,
+    open_training_split,
+    prototype_settings,
+    prototypes_or_repeats,
+    resolve_kmeans_device,
+)
+from distillation.gen_syn_image import add_synthesis_flags, load_synthesis, synthesize_arms
+from scripts.checkpoints import add_checkpoint_flags
+from scripts.runtime import Parser, add_process_flags, positive_int, refuse, this_process
+
+
+def get_args(argv=None):
+    parser = Parser(prog="distillation.distill", description=__doc__.split("\n")[0])
+    add_prototype_flags(parser)
+    add_synthesis_flags(parser)
+    parser.add_argument("--batch_size", type=positive_int, default=32, help="images encoded, and images made, at once")
+    add_checkpoint_flags(parser)
+    add_process_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    if args.num_prototypes not in (None, args.ipc):
+        refuse(
+            f"--num_prototypes {args.num_prototypes}: distill makes --ipc {args.ipc} prototypes; use the two-step way"
+        )
+    process = this_process(args.device, args.shard)
+    split = open_training_split(args)
+    pipeline, precision, hashes = load_synthesis(args, process)
+    from scripts.pipeline_stable_diffusion_gen_latents import StableDiffusionGenLatentsPipeline
+
+    encoder = StableDiffusionGenLatentsPipeline(**pipeline.components, requires_safety_checker=False)
+    settings = prototype_settings(args, split, precision, hashes["vae_sha256"])
+    cache = latent_cache(args.latent_cache, split, settings)
+    kmeans_device = resolve_kmeans_device(args.kmeans_device, process.device)
+
+    def stream(positions):
+        """Prototypes of the classes that are still needed, made as synthesis gets to them."""
+        latents = class_latents(
+            encoder,
+            split,
+            positions,
+            settings["size"],
+            args.batch_size,
+            args.seed,
+            args.num_workers,
+            args.on_bad_image == "skip",
+            cache,
+        )
+        for position, rows, _ in latents:
+            yield (
+                position,
+                prototypes_or_repeats(
+                    rows,
+                    args.ipc,
+                    args.km_expand,
+                    args.kmeans,
+                    kmeans_device,
+                    args.on_small_class,
+                    split.folders[position],
+                ),
+            )
+
+    origin = {"prototype_arguments": settings, "prototypes": None, "prompts": None}
+    return synthesize_arms(args, ["d4m"], process, pipeline, precision, hashes, class_table(split), stream, origin)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,423 @@
+"""Stage 1, prototype learning (paper, section 3.2): every class's images -> VAE latents -> k-means -> prototype files.
+
+    python -m distillation.gen_prototype --dataset imagenet --data_dir data/imagenet --ipc 10 --km_expand 1
+
+The unit of work is the class: each process takes every world-th class, a class's file is written when it is finished,
+and the same command goes on where a run stopped.
+"""
+
+if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
+    raise SystemExit("run it from the repository root: python -m distillation.gen_prototype")
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from distillation.datasets import BadImage, add_dataset_flags, open_split, squash
+from distillation.prototypes import (
+    FORMATS,
+    class_file,
+    class_prototypes,
+    default_size,
+    prototype_folder_name,
+    write_class,
+)
+from scripts.checkpoints import add_checkpoint_flags, load_pipeline, model_name, resolve_dtype, speed_up, weights_hash
+from scripts.files import output_folder, require_space, write_bytes, write_manifest, write_timing
+from scripts.runtime import (
+    Parser,
+    StopSignals,
+    Stopwatch,
+    add_process_flags,
+    append_log,
+    generator,
+    in_parts,
+    peak_memory,
+    positive_int,
+    refuse,
+    this_process,
+    warn,
+)
+
+# ---- encode
+
+
+class SquashedImages:
+    """A Split for a DataLoader: (class position, image position) -> (3, size, size) uint8, or a BadImage's text."""
+
+    def __init__(self, split, size):
+        self.split, self.size = split, size
+
+    def __getitem__(self, key):
+        position, image = key
+        try:
+            picture = squash(self.split.read(self.split.items[position][image]), self.size)
+        except BadImage as error:
+            return str(error)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def class_order(split, position, seed):
+    """The seeded shuffle of one class's images: k-means sees them in this order."""
+    return torch.randperm(len(split.items[position]), generator=generator(seed, split.class_ids[position])).tolist()
+
+
+def encode_batch(pipeline, images, keys, names):
+    """(B, 3, S, S) uint8 -> (B, 4, S/8, S/8) float16 latents; image i's noise comes from generator(*keys[i])."""
+
+    def encode(rows):
+        pixels = images[rows].to(pipeline.vae.device, non_blocking=True) / 255
+        latents = pipeline(pixels.to(pipeline.vae.dtype), [generator(*keys[i]) for i in rows])
+        return latents.to(torch.float16).cpu().contiguous()  # the VAE may answer in channels_last
+
+    rows = list(range(len(images)))
+    latents = torch.cat(in_parts(encode, rows))
+    for i in (~latents.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
+        dtype = pipeline.vae.dtype
+        pipeline.vae.to(torch.float32)
+        latents[i] = encode([i])[0]
+        pipeline.vae.to(dtype)
+        if not latents[i].isfinite().all():
+            refuse(f"{names[i]}: its latent holds NaN or infinity, in fp32 too")
+        warn(f"{names[i]}: its latent held NaN or infinity in {dtype}; encoded again in fp32")
+    return latents
+
+
+def encode_classes(pipeline, split, positions, size, batch_size, seed, num_workers=0, skip_bad=False):
+    """Yield (class position, (N, 4, h, w) float16 latents in the class's shuffled order, names of skipped images).
+
+    Images are read ahead by workers that live for the whole run; a batch holds images of one class only, so that a
+    class is the same bytes whichever process encodes it.
+    """
+    chunks = []
+    for position in positions:
+        order = class_order(split, position, seed)
+        chunks += [[(position, i) for i in order[s : s + batch_size]] for s in range(0, len(order), batch_size)]
+    loader = DataLoader(
+        SquashedImages(split, size),
+        batch_sampler=chunks,
+        num_workers=num_workers,
+        collate_fn=list,
+        prefetch_factor=4 if num_workers else None,
+    )
+    waiting, latents, skipped = {p: len(split.items[p]) for p in positions}, [], []
+    with tqdm(total=sum(waiting.values()), desc="encode", unit="image") as bar:
+        for chunk, images in zip(chunks, loader):
+            position = chunk[0][0]
+            items = [split.items[position][i] for _, i in chunk]
+            bad = [n for n, image in enumerate(images) if isinstance(image, str)]
+            for n in bad:
+                if not skip_bad:
+                    refuse(f"{images[n]} (--on_bad_image skip leaves such images out)")
+                skipped.append(split.describe(items[n]))
+            good = [n for n in range(len(chunk)) if n not in bad]
+            if good:
+                keys = [(seed, split.class_ids[position], chunk[n][1]) for n in good]
+                names = [split.describe(items[n]) for n in good]
+                latents.append(encode_batch(pipeline, torch.stack([images[n] for n in good]), keys, names))
+            bar.update(len(chunk))
+            waiting[position] -= len(chunk)
+            if not waiting[position]:
+                yield position, torch.cat(latents).numpy() if latents else np.empty((0,)), skipped
+                latents, skipped = [], []
+
+
+class LatentCache:
+    """One safetensors file a class: another IPC then costs minutes instead of the whole encode.
+
+    The folder's name hashes all that decides the latents, so files of another model, size or seed are never found; the
+    class's image names stand in its file, so a changed data set is noticed.
+    """
+
+    def __init__(self, root, split, facts):
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+        self.folder, self.split = Path(root) / f"{split.dataset}-latents-{digest}", split
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, position):
+        return self.folder / f"{self.split.class_ids[position]:04d}_{self.split.folders[position]}.safetensors"
+
+    def _names(self, position):
+        names = "\n".join(Path(str(item)).name for item in self.split.items[position])
+        return hashlib.sha256(names.encode()).hexdigest()
+
+    def load(self, position):
+        """(latents, skipped), or None if the class is not cached or its images changed since."""
+        from safetensors import safe_open
+
+        if not self._path(position).exists():
+            return None
+        with safe_open(self._path(position), "numpy") as file:
+            facts = json.loads(file.metadata()["facts"])
+            return (file.get_tensor("latents"), facts["skipped"]) if facts["names"] == self._names(position) else None
+
+    def save(self, position, latents, skipped):
+        from safetensors.numpy import save
+
+        facts = {"names": self._names(position), "skipped": skipped}
+        write_bytes(
+            self._path(position), save({"latents": np.ascontiguousarray(latents)}, {"facts": json.dumps(facts)})
+        )
+
+
+def class_latents(pipeline, split, positions, size, batch_size, seed, num_workers=0, skip_bad=False, cache=None):
+    """`encode_classes`, in order of `positions`, taking from the cache what is there and adding what is not."""
+    cached = {p for p in positions if cache and cache.load(p) is not None}
+    encoder = encode_classes(
+        pipeline, split, [p for p in positions if p not in cached], size, batch_size, seed, num_workers, skip_bad
+    )
+    for position in positions:
+        if position in cached:
+            yield position, *cache.load(position)
+            continue
+        _, latents, skipped = next(encoder)
+        if cache:
+            cache.save(position, latents, skipped)
+        yield position, latents, skipped
+
+
+# ---- cluster
+
+
+def check_class_sizes(split, ipc, on_small_class):
+    """Refuse, before any encoding, a class that has fewer images than prototypes are asked for."""
+    for folder, items in zip(split.folders, split.items):
+        if not items:
+            refuse(f"--data_dir: class {folder} has no images")
+        if len(items) < ipc and on_small_class == "error":
+            refuse(f"--ipc {ipc}: class {folder} has only {len(items)} images (--on_small_class repeat repeats them)")
+
+
+def prototypes_or_repeats(latents, ipc, km_expand, method, device, on_small_class, name):
+    """The class's k-means prototypes; a class smaller than `ipc` gives its images themselves, repeated in turn."""
+    distinct = len(np.unique(latents.reshape(len(latents), -1), axis=0)) if len(latents) else 0
+    if distinct < len(latents):
+        warn(f"class {name}: {len(latents) - distinct} of its {len(latents)} latents are duplicates")
+    if len(latents) >= ipc:
+        return class_prototypes(latents, ipc, km_expand * ipc, method, device)
+    if not len(latents) or on_small_class == "error":
+        refuse(f"--ipc {ipc}: class {name} has only {len(latents)} readable images")
+    found = class_prototypes(latents, len(latents), len(latents), method, device)
+    rows = np.arange(ipc) % len(latents)
+    return found._replace(latents=found.latents[rows], sizes=found.sizes[rows])
+
+
+def resolve_kmeans_device(name, device):
+    """--kmeans_device: the GPU if encoding runs on one (k-means never stalls it there), else the CPU."""
+    return torch.device(device if name == "auto" and device.type == "cuda" else "cpu" if name == "auto" else name)
+
+
+# ---- main
+
+
+def add_prototype_flags(parser):
+    """Flags of stage 1 that distill.py shares."""
+    add_dataset_flags(parser)
+    group = parser.add_argument_group("prototypes")
+    group.add_argument("--ipc", type=positive_int, default=1, help="images, hence prototypes, a class")
+    group.add_argument(
+        "--km_expand", type=positive_int, default=10, help="k-means is fed in buffers of km_expand * ipc latents"
+    )
+    group.add_argument(
+        "--size", type=positive_int, default=None, help="pixels at which images enter the VAE [512; digits: 32]"
+    )
+    group.add_argument(
+        "--kmeans",
+        choices=["minibatch", "full"],
+        default="minibatch",
+        help="minibatch: the paper's; full: Lloyd's algorithm on all latents of a class",
+    )
+    group.add_argument(
+        "--kmeans_device", default="auto", help="auto: the GPU if there is one, else the CPU; minibatch only"
+    )
+    group.add_argument(
+        "--on_small_class",
+        choices=["error", "repeat"],
+        default="error",
+        help="a class with fewer images than --ipc: refuse, or repeat its images",
+    )
+    group.add_argument(
+        "--on_bad_image", choices=["error", "skip"], default="error", help="skip keeps a list in the class's file"
+    )
+    group.add_argument(
+        "--latent_cache", default=None, metavar="DIR", help="keep every class's latents here for another --ipc"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of shuffling, posterior sampling and synthesis noise")
+
+
+def get_args(argv=None):
+    parser = Parser(prog="distillation.gen_prototype", description=__doc__.split("\n")[0])
+    add_prototype_flags(parser)
+    parser.add_argument(
+        "--prototype_format",
+        choices=list(FORMATS),
+        default="json",
+        help="json, or safetensors: ten times smaller and some hundred times faster to read",
+    )
+    parser.add_argument("--save_prototype_path", default="output/prototypes", help="the folder is made below this one")
+    # differs from the release: 10. The batch only changes speed and the last bits of a latent
+    parser.add_argument("--batch_size", type=positive_int, default=32, help="images encoded at once")
+    add_checkpoint_flags(parser)
+    add_process_flags(parser)
+    return parser.parse_args(argv)
+
+
+def open_training_split(args):
+    """The images that stage 1 reads, from the shared flags."""
+    split = open_split(
+        args.dataset,
+        args.data_dir,
+        "train",
+        args.label_file_path,
+        args.classes,
+        args.max_images_per_class,
+        args.download,
+    )
+    check_class_sizes(split, args.ipc, args.on_small_class)
+    return split
+
+
+def prototype_settings(args, split, precision, vae_sha256):
+    """All that decides the bytes of stage 1, as it stands in args.json and the manifest."""
+    listing = "".join(
+        f"{f} {' '.join(Path(str(i)).name for i in items)}\n" for f, items in zip(split.folders, split.items)
+    )
+    return {
+        "dataset": args.dataset, "ipc": args.ipc, "km_expand": args.km_expand, "kmeans": args.kmeans,
+        "size": args.size or default_size(args.dataset), "seed": args.seed, "batch_size": args.batch_size,
+        "classes": args.classes, "max_images_per_class": args.max_images_per_class,
+        "on_small_class": args.on_small_class, "on_bad_image": args.on_bad_image,
+        "dtype": args.dtype, "precision": precision, "channels_last": args.channels_last, "compile": args.compile,
+        "model": model_name(args.diffusion_checkpoints_path), "revision": args.revision, "vae_sha256": vae_sha256,
+        "prompts_sha256": hashlib.sha256("\n".join(split.prompts).encode()).hexdigest(),
+        "images_sha256": hashlib.sha256(listing.encode()).hexdigest(), "images": sum(map(len, split.items)),
+    }  # fmt: skip
+
+
+def latent_cache(root, split, settings):
+    """The cache that fits these settings, or None without --latent_cache."""
+    if not root:
+        return None
+    keys = (
+        "size",
+        "seed",
+        "batch_size",
+        "precision",
+        "channels_last",
+        "compile",
+        "vae_sha256",
+        "on_bad_image",
+        "max_images_per_class",
+    )
+    return LatentCache(root, split, {key: settings[key] for key in keys})
+
+
+def class_table(split):
+    """The ordered class list of a manifest."""
+    return [{"index": c, "folder": f, "prompt": p} for c, f, p in zip(split.class_ids, split.folders, split.prompts)]
+
+
+def main(argv=None):
+    args = get_args(argv)
+    process = this_process(args.device, args.shard)
+    split = open_training_split(args)
+    from scripts.pipeline_stable_diffusion_gen_latents import (
+        StableDiffusionGenLatentsPipeline,
+    )  # diffusers: seconds to import
+
+    precision = resolve_dtype(args.dtype, process.device)
+    pipeline = load_pipeline(
+        StableDiffusionGenLatentsPipeline,
+        args.diffusion_checkpoints_path,
+        process.device,
+        precision,
+        args.revision,
+        args.variant,
+        vae_only=True,
+    )
+    settings = prototype_settings(args, split, precision, weights_hash(pipeline.vae))
+    settings["prototype_format"] = args.prototype_format
+    speed_up(pipeline, args.channels_last, args.compile)
+    size = settings["size"]
+    folder = Path(args.save_prototype_path) / prototype_folder_name(settings)
+    latent = 4 * (size // pipeline.vae_scale_factor) ** 2
+    needed = len(split.folders) * args.ipc * latent * (7 if args.prototype_format == "json" else 2)
+    require_space("--save_prototype_path", folder, needed)
+
+    watch = Stopwatch()
+    with output_folder("--save_prototype_path", folder, settings, process, resumable=("batch_size",)) as settings:
+        cache = latent_cache(args.latent_cache, split, settings)
+        files = [class_file(n, f, args.prototype_format) for n, f in enumerate(split.folders)]
+        mine = range(process.rank, len(files), process.world)
+        todo = [n for n in mine if not (folder / files[n]).exists()]
+        kmeans_device = resolve_kmeans_device(args.kmeans_device, process.device)
+
+        def finish_class(position, latents, skipped):
+            name = split.folders[position]
+            prototypes = prototypes_or_repeats(
+                latents, args.ipc, args.km_expand, args.kmeans, kmeans_device, args.on_small_class, name
+            )
+            facts = {
+                "class_index": split.class_ids[position],
+                "folder": name,
+                "prompt": split.prompts[position],
+                "images": len(latents),
+                "skipped": skipped,
+            }
+            write_class(folder / files[position], prototypes, facts)
+
+        # k-means of one class runs beside the encoding of the next
+        with StopSignals() as signals, ThreadPoolExecutor(1) as background:
+            pending = None
+            for unit in class_latents(
+                pipeline,
+                split,
+                todo,
+                size,
+                settings["batch_size"],
+                args.seed,
+                args.num_workers,
+                args.on_bad_image == "skip",
+                cache,
+            ):
+                if pending:
+                    pending.result()
+                pending = background.submit(finish_class, *unit)
+                if signals.name:
+                    pending.result()
+                    signals.leave_if_asked()
+            if pending:
+                pending.result()
+
+        append_log(
+            folder,
+            event="run",
+            rank=process.rank,
+            seconds=watch.seconds,
+            units=len(todo),
+            **peak_memory(process.device),
+        )
+        facts = {
+            "dataset": args.dataset,
+            "ipc": args.ipc,
+            "km_expand": args.km_expand,
+            "vae_sha256": settings["vae_sha256"],
+            "latent_shape": [4, size // pipeline.vae_scale_factor, size // pipeline.vae_scale_factor],
+            "classes": class_table(split),
+        }
+        missing = write_manifest(folder, "prototypes", settings, files, facts)
+        if not missing:
+            write_timing(folder)
+    left = f"; {len(missing)} classes are left to other processes" if missing else ""
+    print(f"{folder}: {len(todo)} of {len(files)} classes made in {watch.seconds:.0f} s{left}")
+    return folder
+
+
+if __name__ == "__main__":
+    main()

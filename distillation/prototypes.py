@@ -1,0 +1,338 @@
+"""Prototype learning (paper, section 3.2): k-means of one class's latents, and the files that hold the centres.
+
+python -m distillation.prototypes FOLDER OUT.json      # a prototype folder as the release's single {prompt: list} file
+"""
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from distillation.datasets import known_prompts
+from scripts.files import check_file, output_name, read_json, read_manifest, write_bytes, write_text
+from scripts.runtime import Parser, refuse
+
+FORMATS = {"json": ".json", "safetensors": ".safetensors"}
+
+
+class Prototypes(NamedTuple):
+    """The prototypes of one class.
+
+    latents    (k, 4, h, w) float16 numpy array, already times the VAE's scaling factor
+    sizes      (k,) how many of the class's images are nearest to each
+    """
+
+    latents: np.ndarray
+    sizes: np.ndarray
+
+
+# ---- k-means
+
+
+def class_prototypes(latents, k, batch_size, method="minibatch", device="cpu") -> Prototypes:
+    """K-means centres of one class's latents: (N, 4, h, w) -> (k, 4, h, w), (k,) sizes.   N >= k
+
+    method "minibatch" (the paper) is fed in buffers of `batch_size` >= k rows; "full" is Lloyd's algorithm on all
+    rows. Works in float64, as scikit-learn does when the release hands it fp16 latents; the result is rounded to fp16,
+    the precision that synthesis uses.
+    """
+    rows = np.ascontiguousarray(latents.reshape(len(latents), -1), dtype=np.float64)
+    if method == "full":
+        centres = _lloyd(rows, k)
+    elif torch.device(device).type == "cuda":
+        centres = _minibatch_torch(rows, k, batch_size, device)
+    else:
+        centres = _minibatch_sklearn(rows, k, batch_size)
+    sizes = np.bincount(_nearest(torch.from_numpy(rows), torch.from_numpy(centres)).numpy(), minlength=k)
+    return Prototypes(centres.reshape(k, *latents.shape[1:]).astype(np.float16), sizes)
+
+
+def _buffers(rows, batch_size):
+    # differs from the release: the last, shorter buffer is fitted too, for every class; the release drops it for all
+    # but one
+    return (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
+
+
+def _minibatch_sklearn(rows, k, batch_size):
+    """The release's own sequence of calls."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    kmeans = MiniBatchKMeans(n_clusters=k, random_state=0, batch_size=batch_size, n_init="auto")
+    for buffer in _buffers(rows, batch_size):
+        kmeans.partial_fit(buffer)
+    return kmeans.cluster_centers_
+
+
+def _minibatch_torch(rows, k, batch_size, device):
+    """The same sequence as `MiniBatchKMeans.partial_fit`, in float64 on `device`; equal to it up to rounding.
+
+    Every centre moves by  c <- (1 - m/n) c + (m/n) mean of its m new rows,  n = rows it has received so far. Centres
+                           with
+    very few rows are re-drawn from the buffer now and then, with scikit-learn's rule and its random numbers; at
+    ImageNet's class sizes that happens, so a plain online mean would differ.
+    """
+    from sklearn.cluster import kmeans_plusplus
+
+    random = np.random.RandomState(0)
+    buffers = list(_buffers(rows, batch_size))
+    # scikit-learn fixes its batch size at the first call, to at most the rows it is given there
+    step = min(batch_size, len(buffers[0]))
+    centres = torch.from_numpy(kmeans_plusplus(buffers[0], k, random_state=random)[0]).to(device)  # (k, d)
+    counts = np.zeros(k)
+    since_reassignment = 0
+    for buffer in buffers:
+        since_reassignment += step
+        reassign = bool((counts == 0).any()) or since_reassignment >= 10 * k
+        since_reassignment = 0 if reassign else since_reassignment
+        x = torch.from_numpy(buffer).to(device)  # (n, d)
+        members = torch.nn.functional.one_hot(_nearest(x, centres), k).to(x.dtype)  # (n, k)
+        new = members.sum(0).cpu().numpy()  # (k,)
+        before = torch.from_numpy(counts).to(device)[:, None]
+        counts = counts + new
+        after = torch.from_numpy(np.maximum(counts, 1)).to(device)[:, None]
+        moved = (centres * before + members.T @ x) * (1 / after)
+        centres = torch.where(torch.from_numpy(new > 0).to(device)[:, None], moved, centres)
+        if reassign:
+            centres, counts = _reassign(centres, counts, x, random)
+    return centres.cpu().numpy()
+
+
+def _reassign(centres, counts, x, random, ratio=0.01):
+    """scikit-learn's rule: centres with under 1 % of the largest count get a random row of the buffer each."""
+    weak = counts < ratio * counts.max()
+    if weak.sum() > 0.5 * len(x):
+        weak[np.argsort(counts)[int(0.5 * len(x)) :]] = False
+    if weak.any():
+        chosen = random.choice(len(x), replace=False, size=weak.sum())
+        centres = centres.clone()
+        centres[torch.from_numpy(np.flatnonzero(weak)).to(x.device)] = x[torch.from_numpy(chosen).to(x.device)]
+    counts = counts.copy()
+    counts[weak] = counts[~weak].min()
+    return centres, counts
+
+
+def _nearest(rows, centres):
+    """(n, d), (k, d) -> (n,) index of the nearest centre; the first one among equals, on every device."""
+    distance = centres.square().sum(1) - 2 * rows @ centres.T  # |x|^2 is the same for every centre
+    first = torch.arange(len(centres), device=rows.device).expand_as(distance)
+    return torch.where(distance == distance.amin(1, keepdim=True), first, len(centres)).amin(1)
+
+
+def _lloyd(rows, k):
+    from sklearn.cluster import KMeans
+
+    return KMeans(n_clusters=k, random_state=0, n_init=1).fit(rows).cluster_centers_
+
+
+# ---- files
+
+
+def prototype_folder_name(settings):
+    """`{dataset}-ipc{ipc}-kmexpand{k}` as the release, plus what is not the default."""
+    stem = f"{settings['dataset']}-ipc{settings['ipc']}-kmexpand{settings['km_expand']}"
+    return output_name(stem, *prototype_suffix(settings))
+
+
+def prototype_suffix(settings):
+    """The options of stage 1 that enter its folder's name and those of the images made from it, and their defaults."""
+    options = {
+        "size": settings["size"],
+        "seed": settings["seed"],
+        "kmeans": settings["kmeans"],
+        "classes": settings["classes"],
+        "max": settings["max_images_per_class"],
+        "dtype": settings["dtype"],
+    }
+    defaults = {
+        "size": default_size(settings["dataset"]),
+        "seed": 0,
+        "kmeans": "minibatch",
+        "classes": None,
+        "max": 0,
+        "dtype": "auto",
+    }
+    return options, defaults
+
+
+def default_size(dataset):
+    """Pixels at which real images enter the VAE: 512 as the release; 32 for digits and their tiny model."""
+    return 32 if dataset == "digits" else 512
+
+
+def class_file(position, folder, form="json"):
+    """`0000_n01440764.json`"""
+    return f"{position:04d}_{folder}{FORMATS[form]}"
+
+
+def write_class(path, prototypes, facts):
+    """One class's prototypes as JSON or safetensors, by the path's suffix. facts: class_index, folder, prompt, ...
+
+    JSON holds fp16 in shortest decimals, one prototype a line: reading them back as fp16 gives the same bits.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.numpy import save
+
+        arrays = {
+            "prototypes": np.ascontiguousarray(prototypes.latents),
+            "cluster_sizes": prototypes.sizes.astype(np.int64),
+        }
+        write_bytes(path, save(arrays, {"facts": json.dumps(facts, ensure_ascii=False)}))
+        return
+    head = {**facts, "latent_shape": list(prototypes.latents.shape[1:]), "cluster_sizes": prototypes.sizes.tolist()}
+    lines = ",\n".join(
+        "[" + ",".join(row.astype("U")) + "]" for row in prototypes.latents.reshape(len(prototypes.latents), -1)
+    )
+    write_text(path, json.dumps(head, ensure_ascii=False, indent=1)[:-2] + ',\n "prototypes": [\n' + lines + "\n]}\n")
+
+
+def read_class(path, flag="--prototype_path"):
+    """The inverse of `write_class`: (Prototypes, facts). Refuses, naming the file, what is not such a file."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, "numpy") as file:
+                facts = json.loads(file.metadata()["facts"])
+                latents, sizes = file.get_tensor("prototypes"), file.get_tensor("cluster_sizes")
+        else:
+            facts = read_json(path)
+            rows, sizes = facts.pop("prototypes"), np.asarray(facts.pop("cluster_sizes"), dtype=np.int64)
+            latents = np.asarray(rows, dtype=np.float16).reshape(len(rows), *facts.pop("latent_shape"))
+    except Exception as error:  # whatever is wrong inside a foreign file: one line that names it
+        refuse(f"{flag} {path}: is no prototype file: {type(error).__name__}: {error}")
+    check_latents(latents, f"{flag} {path}")
+    if sizes.shape != (len(latents),):
+        refuse(f"{flag} {path}: {len(latents)} prototypes, but cluster sizes of shape {sizes.shape}")
+    return Prototypes(latents, sizes), facts
+
+
+def check_latents(latents, where):
+    """Refuse prototypes that are not finite (k, 4, h, w)."""
+    if latents.ndim != 4 or latents.shape[1] != 4 or not len(latents):
+        refuse(f"{where}: expected prototypes of shape (k, 4, h, w), found {latents.shape}")
+    if not np.isfinite(latents).all():
+        refuse(f"{where}: prototype {int(np.argwhere(~np.isfinite(latents))[0][0])} holds NaN or infinity")
+
+
+class _Streamed:
+    """What has `source[position]` can be read as a stream."""
+
+    def stream(self, positions):
+        """Yield (position, Prototypes), one class in memory at a time."""
+        return ((position, self[position]) for position in positions)
+
+
+class PrototypeFolder(_Streamed):
+    """A finished prototype folder, read class by class: never more than what is asked for is in memory.
+
+    classes      [{"index", "folder", "prompt"}] in class order
+    settings     stage 1's arguments;   content: digest of all files;   latent_shape: (4, h, w);   vae_sha256
+    """
+
+    def __init__(self, folder, flag="--prototype_path", verify=False):
+        self.folder, self.flag = Path(folder), flag
+        self.manifest = read_manifest(flag, folder, "prototypes", verify)
+        try:
+            self.classes, self.settings = self.manifest["classes"], self.manifest["arguments"]
+            self.content, self.vae_sha256 = self.manifest["content"], self.manifest["vae_sha256"]
+            self.latent_shape = tuple(self.manifest["latent_shape"])
+            self.per_class, self.dataset = self.manifest["ipc"], self.manifest["dataset"]
+            self._files = [
+                class_file(n, c["folder"], self.settings["prototype_format"]) for n, c in enumerate(self.classes)
+            ]
+        except (KeyError, TypeError) as error:
+            refuse(f"{flag} {folder}: its manifest lacks {error}")
+        if sorted(self._files) != sorted(self.manifest["files"]):
+            refuse(f"{flag} {folder}: its manifest lists other files than its {len(self.classes)} classes'")
+
+    def __getitem__(self, position) -> Prototypes:
+        name = self._files[position]
+        check_file(self.flag, self.folder, name, self.manifest)
+        prototypes, facts = read_class(self.folder / name, self.flag)
+        wanted = {"class_index": self.classes[position]["index"], "folder": self.classes[position]["folder"]}
+        for key, value in wanted.items():
+            if facts.get(key) != value:
+                refuse(f"{self.flag} {self.folder / name}: {key} is {facts.get(key)!r}, the manifest says {value!r}")
+        shape = (self.per_class, *self.latent_shape)
+        if prototypes.latents.shape != shape:
+            refuse(
+                f"{self.flag} {self.folder / name}: prototypes of shape {prototypes.latents.shape}, expected {shape}"
+            )
+        return prototypes
+
+
+class ReleaseFile(_Streamed):
+    """The release's single `{prompt: (k, 4, h, w) nested lists}` JSON, seen as a prototype folder.
+
+    It says neither which VAE nor which settings made it, and is keyed by prompt: refused where two classes share one.
+    """
+
+    vae_sha256 = None
+
+    def __init__(self, path, dataset, flag="--prototype_path"):
+        table = read_json(path)
+        if not isinstance(table, dict) or not table:
+            refuse(f"{flag} {path}: expected a JSON object {{prompt: prototypes}}")
+        folders = {prompt: folder for folder, prompt in known_prompts(dataset).items()}
+        shared = [p for p, n in Counter(known_prompts(dataset).values()).items() if n > 1 and p in table]
+        unknown = [prompt for prompt in table if prompt not in folders] if folders else []
+        if shared or unknown:
+            refuse(
+                f"{flag} {path}: {(shared + unknown)[0]!r} "
+                + ("is the prompt of two classes" if shared else f"is not a prompt of {dataset}")
+            )
+        order = list(known_prompts(dataset)) or sorted(table)
+        named = {folders.get(prompt, prompt): prompt for prompt in table}
+        self.dataset, self.classes, self._latents = dataset, [], []
+        for index, folder in enumerate(order):
+            if folder in named:
+                self.classes.append({"index": index, "folder": folder, "prompt": named[folder]})
+                try:
+                    latents = np.asarray(table[named[folder]], dtype=np.float16)
+                except (ValueError, TypeError):
+                    refuse(f"{flag} {path}: the prototypes of {named[folder]!r} are no rectangular list of numbers")
+                check_latents(latents, f"{flag} {path}: {named[folder]!r}")
+                self._latents.append(latents)
+        shapes = {latents.shape for latents in self._latents}
+        if len(shapes) > 1:
+            refuse(f"{flag} {path}: prototypes of different shapes, {' and '.join(map(str, sorted(shapes)[:2]))}")
+        self.per_class, *self.latent_shape = shapes.pop()
+        self.latent_shape = tuple(self.latent_shape)
+        self.settings = None
+        self.content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+    def __getitem__(self, position) -> Prototypes:
+        return Prototypes(self._latents[position], np.ones(self.per_class, dtype=np.int64))
+
+
+def open_prototypes(path, dataset, verify=False):
+    """--prototype_path -> PrototypeFolder or ReleaseFile."""
+    path = Path(path)
+    if path.is_file():
+        return ReleaseFile(path, dataset)
+    return PrototypeFolder(path, verify=verify)
+
+
+def main(argv=None):
+    parser = Parser(prog="distillation.prototypes", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", help="a finished prototype folder")
+    parser.add_argument("json", help="the single file to write, in the release's form")
+    args = parser.parse_args(argv)
+    source = PrototypeFolder(args.folder, "FOLDER")
+    repeated = [p for p, n in Counter(c["prompt"] for c in source.classes).items() if n > 1]
+    if repeated:
+        refuse(
+            f"FOLDER {args.folder}: two classes have the prompt {repeated[0]!r}, which the release's form cannot hold"
+        )
+    table = {c["prompt"]: source[n].latents.astype(np.float64).tolist() for n, c in enumerate(source.classes)}
+    write_text(Path(args.json), json.dumps(table, ensure_ascii=False))
+    print(f"{len(table)} classes written to {args.json}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Stable Diffusion checkpoints: a pipeline from a hub id, a folder or a single file, and a hash of its weights."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from scripts.runtime import refuse
+
+DEFAULT_CHECKPOINT = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def add_checkpoint_flags(parser):
+    """The flags that say which Stable Diffusion is used, and in which precision."""
+    group = parser.add_argument_group("Stable Diffusion")
+    group.add_argument(
+        "--diffusion_checkpoints_path",
+        default=DEFAULT_CHECKPOINT,
+        help="a hub id, a folder in diffusers format, or a single .safetensors file",
+    )
+    group.add_argument("--revision", default=None, help="a branch, tag or commit of the hub id")
+    group.add_argument("--variant", default=None, help="load weight files of this variant, such as fp16")
+    group.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: fp16 on CUDA, fp32 elsewhere")
+    group.add_argument("--channels_last", action="store_true", help="memory format; changes the last bits")
+    group.add_argument("--compile", action="store_true", help="torch.compile the networks; changes the last bits")
+
+
+def model_name(checkpoint):
+    """What manifests call a checkpoint: its hub id, or the last part of its path."""
+    return Path(checkpoint).name if Path(checkpoint).exists() else checkpoint
+
+
+def resolve_dtype(name, device):
+    """--dtype -> "fp16", "bf16" or "fp32"."""
+    return ("fp16" if device.type == "cuda" else "fp32") if name == "auto" else name
+
+
+def load_pipeline(cls, checkpoint, device, dtype, revision=None, variant=None, vae_only=False, safety_checker=False):
+    """Load `cls` (one of our two pipelines) onto `device` in `dtype` ("fp16", "bf16", "fp32").
+
+    vae_only        load nothing but the VAE (stage 1): 0.3 GB instead of 4 GB
+    safety_checker  keep the checkpoint's safety checker (it replaces flagged images by black ones)
+    Refuses, in one line, a checkpoint that is missing, gated, or not a Stable Diffusion. Reads safetensors only.
+    """
+    absent = {} if safety_checker else {"safety_checker": None, "feature_extractor": None}
+    if vae_only:
+        absent = dict.fromkeys(
+            ("safety_checker", "feature_extractor", "text_encoder", "tokenizer", "unet", "scheduler")
+        )
+    path = Path(checkpoint)
+    arguments = {"dtype": DTYPES[dtype], "use_safetensors": True, "requires_safety_checker": safety_checker, **absent}
+    flag = f"--diffusion_checkpoints_path {checkpoint}"
+    if path.suffix and path.is_file() and path.suffix != ".safetensors":
+        refuse(f"{flag}: only .safetensors files are read, a {path.suffix} may hold code")
+    if not path.exists() and (
+        path.suffix == ".safetensors" or checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") > 1
+    ):
+        refuse(f"{flag}: no such file or folder")
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        refuse(f"{flag}: this folder has no model_index.json, so it is no pipeline in diffusers format")
+    try:
+        if path.is_file():
+            pipeline = cls.from_single_file(str(path), **arguments)
+        else:
+            pipeline = cls.from_pretrained(checkpoint, revision=revision, variant=variant, **arguments)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        hint = (
+            ""
+            if path.exists()
+            else (
+                f". Offline, gated or misspelt? Where there is internet: hf download {checkpoint} --local-dir DIR "
+                "(after accepting its licence on the hub), then --diffusion_checkpoints_path DIR"
+            )
+        )
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        refuse(f"{flag}: cannot be loaded: {reason}{hint}")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def speed_up(pipeline, channels_last=False, compiled=False):
+    """channels_last and torch.compile for the networks of a pipeline that it has."""
+    for name in ("unet", "vae"):
+        module = getattr(pipeline, name, None)
+        if module is None:
+            continue
+        if channels_last:
+            module.to(memory_format=torch.channels_last)
+        if compiled and name == "unet":
+            module.compile()
+        elif compiled:
+            module.encoder.compile()
+            module.decoder.compile()
+    return pipeline
+
+
+def weights_hash(module):
+    """sha256 of a network's weights rounded to fp16, so that the precision variants of one model agree."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.float16)
+        state.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()

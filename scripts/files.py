@@ -173,7 +173,8 @@ def output_folder(flag, folder, settings, process, resumable=()):
             settings = _same_settings(flag, folder, read_json(folder / ARGS), settings, resumable)
         else:
             leftover = next(
-                (p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name not in VOLATILE), None
+                (p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name not in VOLATILE | {ARGS}),
+                None,  # args.json itself may have come from another rank since
             )
             if leftover:
                 refuse(

@@ -1,0 +1,15 @@
+# Sourced by every launcher, from the repository root. POSIX sh.
+#
+# RUN            how Python is started: one process, or torchrun for NUM_GPUS > 1 or any TORCHRUN_ARGS
+# unless N V D   prints _NV where the value V is not the default D: how folder names say what is not the default
+#
+# torchrun, not `accelerate launch`: the latter silently reads a per-user configuration file.
+
+RUN="python"
+if [ -n "${TORCHRUN_ARGS:-}" ] || [ "${NUM_GPUS:-1}" -gt 1 ]; then
+    RUN="torchrun ${TORCHRUN_ARGS:---standalone --nproc_per_node $NUM_GPUS}"
+fi
+
+unless() {
+    [ "$2" = "$3" ] || printf '_%s%s' "$1" "$2"
+}

@@ -144,6 +144,21 @@ def resolve_device(name="auto", local_rank=0) -> torch.device:
     return device
 
 
+def join_processes(process, tracker=None, folder=None):
+    """accelerate's Accelerator for the stages whose ranks talk (training); None where there is nothing to join.
+
+    Without CUDA the ranks need `cpu=True`: a bare one makes every rank believe that it is rank 0 of 1.
+    """
+    if process.world == 1 and tracker is None:
+        return None
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=process.device.type == "cpu", log_with=tracker, project_dir=folder)
+    if accelerator.num_processes != process.world:
+        refuse(f"{process.world} processes were asked for, accelerate sees {accelerator.num_processes}; use torchrun")
+    return accelerator
+
+
 # ---- seeds
 
 

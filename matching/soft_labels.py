@@ -1,0 +1,759 @@
+"""One training batch: drawn from a seed, stored, and replayed with the same pixels (paper, section 3.3; FKD).
+
+    batch = draw_batch(seed, epoch, number, index, sizes, input_size, protocol)       # every draw, explicit
+    pixels = crop_on_cpu(images, batch.index, batch.crop, batch.flip, input_size)     # (B, S, S, 3) uint8
+    x = mix(normalise(pixels, mean, std), batch)                                      # what teacher and student see
+
+Stage 3 writes one safetensors file an epoch that states all draws of all batches and the teacher's logits; stage 4 replays
+them. Nothing is re-derived from a sampler's seed later, and stages 3 and 4 share each line of this file.
+"""
+
+import math
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from distillation.datasets import DATASETS, EXTENSIONS, BadImage, known_prompts, read_rgb
+from scripts.files import (
+    content_digest,
+    is_complete,
+    output_name,
+    read_manifest,
+    safe_name,
+    sha256,
+    write_bytes,
+)
+from scripts.runtime import generator, positive_int, refuse, unit_interval, warn
+
+# The release's ImageNet protocol; `cutmix` is what its launcher asks for with --mix_type.
+PROTOCOL = {
+    "epochs": 300,
+    "batch_size": 1024,
+    "input_size": None,
+    "min_scale_crops": 0.08,
+    "max_scale_crops": 1.0,
+    "flip": 0.5,
+    "mix_type": "none",
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "fkd_seed": 42,
+}
+RATIO = (3 / 4, 4 / 3)  # torchvision's RandomResizedCrop
+CROP_TRIES = 10
+
+
+def probability(text):
+    """argparse type: a float in [0, 1]."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError
+    return value
+
+
+def add_protocol_flags(parser, stored):
+    """The flags that say what a training batch is; with `stored`, their default is what the labels were made with."""
+
+    def flag(*names, help, default=None, **kwargs):
+        default = PROTOCOL[default or names[-1].lstrip("-")]
+        text = "the images' size" if default is None else str(default)
+        parser.add_argument(
+            *names, default=None, help=f"{help} (default: {'the labels’, else ' if stored else ''}{text})", **kwargs
+        )
+
+    flag("--epochs", type=positive_int, help="epochs")
+    flag("-b", "--batch_size", type=positive_int, help="images a batch, over all processes")
+    flag("--input_size", type=positive_int, help="pixels of the teacher's and student's input")
+    flag("--min_scale_crops", type=unit_interval, help="least share of the image's area in a crop")
+    flag("--max_scale_crops", type=unit_interval, help="largest share")
+    flag("--flip", type=probability, help="probability of a horizontal flip; 0 for digits and text")
+    flag("--mix_type", choices=("mixup", "cutmix", "none"), help="how two images of a batch are mixed")
+    flag("--mixup", type=float, help="alpha of mixup's Beta(alpha, alpha)")
+    flag("--cutmix", type=float, help="alpha of CutMix's Beta(alpha, alpha)")
+    flag("--fkd_seed", type=int, help="seed of every draw of a batch")
+
+
+def protocol_of(given, image_size):
+    """{flag: value}: what was given on the command line, and PROTOCOL for the rest."""
+    protocol = {name: default if given.get(name) is None else given[name] for name, default in PROTOCOL.items()}
+    protocol["input_size"] = protocol["input_size"] or image_size
+    if protocol["min_scale_crops"] > protocol["max_scale_crops"]:
+        refuse(
+            f"--min_scale_crops {protocol['min_scale_crops']}: above --max_scale_crops {protocol['max_scale_crops']}"
+        )
+    for name in ("mixup", "cutmix"):
+        if not 0 < protocol[name] < math.inf:
+            refuse(f"--{name} {protocol[name]}: expected a number above 0")
+    return protocol
+
+
+def labels_name(images, archs, protocol, image_size, extra=None):
+    """The name of a labels folder, from the images' folder, the teachers and the protocol.
+
+    labels_name("imagenet_ipc10_s0.7_g8_kmexpand1", ["resnet18"], {... cutmix ...}, 224) is
+    "imagenet_ipc10_s0.7_g8_kmexpand1_resnet18_mix-cutmix".
+    """
+    alpha = protocol.get(protocol["mix_type"])
+    options = {
+        "epochs": protocol["epochs"],
+        "b": protocol["batch_size"],
+        "size": protocol["input_size"],
+        "crops": f"{protocol['min_scale_crops']:g}-{protocol['max_scale_crops']:g}",
+        "flip": protocol["flip"],
+        "mix": protocol["mix_type"],
+        "alpha": alpha,
+        "seed": protocol["fkd_seed"],
+        **{name: value for name, (value, _) in (extra or {}).items()},
+    }
+    defaults = {
+        "epochs": PROTOCOL["epochs"],
+        "b": PROTOCOL["batch_size"],
+        "size": image_size,
+        "crops": "0.08-1",
+        "flip": PROTOCOL["flip"],
+        "mix": "none",
+        "alpha": PROTOCOL.get(protocol["mix_type"]),
+        "seed": PROTOCOL["fkd_seed"],
+        **{name: default for name, (_, default) in (extra or {}).items()},
+    }
+    return output_name(f"{images}_{'-'.join(re.sub('[^A-Za-z0-9_.-]', '-', a) for a in archs)}", options, defaults)
+
+
+# ---- the synthetic set
+
+
+class ImageSet(NamedTuple):
+    """A folder of training images, one sub-folder a class.
+
+    folders      class folders in index order = sorted, as torchvision's ImageFolder
+    files        relative paths, class by class; targets[i] is the class of files[i]
+    image_size   pixels of the saved images, or None if they differ (a foreign folder)
+    content      digest of all files; None for a foreign folder until its pixels were read
+    digests      {file: sha256} from the manifest; {} for a foreign folder
+    """
+
+    root: Path
+    name: str
+    dataset: str
+    folders: tuple
+    files: tuple
+    targets: torch.Tensor
+    image_size: int | None
+    content: str | None
+    digests: dict
+    arm: str
+    ipc: int | None
+    foreign: bool
+
+    def facts(self):
+        """What the labels' manifest records of the images, to be compared by stage 4."""
+        return {
+            "content": self.content,
+            "count": len(self.files),
+            "arm": self.arm,
+            "ipc": self.ipc,
+            "image_size": self.image_size,
+            "foreign": self.foreign,
+        }
+
+
+def open_images(flag, root, dataset=None):
+    """An ImageSet from an output of stage 2, or from anybody's folder of class folders (`foreign`); reads no pixels.
+
+    dataset   what --dataset says; None takes the manifest's, or for a foreign folder guesses it from the class names
+    """
+    root = Path(root)
+    if not root.is_dir():
+        refuse(f"{flag} {root}: no such folder")
+    found = _class_files(flag, root)
+    name = root.resolve().name
+    if not is_complete(root):
+        if (root / "args.json").exists():
+            read_manifest(flag, root, "images")  # begun and not finished: refuses, and says so
+        return _foreign(flag, root, name, found, dataset)
+    manifest = read_manifest(flag, root, "images")
+    folders = [c["folder"] for c in manifest["classes"]]
+    if dataset not in (None, manifest["dataset"]):
+        refuse(f"--dataset {dataset}: {flag} {root} was made for {manifest['dataset']}")
+    if folders != sorted(folders) or list(found) != folders:
+        odd = sorted(set(found) ^ set(folders)) or folders
+        refuse(f"{flag} {root}: its class folders are not those of its manifest, first {odd[0]}")
+    files = [f"{folder}/{file}" for folder, names in found.items() for file in names]
+    extra = [file for file in files if file not in manifest["files"]]
+    if extra:
+        refuse(f"{flag} {root}: {extra[0]} is not in its manifest ({len(extra)} such files)")
+    return ImageSet(
+        root,
+        name,
+        manifest["dataset"],
+        tuple(folders),
+        tuple(files),
+        _targets(found),
+        manifest["image_size"],
+        manifest["content"],
+        {file: manifest["files"][file]["sha256"] for file in files},
+        manifest["arm"],
+        manifest["ipc"],
+        False,
+    )
+
+
+def _class_files(flag, root):
+    """{class folder: sorted image files}, folders sorted; refuses an empty class."""
+    found = {}
+    for folder in sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        if not safe_name(folder):
+            refuse(f"{flag} {root}: the class folder {folder!r} is no name that is safe on every file system")
+        found[folder] = sorted(
+            p.name
+            for p in (root / folder).iterdir()
+            if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".") and p.is_file()
+        )
+        if not found[folder]:
+            refuse(f"{flag} {root}: the class folder {folder} holds no image")
+    if not found:
+        refuse(f"{flag} {root}: no class folders with images in it")
+    return found
+
+
+def _targets(found):
+    counts = torch.tensor([len(names) for names in found.values()])
+    return torch.arange(len(found)).repeat_interleave(counts)
+
+
+def _foreign(flag, root, name, found, dataset):
+    folders = list(found)
+    dataset = dataset or _guess_dataset(folders)
+    known = list(known_prompts(dataset))
+    shown = folders
+    if known and not set(folders) <= set(known):
+        numbers = [int(re.search(r"\d+$", f)[0]) if re.search(r"\d+$", f) else None for f in folders]
+        if numbers == list(range(len(known))):  # SRe2L's new000 ... new999, RDED's 00000 ...
+            warn(f"{flag} {root}: its {len(folders)} numbered folders are taken as {dataset}'s classes in order")
+            shown = known
+        else:
+            odd = next(f for f in folders if f not in known)
+            refuse(f"{flag} {root}: the class folder {odd!r} is no class of --dataset {dataset}")
+    warn(f"{flag} {root}: no manifest, another method's images of {dataset}: hashed, recorded and used as they are")
+    files = [f"{folder}/{file}" for folder, names in found.items() for file in names]
+    sizes = {_size_of(root / file) for file in files}
+    side = sizes.pop() if len(sizes) == 1 else (0, 1)
+    counts = {len(names) for names in found.values()}
+    return ImageSet(
+        root,
+        name,
+        dataset,
+        tuple(shown),
+        tuple(files),
+        _targets(found),
+        side[0] if side[0] == side[1] else None,
+        None,
+        {},
+        "foreign",
+        counts.pop() if len(counts) == 1 else None,
+        True,
+    )
+
+
+def _size_of(path):
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        refuse(f"{path}: not an image: {error}")
+
+
+def _guess_dataset(folders):
+    for dataset in DATASETS:
+        if dataset != "digits" and list(known_prompts(dataset)) == folders:
+            return dataset
+    return "imagenet" if set(folders) <= set(known_prompts("imagenet")) else "imagefolder"
+
+
+def load_pixels(flag, images, num_workers=0):
+    """(arrays, images): each image once as (H, W, 3) uint8, in memory, its file hashed as it is read.
+
+    Returns the ImageSet with `content` filled in if it was foreign. Refuses a file that is not what the manifest says.
+    """
+
+    def read(file):
+        path = images.root / file
+        digest = sha256(path)
+        if images.digests and digest != images.digests[file]:
+            return None, f"{flag} {images.root}: {file} is not what its manifest says: changed since it was made"
+        try:
+            return np.asarray(read_rgb(path)), digest
+        except BadImage as error:
+            return None, f"{flag} {error}"
+
+    if num_workers > 1 and len(images.files) > 256:
+        with ThreadPoolExecutor(num_workers) as pool:  # Pillow decodes without the interpreter's lock
+            pairs = list(pool.map(read, images.files))
+    else:
+        pairs = [read(file) for file in images.files]
+    for array, message in pairs:
+        if array is None:
+            refuse(message)
+    if images.foreign:
+        entries = {file: {"sha256": digest} for file, (_, digest) in zip(images.files, pairs)}
+        images = images._replace(content=content_digest(entries))
+    return [array for array, _ in pairs], images
+
+
+# ---- draws
+
+
+class Batch(NamedTuple):
+    """Every draw of one training batch of B images.
+
+    index     (B,) int64     which images
+    crop      (B, 4) int64   top, left, height, width, in pixels of the saved image
+    flip      (B,) bool      mirrored after the crop
+    partner   (B,) int64     position in the batch of the image mixed in; its own without mixing
+    box       (4,) int64     top, left, bottom, right of CutMix's box, in pixels of the input; zeros without
+    lam       float          share of the image itself; for CutMix the box's real area is what is left
+    """
+
+    index: torch.Tensor
+    crop: torch.Tensor
+    flip: torch.Tensor
+    partner: torch.Tensor
+    box: torch.Tensor
+    lam: float
+
+
+def epoch_batches(seed, epoch, count, batch_size):
+    """The image indices of each batch of an epoch: a permutation of `count` cut every `batch_size`, the last one shorter."""
+    return torch.randperm(count, generator=generator(seed, epoch, 0)).split(batch_size)
+
+
+def draw_batch(seed, epoch, number, index, sizes, input_size, protocol):
+    """The draws of batch `number` of `epoch`, from (seed, epoch, number) alone.
+
+    index   (B,) int64; sizes (B, 2) int64, height and width of those images
+    """
+    g = generator(seed, epoch, 1 + number)
+    count = len(index)
+    crop = draw_crops(sizes, (protocol["min_scale_crops"], protocol["max_scale_crops"]), g)
+    flip = torch.rand(count, generator=g, dtype=torch.float64) < protocol["flip"]
+    mix_type = protocol["mix_type"]
+    partner, box, lam = torch.arange(count), torch.zeros(4, dtype=torch.int64), 1.0
+    if mix_type != "none":
+        partner = torch.randperm(count, generator=g)
+        lam = _beta(protocol[mix_type], torch.rand((), generator=g, dtype=torch.float64).item())
+    if mix_type == "cutmix":
+        box, lam = _cutmix_box(lam, input_size, torch.rand(2, generator=g, dtype=torch.float64).tolist())
+    return Batch(index, crop, flip, partner, box, lam)
+
+
+def draw_crops(sizes, scale, g):
+    """RandomResizedCrop's boxes, distributed as torchvision's get_params: (B, 2) height, width -> (B, 4) top, left, h, w.
+
+    Up to ten tries of an area in `scale` and a log-uniform ratio in 3/4 .. 4/3; then the largest central crop in that range.
+    """
+    height, width = sizes.to(torch.float64).unbind(1)
+    u = torch.rand(4, CROP_TRIES, len(sizes), generator=g, dtype=torch.float64)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[0])  # (tries, B)
+    ratio = torch.exp(math.log(RATIO[0]) + (math.log(RATIO[1]) - math.log(RATIO[0])) * u[1])
+    w = torch.round(torch.sqrt(area * ratio))
+    h = torch.round(torch.sqrt(area / ratio))
+    fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+    top = torch.floor(u[2] * (height - h + 1))
+    left = torch.floor(u[3] * (width - w + 1))
+    first = fits.to(torch.uint8).argmax(0, keepdim=True)  # the first try that fits
+    crop = torch.stack([t.gather(0, first)[0] for t in (top, left, h, w)], 1)  # (B, 4)
+    whole = width / height
+    h = torch.where(whole < RATIO[0], torch.round(width / RATIO[0]), height)
+    w = torch.where(whole > RATIO[1], torch.round(height * RATIO[1]), width)
+    central = torch.stack([torch.floor((height - h) / 2), torch.floor((width - w) / 2), h, w], 1)
+    return torch.where(fits.any(0)[:, None], crop, central).to(torch.int64)
+
+
+def _beta(alpha, u):
+    """Beta(alpha, alpha) by its inverse distribution function."""
+    if alpha == 1:
+        return u
+    from scipy.special import betaincinv
+
+    return float(betaincinv(alpha, alpha, u))
+
+
+def _cutmix_box(lam, size, u):
+    """CutMix's box of area (1 - lam), clipped at the borders, and the lambda that its real area gives."""
+    cut = int(size * math.sqrt(1 - lam))
+    y, x = int(u[0] * size), int(u[1] * size)
+    top, left = max(y - cut // 2, 0), max(x - cut // 2, 0)
+    bottom, right = min(y + cut // 2, size), min(x + cut // 2, size)
+    return torch.tensor([top, left, bottom, right]), 1 - (bottom - top) * (right - left) / size**2
+
+
+# ---- replay
+
+
+def resize_exact(image, size):
+    """PIL image -> (size, size), bilinear, horizontal pass first.
+
+    That is what every Pillow does when it enlarges; when it shrinks, Pillow 13 chooses the order by shape, older ones do not,
+    so the two passes are asked for one by one.
+    """
+    if image.width > size or image.height > size:
+        image = image.resize((size, image.height), Image.Resampling.BILINEAR)
+    return image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def crop_on_cpu(arrays, index, crop, flip, size):
+    """Crop, resize and flip by Pillow: the bytes of torchvision's `resized_crop` + `hflip`.   -> (B, size, size, 3) uint8
+
+    arrays   list of (H, W, 3) uint8
+    """
+    out = np.empty((len(index), size, size, 3), np.uint8)
+    for k, (i, (top, left, h, w), mirrored) in enumerate(zip(index.tolist(), crop.tolist(), flip.tolist())):
+        piece = Image.fromarray(arrays[i][top : top + h, left : left + w])
+        pixels = np.asarray(resize_exact(piece, size))
+        out[k] = pixels[:, ::-1] if mirrored else pixels
+    return torch.from_numpy(out)
+
+
+PRECISION_BITS = 22  # Pillow: 32 bits, less 8 of the pixel, less 2 of head-room
+
+
+def _triangle_taps(start, length, bound, size):
+    """Pillow's fixed-point bilinear weights along one axis (its precompute_coeffs and normalize_coeffs_8bpc).
+
+    start, length   (B,) int64, the crop's first pixel and extent; bound: extent of the whole image, for clamping only
+    Returns (taps (B, size, K) int64 pixel positions in the image, weights (B, size, K) int32 that sum to about 2^22).
+    """
+    n = length.to(torch.float64)[:, None]  # (B, 1)
+    scale = n / size
+    support = scale.clamp(min=1)
+    centre = (torch.arange(size, dtype=torch.float64, device=n.device) + 0.5) * scale  # (B, size)
+    low = torch.trunc(centre - support + 0.5).clamp(min=0)
+    high = torch.minimum(torch.trunc(centre + support + 0.5), n)
+    taps = int((high - low).max())
+    inverse = 1.0 / support
+    positions, weights, total = [], [], torch.zeros_like(centre)
+    for k in range(taps):
+        distance = (low + k - centre + 0.5).mul(inverse).abs()
+        weight = torch.where((distance < 1) & (low + k < high), 1 - distance, 0)
+        total = total + weight  # in order, as Pillow sums
+        weights.append(weight)
+        positions.append((low + k).to(torch.int64))
+    fixed = [(w / total * (1 << PRECISION_BITS) + 0.5).to(torch.int32) for w in weights]
+    taps = torch.stack(positions, 2) + start[:, None, None]
+    return taps.clamp(max=bound - 1), torch.stack(fixed, 2)
+
+
+def resized_crop_batch(images, boxes, flips, size, rows=128):
+    """Crop, resize and flip a whole batch on any device, with the bytes of `crop_on_cpu`.   -> (B, size, size, 3) uint8
+
+    images   (B, H, W, 3) uint8; boxes (B, 4) int64 top, left, height, width; flips (B,) bool
+    Two separable passes of integer weights, rounded to bytes in between, as Pillow; 32-bit sums suffice (255 * 2^22 < 2^31).
+    """
+    parts = [
+        _resized_crop(images[i : i + rows], boxes[i : i + rows], flips[i : i + rows], size)
+        for i in range(0, len(images), rows)
+    ]
+    return torch.cat(parts)
+
+
+def _resized_crop(images, boxes, flips, size):
+    top, left, height, width = boxes.unbind(1)
+    b = torch.arange(len(images), device=images.device)
+    x, wx = _triangle_taps(left, width, images.shape[2], size)  # (B, S, K)
+    x, wx = torch.where(flips[:, None, None], x.flip(1), x), torch.where(flips[:, None, None], wx.flip(1), wx)
+    y, wy = _triangle_taps(top, height, images.shape[1], size)
+    half = _weighted_sum(lambda k: images[b[:, None], :, x[:, :, k]], wx[:, :, None, :])  # (B, S, H, 3), x before y
+    full = _weighted_sum(lambda k: half[b[:, None], :, y[:, :, k]], wy[:, :, None, :])  # (B, S, S, 3): y, x
+    return full
+
+
+def _weighted_sum(gather, weights):
+    total = 1 << (PRECISION_BITS - 1)
+    for k in range(weights.shape[-1]):
+        total = total + gather(k).to(torch.int32) * weights[..., k : k + 1]
+    return (total >> PRECISION_BITS).clamp_(0, 255).to(torch.uint8)
+
+
+def normalise(pixels, mean, std):
+    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32, as torchvision's ToTensor and Normalize (same operations, same bits)."""
+    x = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(255)
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=x.device).view(1, 3, 1, 1) for v in (mean, std))
+    return x.sub_(mean).div_(std)
+
+
+def mix(x, batch, mix_type, rows=None, held=None):
+    """Mix each image with its partner: (B, 3, S, S) normalised -> rows of the mixed batch.
+
+    rows   which rows of the batch are wanted (None: all); held: which rows `x` holds, sorted (None: all)
+    """
+    partner = batch.partner.to(x.device)
+    if rows is None:
+        own, other = x, x[partner] if mix_type != "none" else None
+    else:
+        where = torch.full((len(batch.partner),), -1, device=x.device)
+        where[held.to(x.device)] = torch.arange(len(held), device=x.device)
+        rows = rows.to(x.device)
+        own = x[where[rows]]
+        other = x[where[partner[rows]]] if mix_type != "none" else None
+    if mix_type == "mixup":
+        return own.mul(batch.lam).add_(other, alpha=1 - batch.lam)
+    if mix_type == "cutmix":
+        top, left, bottom, right = batch.box.tolist()
+        own = own.clone()
+        own[:, :, top:bottom, left:right] = other[:, :, top:bottom, left:right]
+    return own
+
+
+def rows_needed(batch, rows):
+    """The rows whose pixels are needed to mix `rows`: themselves and their partners, sorted."""
+    return torch.unique(torch.cat([rows, batch.partner[rows]]))
+
+
+# ---- label files
+
+
+class LabelError(ValueError):
+    """A label file that is not what its manifest or the images promise; the text names the file and both values."""
+
+
+def label_file(epoch):
+    return f"epoch_{epoch:04d}.safetensors"
+
+
+def write_epoch(folder, epoch, batches, logits):
+    """All draws of an epoch, batch by batch, and its logits, as one safetensors file that is whole or absent.
+
+    logits   (N, classes), rows in the order of the batches
+    """
+    import safetensors.torch
+
+    lengths = torch.tensor([len(batch.index) for batch in batches])
+    tensors = {
+        "epoch": torch.tensor([epoch]),
+        "start": torch.cat(
+            [torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]
+        ),  # batch b is rows start[b]:start[b + 1]
+        "index": torch.cat([batch.index for batch in batches]).to(torch.int32),
+        "crop": torch.cat([batch.crop for batch in batches]).to(torch.int32),
+        "flip": torch.cat([batch.flip for batch in batches]),
+        "partner": torch.cat([batch.partner for batch in batches]).to(torch.int32),
+        "box": torch.stack([batch.box for batch in batches]).to(torch.int32),
+        "lam": torch.tensor([batch.lam for batch in batches], dtype=torch.float64),
+        "logits": logits.contiguous(),
+    }
+    write_bytes(Path(folder) / label_file(epoch), safetensors.torch.save(tensors, {"epoch": str(epoch)}))
+
+
+def label_bytes(count, classes, batches, half):
+    """Bytes of one epoch's file."""
+    return count * (4 + 16 + 1 + 4 + classes * (2 if half else 4)) + batches * 32 + 1500
+
+
+class EpochLabels:
+    """One epoch's label file, mapped: draws in memory, logits read batch by batch.
+
+    sizes    (N, 2) int64 heights and widths of the images; classes: columns of the logits; digest: sha256 or None
+    Raises LabelError for whatever does not fit.
+    """
+
+    def __init__(self, folder, epoch, sizes, classes, batch_size, input_size, digest):
+        import safetensors
+
+        self.path = Path(folder) / label_file(epoch)
+        if digest is not None and sha256(self.path) != digest:
+            raise LabelError(f"{self.path}: not what its manifest says: changed since it was made")
+        try:
+            self.file = safetensors.safe_open(self.path, framework="pt")
+            draws = {name: self.file.get_tensor(name) for name in self.file.keys() if name != "logits"}
+            self.logits = self.file.get_slice("logits")
+            shape = list(self.logits.get_shape())
+            stated = (self.file.metadata() or {}).get("epoch")
+        except Exception as error:  # safetensors has its own errors for damaged headers and missing names
+            raise LabelError(f"{self.path}: cannot be read as labels: {str(error)[:200]}") from None
+        count = len(sizes)
+        names = {"epoch", "start", "index", "crop", "flip", "partner", "box", "lam"}
+        if set(draws) != names:
+            raise LabelError(f"{self.path}: holds {sorted(draws)}, expected {sorted(names)}")
+        found = {int(draws["epoch"][0]), int(stated) if str(stated).isdigit() else stated}
+        if found != {epoch}:
+            raise LabelError(f"{self.path}: holds epoch {', '.join(map(str, found - {epoch}))}, expected {epoch}")
+        if shape != [count, classes]:
+            raise LabelError(f"{self.path}: logits of shape {shape}, expected {[count, classes]}")
+        index = draws["index"].long()
+        if index.shape != (count,) or not torch.equal(index.sort().values, torch.arange(count)):
+            raise LabelError(f"{self.path}: its image indices are not the {count} images, each once")
+        start = [min(i, count) for i in range(0, count + batch_size, batch_size)][: -(-count // batch_size) + 1]
+        if draws["start"].tolist() != start:
+            raise LabelError(f"{self.path}: its batches begin at {draws['start'].tolist()[:4]}, expected {start[:4]}")
+        crop = draws["crop"].long()
+        bound = sizes[index]
+        if (
+            crop.shape != (count, 4)
+            or crop.min() < 0
+            or crop[:, 2:].min() < 1
+            or (crop[:, :2] + crop[:, 2:] > bound).any()
+        ):
+            raise LabelError(f"{self.path}: holds crops outside the images")
+        lengths = torch.tensor(start).diff().repeat_interleave(torch.tensor(start).diff())
+        if draws["partner"].shape != (count,) or draws["partner"].min() < 0 or (draws["partner"] >= lengths).any():
+            raise LabelError(f"{self.path}: holds mix partners outside their batch")
+        if draws["box"].shape != (len(start) - 1, 4) or draws["box"].min() < 0 or draws["box"].max() > input_size:
+            raise LabelError(f"{self.path}: holds CutMix boxes outside {input_size} px")
+        if draws["lam"].shape != (len(start) - 1,) or not ((0 <= draws["lam"]) & (draws["lam"] <= 1)).all():
+            raise LabelError(f"{self.path}: holds lambdas outside 0 to 1")
+        if draws["flip"].shape != (count,) or draws["flip"].dtype != torch.bool:
+            raise LabelError(f"{self.path}: holds no flips")
+        self.draws, self.index, self.crop, self.start = draws, index, crop, start
+
+    def batch(self, number):
+        """(Batch, logits (B, classes)) of batch `number`."""
+        rows = slice(self.start[number], self.start[number + 1])
+        logits = self.logits[rows]
+        if not torch.isfinite(logits).all():
+            raise LabelError(f"{self.path}: batch {number} holds logits that are not finite")
+        draws = self.draws
+        batch = Batch(
+            self.index[rows],
+            self.crop[rows],
+            draws["flip"][rows],
+            draws["partner"][rows].long(),
+            draws["box"][number].long(),
+            float(draws["lam"][number]),
+        )
+        return batch, logits
+
+
+# ---- feeding
+
+
+class Item(NamedTuple):
+    """One batch on its way to the device.
+
+    rows     the rows of the batch that this process wants mixed, held: those it has pixels of; None: all
+    pixels   (n, S, S, 3) uint8; None if the device crops them itself
+    logits   (B, classes) if they come from labels, else None
+    """
+
+    epoch: int
+    number: int
+    batch: Batch
+    rows: torch.Tensor | None
+    held: torch.Tensor | None
+    pixels: torch.Tensor | None
+    logits: torch.Tensor | None
+
+
+class Feed(torch.utils.data.Dataset):
+    """Item (epoch, number) -> that whole batch, replayed from stored labels or drawn from the seed.
+
+    One `__getitem__` is one batch, so stock PyTorch loads it (`batch_size=None`) and worker processes live for all epochs.
+    On a CUDA device that has room for the images they are kept there and cropped there, with the same bytes.
+
+    labels    (folder, {file: sha256}) of stored labels, or None
+    rows_of   count -> the rows of a batch of `count` that this process trains on; None: all
+    """
+
+    def __init__(self, arrays, images, protocol, device, labels=None, rows_of=None):
+        self.arrays, self.protocol, self.device = arrays, protocol, torch.device(device)
+        self.labels, self.rows_of, self.classes = labels, rows_of, len(images.folders)
+        self.sizes = torch.tensor([array.shape[:2] for array in arrays])
+        self.facts = DATASETS[images.dataset]
+        self.order = self.open = (None, None)  # of the last epoch asked for
+        self.resident = self._on_device()
+
+    def _on_device(self):
+        if self.device.type != "cuda" or len(self.sizes.unique(dim=0)) > 1:
+            return None
+        needed = sum(array.nbytes for array in self.arrays)
+        if needed > 0.5 * torch.cuda.mem_get_info(self.device)[0]:
+            return None
+        resident = torch.empty((len(self.arrays), *self.arrays[0].shape), dtype=torch.uint8, device=self.device)
+        for i in range(0, len(self.arrays), 1024):
+            resident[i : i + 1024] = torch.from_numpy(np.stack(self.arrays[i : i + 1024])).to(self.device)
+        return resident
+
+    def _drawn(self, epoch, number):
+        p = self.protocol
+        if self.order[0] != epoch:
+            self.order = epoch, epoch_batches(p["fkd_seed"], epoch, len(self.sizes), p["batch_size"])
+        index = self.order[1][number]
+        return draw_batch(p["fkd_seed"], epoch, number, index, self.sizes[index], p["input_size"], p)
+
+    def _stored(self, epoch, number):
+        folder, digests = self.labels
+        if self.open[0] != epoch:
+            digest = digests.get(label_file(epoch))
+            p = self.protocol
+            self.open = epoch, EpochLabels(
+                folder, epoch, self.sizes, self.classes, p["batch_size"], p["input_size"], digest
+            )
+        return self.open[1].batch(number)
+
+    def __getitem__(self, key):
+        epoch, number = key
+        try:
+            batch, logits = self._stored(*key) if self.labels else (self._drawn(*key), None)
+        except LabelError as error:
+            return error  # raised in a worker process it would come with a traceback
+        rows = self.rows_of(len(batch.index)) if self.rows_of else None
+        held = rows_needed(batch, rows) if rows is not None else None
+        pixels = None
+        if self.resident is None:
+            which = slice(None) if held is None else held
+            pixels = crop_on_cpu(
+                self.arrays, batch.index[which], batch.crop[which], batch.flip[which], self.protocol["input_size"]
+            )
+        return Item(epoch, number, batch, rows, held, pixels, logits)
+
+    def loader(self, keys, num_workers=0):
+        """Iterator of Items for a list of (epoch, number), over all epochs: no process is started for an epoch."""
+        workers = 0 if self.resident is not None else min(num_workers, len(keys))
+        # forked, not spawned: the images are shared, not copied, and torch is not imported again
+        context = "fork" if workers and "fork" in torch.multiprocessing.get_all_start_methods() else None
+        loader = torch.utils.data.DataLoader(
+            self,
+            batch_size=None,
+            sampler=keys,
+            num_workers=workers,
+            multiprocessing_context=context,
+            pin_memory=self.device.type == "cuda" and workers > 0,
+        )
+        for item in loader:
+            if isinstance(item, LabelError):
+                refuse(item)
+            yield item
+
+    def unmixed(self, item):
+        """The held rows of an item, cropped and normalised, on the device: (n, 3, S, S) float32."""
+        pixels = item.pixels
+        if pixels is None:
+            batch, which = item.batch, slice(None) if item.held is None else item.held
+            index, crop, flip = (t[which].to(self.device) for t in (batch.index, batch.crop, batch.flip))
+            pixels = resized_crop_batch(self.resident[index], crop, flip, self.protocol["input_size"])
+        return normalise(pixels.to(self.device, non_blocking=True), self.facts.mean, self.facts.std)
+
+    def mixed(self, item):
+        """The wanted rows of an item, cropped, normalised and mixed, on the device: (n, 3, S, S) float32."""
+        return mix(self.unmixed(item), item.batch, self.protocol["mix_type"], item.rows, item.held)
+
+
+# ---- teachers
+
+TEACHER_ROWS = 256  # images a forward pass of the teacher: fixed, since a network's last bits depend on its batch
+
+
+@torch.no_grad()
+def teacher_logits(teachers, x, amp="none", half=True):
+    """Mean logits of the teachers (EDC uses several), rounded to fp16 as they are stored: (B, 3, S, S) -> (B, classes)."""
+    dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    parts = []
+    for part in x.split(TEACHER_ROWS):
+        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
+            outputs = [teacher(part).float() for teacher in teachers]
+        parts.append(outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(0))
+    logits = torch.cat(parts)
+    return logits.half() if half else logits

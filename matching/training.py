@@ -1,0 +1,339 @@
+"""What training a teacher and training a student share: optimiser, schedule, exact accumulation, evaluation, checkpoints.
+
+A global batch is cut into chunks of `bn_batch` images, which is what BatchNorm sees together; each chunk is one forward and
+backward pass, its loss is its sum over the images of the *whole* batch, and the ranks' gradients are summed. So the gradient
+is that of the whole batch for any number of chunks, accumulation steps and processes, also for the short last batch.
+"""
+
+import contextlib
+import copy
+import io
+import math
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from distillation.datasets import DATASETS, BadImage, squash
+from scripts.files import atomic
+from scripts.runtime import positive_int, refuse, seed_of
+
+# ---- optimiser, schedule
+
+
+def parameter_groups(model, weight_decay):
+    """Weight decay on matrices and convolutions only, as the release."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def make_optimizer(model, sgd, lr, weight_decay, momentum=0.9, fused=False):
+    groups = parameter_groups(model, weight_decay)
+    options = {"fused": True} if fused else {}
+    if sgd:
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, **options)
+    return torch.optim.AdamW(groups, lr=lr, **options)
+
+
+def lr_factor(schedule, epoch, epochs, cos_stretch=1.0, warmup_epochs=0, step_factor=0.2):
+    """Learning rate of `epoch` (0-based) over the peak.
+
+    cosine   (1 + cos(pi t / (Z E))) / 2: to 0 for Z = 1 (the release's --cos), to half for Z = 2 (RDED, EDC; RD3's zeta)
+    linear   1 - t / E (the release without --cos)
+    step     x step_factor at 2/3 and 5/6 of the epochs (Minimax)
+    """
+    if epoch < warmup_epochs:
+        return (epoch + 1) / (warmup_epochs + 1)
+    t, total = epoch - warmup_epochs, epochs - warmup_epochs
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * t / (cos_stretch * total))) / 2
+    if schedule == "linear":
+        return 1 - t / total
+    if schedule == "constant":
+        return 1.0
+    return step_factor ** sum(epoch >= milestone for milestone in (2 * epochs // 3, 5 * epochs // 6))
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+# ---- losses
+
+
+def soft_loss(outputs, logits, temperature):
+    """KL(teacher || student) summed over the rows, both at temperature T and without T^2, as the release."""
+    log_p = F.log_softmax(outputs / temperature, 1)
+    q = F.softmax(logits.to(outputs.dtype) / temperature, 1)
+    return F.kl_div(log_p, q, reduction="sum")
+
+
+def hard_loss(outputs, targets, other, lam):
+    """Cross-entropy on class indices, mixed by lambda, summed over the rows.   targets, other (B,)"""
+    loss = F.cross_entropy(outputs, targets, reduction="sum")
+    if lam == 1:
+        return loss
+    return lam * loss + (1 - lam) * F.cross_entropy(outputs, other, reduction="sum")
+
+
+def mse_ce_loss(outputs, logits, targets, other, lam, ce_weight):
+    """EDC: mean squared error of the logits (mean over classes) + ce_weight x cross-entropy, summed over the rows."""
+    mse = F.mse_loss(outputs, logits.to(outputs.dtype), reduction="sum") / outputs.shape[1]
+    return mse + ce_weight * hard_loss(outputs, targets, other, lam)
+
+
+# ---- chunks and ranks
+
+
+def chunk_size(batch_size, world, accumulation_steps, bn_batch):
+    """Images of one forward and backward pass: --bn_batch, else batch / (processes x accumulation steps), rounded up."""
+    return bn_batch or -(-batch_size // (world * accumulation_steps))
+
+
+def chunks_of(count, size):
+    """(first, end) of each chunk of a batch of `count`; a last chunk of one image joins the one before (BatchNorm needs 2)."""
+    ends = [*range(size, count, size), count]
+    if len(ends) > 1 and ends[-1] - ends[-2] == 1:
+        ends.pop(-2)
+    return list(zip([0, *ends[:-1]], ends))
+
+
+def sum_over_ranks(tensors, world):
+    """Add up lists of tensors over all processes, in place, in one message a dtype.
+
+    Not DDP: ranks may hold different numbers of chunks, also none, and DDP averages over ranks.
+    """
+    if world == 1:
+        return
+    import torch.distributed as dist
+
+    for dtype in sorted({t.dtype for t in tensors}, key=str):
+        same = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.reshape(-1) for t in same])
+        dist.all_reduce(flat)
+        for t, part in zip(same, flat.split([t.numel() for t in same])):
+            t.copy_(part.view_as(t))
+
+
+def sum_gradients(model, world):
+    if world > 1:
+        for p in model.parameters():
+            if p.requires_grad and p.grad is None:  # this rank had no chunk
+                p.grad = torch.zeros_like(p)
+        sum_over_ranks([p.grad for p in model.parameters() if p.requires_grad], world)
+
+
+@torch.no_grad()
+def average_buffers(model, chunks, world):
+    """BatchNorm's running statistics as the mean over ranks, weighted by the chunks that each has seen."""
+    if world == 1:
+        return
+    buffers = [b for b in model.buffers() if b.is_floating_point()]
+    counters = [b for b in model.buffers() if not b.is_floating_point() and b.ndim == 0]
+    seen = torch.tensor([float(chunks)], device=next(model.parameters()).device)
+    for b in buffers:
+        b.mul_(chunks)
+    sum_over_ranks([*buffers, *counters, seen], world)
+    for b in buffers:
+        b.div_(seen.to(b.dtype)[0])
+    for b in counters:
+        b.div_(world, rounding_mode="floor")
+
+
+def has_random_layers(model):
+    """Whether a forward pass in train mode draws numbers (dropout, stochastic depth)."""
+    return any(
+        "dropout" in type(m).__name__.lower() or "stochasticdepth" in type(m).__name__.lower() for m in model.modules()
+    )
+
+
+@contextlib.contextmanager
+def seeded(*key, device="cpu"):
+    """PyTorch's global generators set from `key` inside, and as they were afterwards: for weights and dropout."""
+    devices = [device] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed_of(*key))
+        yield
+
+
+# ---- exponential average
+
+
+class Average:
+    """EMA of a model's weights (EDC): average <- decay average + (1 - decay) weights, after each step; buffers are copied."""
+
+    def __init__(self, model, decay):
+        self.model, self.decay = copy.deepcopy(model).requires_grad_(False), decay
+
+    @torch.no_grad()
+    def update(self, model):
+        for mean, p in zip(self.model.parameters(), model.parameters()):
+            mean.lerp_(p, 1 - self.decay)
+        for mean, b in zip(self.model.buffers(), model.buffers()):
+            mean.copy_(b)
+
+
+# ---- evaluation
+
+
+def validation_pixels(split, size, rank=0, world=1, flag="--val_dir"):
+    """Test images of this rank as bytes: (n, size, size, 3) uint8 and (n,) class indices.
+
+    Small data sets (CIFAR, Tiny-ImageNet, digits) are taken whole; others are resized to size * 256 / 224 on the shorter side and
+    cropped in the middle, as the release.
+    """
+    whole = DATASETS[split.dataset].image_size <= 64
+    items = [(item, c) for c, names in enumerate(split.items) for item in names][rank::world]
+    out = np.empty((len(items), size, size, 3), np.uint8)
+    for k, (item, _) in enumerate(items):
+        try:
+            image = split.read(item)
+        except BadImage as error:
+            refuse(f"{flag} {error}")
+        out[k] = np.asarray(squash(image, size) if whole else centre_crop(image, size))
+    return torch.from_numpy(out), torch.tensor([c for _, c in items], dtype=torch.int64)
+
+
+def centre_crop(image, size):
+    """torchvision's Resize(size * 256 / 224) on the shorter side and CenterCrop(size), by Pillow."""
+    short = size * 256 // 224
+    w, h = image.size
+    w, h = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
+    image = image.resize((w, h), Image.Resampling.BILINEAR)
+    left, top = round((w - size) / 2), round((h - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+@torch.no_grad()
+def evaluate(model, pixels, targets, to_input, device, world=1, rows=256):
+    """{"top1", "top5"} in percent over all ranks.   pixels (n, S, S, 3) uint8, targets (n,)
+
+    to_input   uint8 pixels on the device -> the model's input
+    """
+    model.eval()
+    correct = torch.zeros(3, dtype=torch.int64, device=device)
+    for part, target in zip(pixels.split(rows), targets.split(rows)):
+        outputs = model(to_input(part.to(device, non_blocking=True)))
+        best = outputs.topk(min(5, outputs.shape[1]), 1).indices
+        hits = best == target.to(device)[:, None]
+        correct += torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(target), device=device)])
+    sum_over_ranks([correct], world)
+    top1, top5, count = correct.tolist()
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
+
+
+def summary(values):
+    """{"mean", "std", "n", "values"} over seeds; the sample standard deviation, None for one seed."""
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "n": len(values),
+        "values": values,
+    }
+
+
+# ---- checkpoints
+
+
+def save_checkpoint(path, state):
+    """A dict of tensors and plain values, whole or absent; the same bytes for the same values."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with atomic(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def load_checkpoint(path):
+    """What save_checkpoint wrote; refuses, in one line, what is none."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever a damaged file makes it raise
+        reason = str(error).split("\n")[0] or type(error).__name__
+        refuse(f"{path}: not a checkpoint ({reason[:200]}); remove it to begin anew")
+    if not isinstance(state, dict) or "epoch" not in state:
+        refuse(f"{path}: not a checkpoint of this stage; remove it to begin anew")
+    return state
+
+
+def save_weights(path, model):
+    import safetensors.torch
+
+    state = {k: v.detach().cpu().contiguous() for k, v in plain(model).state_dict().items()}
+    with atomic(path) as temporary:
+        temporary.write_bytes(safetensors.torch.save(state))
+
+
+def plain(model):
+    """The network inside a compiled one."""
+    return getattr(model, "_orig_mod", model)
+
+
+def checkpoint_path(folder, seed):
+    return Path(folder) / f"checkpoint_seed{seed}.pt"
+
+
+# ---- steps
+
+
+class Settings:
+    """How forward passes run, for a teacher and a student alike; the values are those of the flags."""
+
+    def __init__(self, device, amp="none", channels_last=False, compiled=False):
+        self.device, self.amp, self.channels_last, self.compiled = device, amp, channels_last, compiled
+
+    def place(self, model):
+        model = model.to(self.device)
+        if self.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        return torch.compile(model) if self.compiled else model
+
+    def lay_out(self, x):
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+    def autocast(self):
+        dtype = torch.bfloat16 if self.amp == "bf16" else None
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.amp == "bf16")
+
+
+def train_step(model, optimizer, chunks, count, loss_of, world, settings, key=None):
+    """One optimiser step on a batch of `count` images; returns this rank's share of the mean loss.
+
+    chunks    (first, end) of this rank; loss_of(first, end) -> (loss summed over those rows)
+    key       seeds the forward pass of networks with dropout; None for networks without
+    """
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=settings.device)
+    for first, end in chunks:
+        with seeded(*key, first, device=settings.device) if key else contextlib.nullcontext():
+            with settings.autocast():
+                loss = loss_of(first, end) / count
+            loss.backward()
+        total += loss.detach().float()
+    sum_gradients(model, world)
+    optimizer.step()
+    return total
+
+
+def add_training_flags(parser):
+    """Flags of speed that a teacher's and a student's training share."""
+    group = parser.add_argument_group("batches and speed")
+    group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="cuts a batch further")
+    group.add_argument(
+        "--bn_batch",
+        type=positive_int,
+        default=None,
+        help="images that BatchNorm sees together (the release: 73); default: batch / (processes x accumulation steps)",
+    )
+    group.add_argument("--amp", choices=("none", "bf16"), default="none", help="precision of forward passes")
+    group.add_argument("--channels_last", action="store_true", help="memory layout for tensor cores")
+    group.add_argument("--compile", action="store_true", help="torch.compile the network")
+    group.add_argument("--fused", action="store_true", help="the optimiser's fused kernel")
+    group.add_argument("--checkpoint_every", type=positive_int, default=10, help="epochs between two checkpoints")
+    group.add_argument("--eval_every", type=positive_int, default=50, help="epochs between two tests (and the last)")

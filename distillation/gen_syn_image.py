@@ -325,7 +325,10 @@ def data_card(settings, num_classes):
         "noise": "noise denoised from t = strength * T, no prototypes",
         "text": "text-to-image, no prototypes",
         "random": "real images chosen at random",
-    }[s["arm"]]
+        "stm": "images optimised further against a classifier's BatchNorm statistics (SRe2L's recover step)",
+    }[s["arm"].removesuffix("-g")]
+    if s["arm"].endswith("-g"):
+        how += "; classes taken out of a larger distilled data set"
     lines = [
         f"- {key}: {s[key]}"
         for key in ("model", "strength", "guidance_scale", "num_inference_steps", "seed")

@@ -1,4 +1,4 @@
-"""Synthesis-time matching (STM; paper, section 4.4 and table 3): D4M images, optimised further against a teacher.
+"""Synthesis-time matching (STM; paper, table 3): D4M images, optimised further against a teacher.
 
     python -m matching.stm --image_path output/images/imagenet_ipc10_s0.7_g8_kmexpand1 --arch resnet18
 
@@ -6,9 +6,9 @@ The recover step of SRe2L (arXiv 2306.13092) by its published numbers, started f
 
     min over x of   CE(f(a(x)), y) + r_bn sum_l w_l (|mean_l(a(x)) - running mean_l| + |var_l(a(x)) - running var_l|)
 
-with w = first_bn_multiplier for the first BatchNorm and 1 for the others, and one random crop, flip and shift a() for the
-whole batch in each of 4000 Adam steps. A batch holds image i of `batch_size` classes: it is the unit of work, its PNGs are
-written when it is finished, and the same command goes on where a run stopped.
+with w = first_bn_multiplier for the first BatchNorm and 1 for the others, and one random crop, flip and shift a() for
+the whole batch in each of 4000 Adam steps. A batch holds image i of `batch_size` classes: it is the unit of work, its
+PNGs are written when it is finished, and the same command goes on where a run stopped.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
@@ -49,7 +49,7 @@ SRE2L = {"iterations": 4000, "lr": 0.25, "r_bn": 0.01, "first_bn_multiplier": 10
 
 
 class BatchNormStatistics:
-    """`with BatchNormStatistics(teacher) as statistics:` after each forward pass, statistics.loss() is R_BN of SRe2L."""
+    """`with BatchNormStatistics(teacher) as statistics:` after a forward pass, statistics.loss() is R_BN of SRe2L."""
 
     def __init__(self, teacher, first_multiplier):
         self.layers = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -100,7 +100,7 @@ def match_batch(teacher, x, targets, g, mean, std, iterations, lr, r_bn, first_b
     teacher   frozen, in eval mode;  targets (B,);  g: the batch's own generator
     """
     x = x.clone().requires_grad_(True)
-    low, high = ((torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in _range(mean, std)))
+    low, high = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in _range(mean, std))
     optimizer = torch.optim.Adam([x], lr=lr, **ADAM)
     with BatchNormStatistics(teacher, first_bn_multiplier) as statistics:
         for iteration in range(iterations):
@@ -114,7 +114,7 @@ def match_batch(teacher, x, targets, g, mean, std, iterations, lr, r_bn, first_b
                 torch.clamp(x, low, high, out=x)  # a pixel stays within 0 .. 255
             if bar is not None:
                 bar.update()
-    return x.detach(), {"ce": round(ce.item(), 4), "bn": round(float(bn), 4)}
+    return x.detach(), {"ce": round(ce.item(), 4), "bn": round(bn.item(), 4)}
 
 
 def _range(mean, std):
@@ -132,7 +132,7 @@ def to_pictures(x, mean, std):
 
 
 def class_batches(jobs, ipc, batch_size):
-    """[(image number, jobs)]: image i of `batch_size` consecutive classes, as SRe2L, so that statistics mix classes."""
+    """[(image number, jobs)]: image i of `batch_size` consecutive classes, as SRe2L: a batch mixes classes."""
     batches = []
     for i in range(ipc):
         column = [job for job in jobs if job.i == i]

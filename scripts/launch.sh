@@ -5,7 +5,7 @@
 #
 # torchrun, not `accelerate launch`: the latter silently reads a per-user configuration file.
 
-RUN="python"
+RUN="${PYTHON:-python}"
 if [ -n "${TORCHRUN_ARGS:-}" ] || [ "${NUM_GPUS:-1}" -gt 1 ]; then
     RUN="torchrun ${TORCHRUN_ARGS:---standalone --nproc_per_node $NUM_GPUS}"
 fi

@@ -1,0 +1,267 @@
+"""Stages 1 and 2 end to end on digits with a tiny random Stable Diffusion: resume, processes, arms, refusals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_tiny_sd, tree
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextModel
+
+from distillation import distill, gen_prototype, gen_syn_image, random_real
+from distillation.prototypes import PrototypeFolder
+
+CLASSES = ["--dataset", "digits", "--classes", "0-2"]
+STAGE_1 = [
+    *CLASSES,
+    "--ipc",
+    "2",
+    "--km_expand",
+    "2",
+    "--max_images_per_class",
+    "9",
+    "--batch_size",
+    "4",
+    "--num_workers",
+    "0",
+]
+STAGE_2 = ["--dataset", "digits", "--ipc", "2", "--km_expand", "2", "--num_inference_steps", "5", "--batch_size", "4"]
+NAME_1 = "digits-ipc2-kmexpand2_classes-0-2_max9"
+NAME_2 = "digits_ipc2_s0.7_g8_kmexpand2_steps5_classes-0-2_max9"
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_sd):
+    return ["--diffusion_checkpoints_path", str(tiny_sd), "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def made(model, tmp_path_factory):
+    """(prototype folder, image folder), made once, in one go."""
+    root = tmp_path_factory.mktemp("made")
+    prototypes = gen_prototype.main([*STAGE_1, *model, "--save_prototype_path", f"{root}/prototypes"])
+    [images] = gen_syn_image.main(
+        [*STAGE_2, *model, "--prototype_path", f"{prototypes}", "--save_init_image_path", f"{root}/images"]
+    )
+    return prototypes, images
+
+
+def test_names_and_contents_of_the_two_folders(made):
+    prototypes, images = made
+    assert prototypes.name == NAME_1 and images.name == NAME_2
+    assert sorted(p.name for p in prototypes.iterdir()) == [
+        "0000_0.json",
+        "0001_1.json",
+        "0002_2.json",
+        "args.json",
+        "log.jsonl",
+        "manifest.json",
+        "timing.json",
+    ]
+    facts = json.loads((prototypes / "0001_1.json").read_text())
+    assert (facts["class_index"], facts["folder"], facts["prompt"]) == (1, "1", "one")
+    assert facts["images"] == 9 == sum(facts["cluster_sizes"]) and facts["latent_shape"] == [4, 8, 8]
+    assert sorted(str(p.relative_to(images)) for p in images.rglob("*.png")) == [
+        f"{c}/{c}_000{i}.png" for c in "012" for i in "01"
+    ]
+    with Image.open(images / "2/2_0001.png") as image:
+        assert image.size == (32, 32) and image.mode == "RGB"
+    rows = [json.loads(line) for line in (images / "images.jsonl").read_text().splitlines()]
+    assert [r["file_name"] for r in rows][:2] == ["0/0_0000.png", "0/0_0001.png"]
+    assert {"prompt": "zero", "strength": 0.7, "guidance_scale": 8.0, "prototype": 1}.items() <= rows[1].items()
+    assert len({r["seed"] for r in rows}) == 6
+    sizes = json.loads((prototypes / "0000_0.json").read_text())["cluster_sizes"]
+    assert [r["cluster_size"] for r in rows[:2]] == sizes
+    manifest = json.loads((images / "manifest.json").read_text())
+    assert manifest["stage"] == "images" and manifest["count"] == 6 and "README.md" in manifest["files"]
+
+
+def test_image_folders_have_torchvisions_class_indices(made):
+    from torchvision.datasets import ImageFolder
+
+    folder = ImageFolder(made[1])
+    assert folder.classes == ["0", "1", "2"] and folder.targets == [0, 0, 1, 1, 2, 2]
+
+
+def test_distill_makes_the_same_pngs_without_a_prototype_file(made, model):
+    [folder] = distill.main([*STAGE_1, *model, "--num_inference_steps", "5"])
+    assert folder.name == made[1].name
+    theirs = {k: v for k, v in tree(made[1]).items() if k.endswith(".png")}
+    assert {k: v for k, v in tree(folder).items() if k.endswith(".png")} == theirs and len(theirs) == 6
+
+
+def test_an_interrupted_stage_1_goes_on_to_the_same_bytes_and_encodes_only_what_is_missing(made, model, counted):
+    argv = [*STAGE_1, *model]
+    shutil.copytree(made[0], f"output/prototypes/{NAME_1}")
+    mine = Path(f"output/prototypes/{NAME_1}")
+    for name in ("manifest.json", "0001_1.json"):
+        (mine / name).unlink()
+    encoded = counted(AutoencoderKL, "encode")
+    gen_prototype.main(argv)
+    assert sum(encoded) == 9  # class 1's images, and no other
+    assert tree(mine) == tree(made[0])
+    del encoded[:]
+    gen_prototype.main(argv)
+    assert encoded == []
+
+
+def test_an_interrupted_stage_2_redoes_whole_batches_and_no_other(made, model, counted):
+    shutil.copytree(made[1], f"output/images/{NAME_2}")
+    mine = Path(f"output/images/{NAME_2}")
+    for name in ("manifest.json", "images.jsonl", "1/1_0001.png"):  # batch 0 holds images 0-3, batch 1 images 4-5
+        (mine / name).unlink()
+    (mine / "2/.2_0000.png.some-host.1.tmp").write_bytes(b"half")
+    calls = counted(UNet2DConditionModel, "forward")
+    gen_syn_image.main([*STAGE_2, *model, "--prototype_path", str(made[0])])
+    assert calls and set(calls) == {8}  # four images, twice for guidance
+    assert tree(mine) == tree(made[1])
+
+
+def test_text_is_encoded_once_a_class(made, model, counted):
+    calls = counted(CLIPTextModel, "forward")
+    gen_syn_image.main([*STAGE_2, *model, "--prototype_path", str(made[0])])
+    assert len(calls) == 4  # three classes and the negative prompt
+
+
+@pytest.mark.parametrize("world", [2, 5])
+def test_any_number_of_processes_makes_the_same_bytes(made, model, monkeypatch, world):
+    """Ranks one after the other; with 5 of them some have nothing to do."""
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    for rank in range(world):
+        monkeypatch.setenv("RANK", str(rank))
+        prototypes = gen_prototype.main([*STAGE_1, *model])
+    for rank in range(world):
+        monkeypatch.setenv("RANK", str(rank))
+        [images] = gen_syn_image.main([*STAGE_2, *model, "--prototype_path", str(prototypes)])
+    assert tree(prototypes) == tree(made[0]) and tree(images) == tree(made[1])
+
+
+def test_the_latent_cache_serves_another_ipc_without_encoding(made, model, counted):
+    encoded = counted(AutoencoderKL, "encode")
+    gen_prototype.main([*STAGE_1, *model, "--latent_cache", "cache"])
+    assert sum(encoded) == 27
+    del encoded[:]
+    argv = [*STAGE_1, *model, "--ipc", "3", "--save_prototype_path"]
+    cached = gen_prototype.main([*argv, "a", "--latent_cache", "cache"])
+    assert encoded == []
+    assert tree(cached) == tree(gen_prototype.main([*argv, "b"]))
+    gen_prototype.main([*argv, "c", "--latent_cache", "cache", "--seed", "1"])  # other latents: not from this cache
+    assert sum(encoded) == 54
+
+
+def test_the_arms_without_prototypes_start_from_pure_noise(made, model):
+    folders = gen_syn_image.main(
+        [*STAGE_2, *model, "--prototype_path", str(made[0]), "--arm", "decoded", "noise", "text"]
+    )
+    assert [f.name for f in folders] == [
+        "digits_ipc2_decoded_steps5_kmexpand2_classes-0-2_max9",
+        "digits_ipc2_noise_steps5_classes-0-2",
+        "digits_ipc2_text_steps5_classes-0-2",
+    ]
+    pictures = {f.name: (f / "0/0_0000.png").read_bytes() for f in [*folders, made[1]]}
+    assert len(set(pictures.values())) == 4
+
+
+def test_noise_and_text_do_not_depend_on_the_prototypes(made, model):
+    from distillation.gen_syn_image import Job, Synthesizer
+    from scripts.checkpoints import load_pipeline
+    from scripts.pipeline_stable_diffusion_latents2img import StableDiffusionLatents2ImgPipeline
+
+    pipeline = load_pipeline(StableDiffusionLatents2ImgPipeline, model[1], torch.device("cpu"), "fp32")
+    source, job = PrototypeFolder(made[0]), Job(0, 0, "0", "zero", 0, 0)
+    other = {0: source[1]}
+    for arm, same in (("d4m", False), ("decoded", False), ("noise", True), ("text", True)):
+        make = Synthesizer(pipeline, arm, 0, 0.7, 8.0, 5, "")
+        assert np.array_equal(make([job], {0: source[0]}), make([job], other)) is same
+
+
+def test_fewer_prototypes_than_images_give_several_noises_each(made, model):
+    argv = [
+        "--dataset",
+        "digits",
+        "--ipc",
+        "4",
+        "--num_prototypes",
+        "2",
+        "--km_expand",
+        "2",
+        "--num_inference_steps",
+        "2",
+    ]
+    [folder] = gen_syn_image.main([*argv, *model, "--prototype_path", str(made[0])])
+    assert "_protos2_" in folder.name
+    rows = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()][:4]
+    assert [r["prototype"] for r in rows] == [0, 1, 0, 1] and len({r["seed"] for r in rows}) == 4
+
+
+def test_random_real_images_are_the_data_sets_own_and_change_with_the_seed():
+    first = random_real.main([*CLASSES, "--ipc", "3", "--image_size", "8"])
+    second = random_real.main([*CLASSES, "--ipc", "3", "--image_size", "8", "--seed", "1"])
+    assert first.name == "digits_ipc3_random_imagesize8_classes-0-2" and second.name.endswith(
+        "_seed1_imagesize8_classes-0-2"
+    )
+    from distillation.datasets import open_split
+
+    split = open_split("digits", None)
+    real = {split.arrays[row].tobytes() for row in split.items[1]}
+    chosen = [np.array(Image.open(p)).tobytes() for p in sorted((first / "1").iterdir())]
+    assert len(set(chosen)) == 3 and set(chosen) <= real
+    assert chosen != [np.array(Image.open(p)).tobytes() for p in sorted((second / "1").iterdir())]
+
+
+def test_a_resume_takes_the_folders_batch_size(made, model, capsys):
+    shutil.copytree(made[1], f"output/images/{NAME_2}")
+    mine = Path(f"output/images/{NAME_2}")
+    for name in ("manifest.json", "0/0_0000.png"):
+        (mine / name).unlink()
+    gen_syn_image.main([*STAGE_2, *model, "--prototype_path", str(made[0]), "--batch_size", "1"])
+    assert "--batch_size 1: output/images" in capsys.readouterr().err
+    assert tree(mine) == tree(made[1])
+
+
+def test_what_does_not_fit_is_refused_in_one_line(made, model, refused, tmp_path):
+    prototypes = str(made[0])
+    stage_2 = [*STAGE_2, *model, "--prototype_path"]
+    refused(gen_syn_image.main, [*stage_2, prototypes, "--ipc", "3"], "--ipc 3", "holds 2 a class")
+    refused(gen_syn_image.main, [*stage_2, prototypes, "--km_expand", "1"], "--km_expand 1", "was made with 2")
+    refused(
+        gen_syn_image.main, [*stage_2, prototypes, "--dataset", "cifar10"], "--dataset cifar10", "made from digits"
+    )
+    refused(gen_syn_image.main, [*stage_2, "nowhere"], "--prototype_path nowhere", "no such folder")
+    refused(gen_syn_image.main, [*stage_2, prototypes, "--strength", "1.5"], "--strength", "1.5")
+    refused(gen_syn_image.main, [*stage_2, prototypes, "--streng", "0.5"], "--streng")
+    refused(gen_prototype.main, [*STAGE_1, *model, "--ipc", "10"], "--ipc 10", "class 0", "9 images")
+    refused(gen_prototype.main, ["--dataset", "cifar10", "--ipc", "1"], "--data_dir", "cifar-10-batches-py")
+    refused(gen_prototype.main, ["--dataset", "mnist"], "--dataset mnist", "imagenet")
+    other = build_tiny_sd(tmp_path, seed=1)
+    argv = [*STAGE_2, "--device", "cpu", "--diffusion_checkpoints_path", other, "--prototype_path", prototypes]
+    line = refused(gen_syn_image.main, argv, "VAE")
+    assert PrototypeFolder(made[0]).vae_sha256[:12] in line
+
+
+def test_an_unfinished_prototype_folder_is_no_input(made, model, refused):
+    shutil.copytree(made[0], "half")
+    (Path("half") / "manifest.json").unlink()
+    refused(gen_syn_image.main, [*STAGE_2, *model, "--prototype_path", "half"], "half", "not finished")
+
+
+def test_a_folder_of_other_settings_is_refused_with_both_values(made, model, refused):
+    shutil.copytree(made[0], f"output/prototypes/{NAME_1}")
+    argv = [*STAGE_1, *model, "--on_small_class", "repeat"]
+    refused(gen_prototype.main, argv, "on_small_class", '"error"', '"repeat"')
+
+
+def test_small_classes_can_be_repeated(model):
+    folder = gen_prototype.main([*STAGE_1, *model, "--ipc", "11", "--on_small_class", "repeat"])
+    latents = PrototypeFolder(folder)[0].latents
+    assert len(latents) == 11 and np.array_equal(latents[:2], latents[9:])

@@ -34,6 +34,15 @@ def warn(message):
     print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
+class _Help(argparse.HelpFormatter):
+    """Adds the default to a flag's help where there is one and the text does not already say it."""
+
+    def _get_help_string(self, action):
+        says = action.help and ("default" in action.help or "[" in action.help)
+        bare = action.default in (None, False, argparse.SUPPRESS) or not action.option_strings
+        return action.help if says or bare else f"{action.help or ''} (default: %(default)s)".lstrip()
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser for the stage scripts.
 
@@ -42,7 +51,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args, retired=None, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("formatter_class", _Help)
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.retired = retired or {}
 

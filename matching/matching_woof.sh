@@ -1,0 +1,34 @@
+#!/bin/sh
+# Stage 3 on ImageWoof: a teacher's soft labels for the crops of every epoch (training-time matching).
+# Teacher: torchvision's ResNet-18; the ten columns of these classes are taken out of its thousand.
+# Not in the paper: a batch of 1024 would be one step an epoch, so the batch is RDED's for ten classes.
+set -eu
+cd "$(dirname "$0")/.."
+. scripts/launch.sh
+
+IPC="${IPC:-10}"
+KM_EXPAND="${KM_EXPAND:-1}"
+STRENGTH="${STRENGTH:-0.7}"
+GUIDANCE="${GUIDANCE:-8}"
+OUT="${OUT:-output}"
+IMAGES="${IMAGES:-imagewoof_ipc${IPC}_s${STRENGTH}_g${GUIDANCE}_kmexpand${KM_EXPAND}}"
+TEACHER="${TEACHER:-resnet18}"
+EPOCHS="${EPOCHS:-300}"
+BATCH_SIZE="${BATCH_SIZE:-50}"
+
+exec $RUN -m matching.generate_soft_label \
+    --data "$OUT/images/$IMAGES" \
+    --arch "$TEACHER" \
+    --epochs "$EPOCHS" \
+    --batch_size "$BATCH_SIZE" \
+    --fkd_seed 42 \
+    --input_size 224 \
+    --min_scale_crops 0.08 \
+    --max_scale_crops 1 \
+    --mix_type cutmix \
+    --cutmix 1.0 \
+    --use_fp16 \
+    --mode fkd_save \
+    --num_workers 8 \
+    --fkd_path "$OUT/labels" \
+    "$@"

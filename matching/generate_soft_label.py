@@ -4,9 +4,9 @@
         --arch resnet18 --mix_type cutmix
     sh matching/matching.sh
 
-Writes FKD_PATH/<name>/epoch_0000.safetensors ... and manifest.json, one file an epoch with every draw of every batch and the
-logits in fp16 (FKD: fast knowledge distillation). The epoch is the unit of work: it is redone whole, split over processes,
-and skipped when it is on disk, so the same command continues a stopped run.
+Writes FKD_PATH/<name>/epoch_0000.safetensors ... and manifest.json, one file an epoch with every draw of every batch
+and the logits in fp16 (FKD: fast knowledge distillation). The epoch is the unit of work: it is redone whole, split
+over processes, and skipped when it is on disk, so the same command continues a stopped run.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
@@ -84,7 +84,9 @@ def add_teacher_flags(parser, default_arch):
 
 def get_args(argv=None):
     parser = Parser(prog="matching.generate_soft_label", description=__doc__.split("\n")[0], retired=RETIRED)
-    parser.add_argument("--data", nargs="+", required=True, metavar="DIR", help="image folders of stage 2, or any other")
+    parser.add_argument(
+        "--data", nargs="+", required=True, metavar="DIR", help="image folders of stage 2, or any other"
+    )
     parser.add_argument(
         "--dataset", type=dataset_name, default=None, metavar="NAME", help="default: what the images' manifest says"
     )
@@ -144,9 +146,7 @@ def main(argv=None):
         protocol = protocol_of(vars(args), images.image_size or DATASETS[images.dataset].image_size)
         key = (images.dataset, images.folders, protocol["input_size"])
         if key not in teachers:
-            teachers[key] = load_teachers(
-                args.arch, args.teacher_checkpoint, *key, process.device, args.channels_last
-            )
+            teachers[key] = load_teachers(args.arch, args.teacher_checkpoint, *key, process.device, args.channels_last)
         folders.append(label_images(args, images, protocol, *teachers[key], process))
     return folders
 
@@ -160,9 +160,7 @@ def label_images(args, images, protocol, teachers, teacher_facts, process):
     batches = -(-count // protocol["batch_size"])
     files = [label_file(epoch) for epoch in range(epochs)]
     left = sum(not (folder / file).exists() for file in files)
-    require_space(
-        "--fkd_path", folder, left * label_bytes(count, len(images.folders), batches, args.use_fp16)
-    )
+    require_space("--fkd_path", folder, left * label_bytes(count, len(images.folders), batches, args.use_fp16))
     arrays, images = load_pixels("--data", images, args.num_workers)
     settings = label_settings(protocol, images, teacher_facts, args.use_fp16, args.amp, args.channels_last)
     facts = DATASETS[images.dataset]

@@ -1,10 +1,12 @@
 """Teachers and students by name, and how a teacher's weights and columns are found (paper, sections 3.3 and 4.1).
 
     model = create_model("resnet18", num_classes=10, image_size=224)
-    teacher, facts = load_teacher("resnet18", None, "imagenette", folders, 224)     # ImageNet's head, 10 of its 1000 columns
+    teacher, facts = load_teacher("resnet18", None, "imagenette", folders, 224)     # ImageNet's head, 10 of its 1000
+                                                                                    columns
 
-At 224 px these are torchvision's networks; at 64 px and below the ResNets get a 3x3 stem without max-pool, which is the
-usual recipe for CIFAR and Tiny-ImageNet. The ConvNets are those of DM / MTT / TESLA: instance norm and average pooling.
+At 224 px these are torchvision's networks; at 64 px and below the ResNets get a 3x3 stem without max-pool, which is
+the usual recipe for CIFAR and Tiny-ImageNet. The ConvNets are those of DM / MTT / TESLA: instance norm and average
+pooling.
 """
 
 import re
@@ -19,7 +21,8 @@ from distillation.datasets import DATASETS, WNID, known_prompts
 from scripts.files import MANIFEST, is_complete, read_manifest, sha256
 from scripts.runtime import refuse
 
-# What torchvision's weights="DEFAULT" (the release) means today, pinned, so that a later torchvision gives the same labels.
+# What torchvision's weights="DEFAULT" (the release) means today, pinned, so that a later torchvision gives the same
+# labels.
 TEACHER_WEIGHTS = {
     "resnet18": "IMAGENET1K_V1",
     "resnet50": "IMAGENET1K_V2",
@@ -193,8 +196,9 @@ def count_parameters(model):
 def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher_checkpoint"):
     """A frozen teacher in eval mode whose columns are the classes `folders`, in that order, and what is known of it.
 
-    checkpoint    None: torchvision's pinned ImageNet weights (timm's own for timm:NAME); a folder made by train_teacher; or a
-                  safetensors / torch file with a state dict, also under "state_dict" or "model" or with a "module." prefix
+    checkpoint    None: torchvision's pinned ImageNet weights (timm's own for timm:NAME); a folder made by
+                  train_teacher; or a safetensors / torch file with a state dict, also under "state_dict" or "model" or
+                  with a "module." prefix
     Returns (model, facts); facts = {"arch", "weights", "sha256", "classes", "columns"}, without any path.
     """
     folders = list(folders)
@@ -295,7 +299,8 @@ def _teacher_folder(name, folder, dataset, image_size, flag):
 def read_state_dict(path, flag):
     """Tensors by name from a safetensors or torch file, without unpickling any code; refuses what is none.
 
-    Takes a plain state dict, one under "state_dict" or "model", and names with torch's "module." or "_orig_mod." prefix.
+    Takes a plain state dict, one under "state_dict" or "model", and names with torch's "module." or "_orig_mod."
+    prefix.
     """
     path = Path(path)
     if path.is_dir():
@@ -360,7 +365,8 @@ def _head_size(name, state, image_size, what):
 
 
 def _guess_classes(count, dataset, folders, flag, checkpoint):
-    """The class folders of a bare checkpoint: the data set's, ImageNet's for 1000 classes, or as many as the images have.
+    """The class folders of a bare checkpoint: the data set's, ImageNet's for 1000 classes, or as many as the images
+    have.
 
     Nothing in such a file says its class order; that of torchvision's ImageFolder (sorted folder names) is what every
     public training script uses.

@@ -4,8 +4,8 @@
     pixels = crop_on_cpu(images, batch.index, batch.crop, batch.flip, input_size)     # (B, S, S, 3) uint8
     x = mix(normalise(pixels, mean, std), batch)                                      # what teacher and student see
 
-Stage 3 writes one safetensors file an epoch that states all draws of all batches and the teacher's logits; stage 4 replays
-them. Nothing is re-derived from a sampler's seed later, and stages 3 and 4 share each line of this file.
+Stage 3 writes one safetensors file an epoch that states all draws of all batches and the teacher's logits; stage 4
+replays them. Nothing is re-derived from a sampler's seed later, and stages 3 and 4 share each line of this file.
 """
 
 import math
@@ -351,9 +351,11 @@ def draw_batch(seed, epoch, number, index, sizes, input_size, protocol):
 
 
 def draw_crops(sizes, scale, g):
-    """RandomResizedCrop's boxes, distributed as torchvision's get_params: (B, 2) height, width -> (B, 4) top, left, h, w.
+    """RandomResizedCrop's boxes, distributed as torchvision's get_params: (B, 2) height, width -> (B, 4) top, left, h,
+    w.
 
-    Up to ten tries of an area in `scale` and a log-uniform ratio in 3/4 .. 4/3; then the largest central crop in that range.
+    Up to ten tries of an area in `scale` and a log-uniform ratio in 3/4 .. 4/3; then the largest central crop in that
+    range.
     """
     height, width = sizes.to(torch.float64).unbind(1)
     u = torch.rand(4, CROP_TRIES, len(sizes), generator=g, dtype=torch.float64)
@@ -397,8 +399,8 @@ def _cutmix_box(lam, size, u):
 def resize_exact(image, size):
     """PIL image -> (size, size), bilinear, horizontal pass first.
 
-    That is what every Pillow does when it enlarges; when it shrinks, Pillow 13 chooses the order by shape, older ones do not,
-    so the two passes are asked for one by one.
+    That is what every Pillow does when it enlarges; when it shrinks, Pillow 13 chooses the order by shape, older ones
+    do not, so the two passes are asked for one by one.
     """
     if image.width > size or image.height > size:
         image = image.resize((size, image.height), Image.Resampling.BILINEAR)
@@ -406,7 +408,8 @@ def resize_exact(image, size):
 
 
 def crop_on_cpu(arrays, index, crop, flip, size):
-    """Crop, resize and flip by Pillow: the bytes of torchvision's `resized_crop` + `hflip`.   -> (B, size, size, 3) uint8
+    """Crop, resize and flip by Pillow: the bytes of torchvision's `resized_crop` + `hflip`.   -> (B, size, size, 3)
+    uint8
 
     arrays   list of (H, W, 3) uint8
     """
@@ -448,10 +451,12 @@ def _triangle_taps(start, length, bound, size):
 
 
 def resized_crop_batch(images, boxes, flips, size, rows=128):
-    """Crop, resize and flip a whole batch on any device, with the bytes of `crop_on_cpu`.   -> (B, size, size, 3) uint8
+    """Crop, resize and flip a whole batch on any device, with the bytes of `crop_on_cpu`.   -> (B, size, size, 3)
+    uint8
 
     images   (B, H, W, 3) uint8; boxes (B, 4) int64 top, left, height, width; flips (B,) bool
-    Two separable passes of integer weights, rounded to bytes in between, as Pillow; 32-bit sums suffice (255 * 2^22 < 2^31).
+    Two separable passes of integer weights, rounded to bytes in between, as Pillow; 32-bit sums suffice (255 * 2^22 <
+    2^31).
     """
     parts = [
         _resized_crop(images[i : i + rows], boxes[i : i + rows], flips[i : i + rows], size)
@@ -650,8 +655,8 @@ class Item(NamedTuple):
 class Feed(torch.utils.data.Dataset):
     """Item (epoch, number) -> that whole batch, replayed from stored labels or drawn from the seed.
 
-    One `__getitem__` is one batch, so stock PyTorch loads it (`batch_size=None`) and worker processes live for all epochs.
-    On a CUDA device that has room for the images they are kept there and cropped there, with the same bytes.
+    One `__getitem__` is one batch, so stock PyTorch loads it (`batch_size=None`) and worker processes live for all
+    epochs. On a CUDA device that has room for the images they are kept there and cropped there, with the same bytes.
 
     labels    (folder, {file: sha256}) of stored labels, or None
     rows_of   count -> the rows of a batch of `count` that this process trains on; None: all
@@ -688,8 +693,9 @@ class Feed(torch.utils.data.Dataset):
         if self.open[0] != epoch:
             digest = digests.get(label_file(epoch))
             p = self.protocol
-            self.open = epoch, EpochLabels(
-                folder, epoch, self.sizes, self.classes, p["batch_size"], p["input_size"], digest
+            self.open = (
+                epoch,
+                EpochLabels(folder, epoch, self.sizes, self.classes, p["batch_size"], p["input_size"], digest),
             )
         return self.open[1].batch(number)
 

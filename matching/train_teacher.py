@@ -23,18 +23,18 @@ from distillation.datasets import DATASETS, BadImage, add_dataset_flags, open_sp
 from matching.models import count_parameters, create_model, model_name
 from matching.soft_labels import draw_crops, epoch_batches, normalise, probability, resize_exact
 from matching.training import (
-    Settings,
+    Forward,
     add_training_flags,
     average_buffers,
     checkpoint_path,
     chunk_size,
-    chunks_of,
     evaluate,
     has_random_layers,
     load_checkpoint,
     lr_factor,
     make_optimizer,
     plain,
+    rank_chunks,
     save_checkpoint,
     save_weights,
     seeded,
@@ -80,8 +80,9 @@ class Recipe(NamedTuple):
     flip: float
 
 
-# The paper names the teachers and their accuracies only. CIFAR: the usual recipe of 32-px networks (pad-and-crop, flip, SGD,
-# cosine). Tiny-ImageNet: the public 64-px ResNet recipe. Others: PyTorch's classification script. Digits: short, no flips.
+# The paper names the teachers and their accuracies only. CIFAR: the usual recipe of 32-px networks (pad-and-crop,
+# flip, SGD, cosine). Tiny-ImageNet: the public 64-px ResNet recipe. Others: PyTorch's classification script. Digits:
+# short, no flips.
 CIFAR = Recipe(200, 128, 0.1, 5e-4, 0, "pad_crop", 0.5)
 RECIPES = {
     "digits": Recipe(15, 50, 0.02, 5e-4, 1, "pad_crop", 0.0),
@@ -96,7 +97,8 @@ IMAGENET = Recipe(90, 256, 0.1, 1e-4, 5, "rrc", 0.5)
 
 
 class TrainingImages(Dataset):
-    """Item (epoch, batch) -> the rows of that batch that this rank trains on, cropped: (n, S, S, 3) uint8, (n,) targets.
+    """Item (epoch, batch) -> the rows of that batch that this rank trains on, cropped: (n, S, S, 3) uint8, (n,)
+    targets.
 
     Small sets are held in memory; others are read from disk, batch by batch, in the DataLoader's workers.
     """
@@ -125,8 +127,7 @@ class TrainingImages(Dataset):
     def __getitem__(self, key):
         epoch, number = key
         index = epoch_batches(self.seed, epoch, len(self.items), self.batch_size)[number]
-        mine = chunks_of(len(index), self.chunk)[self.rank :: self.world]
-        rows = torch.cat([torch.arange(*c) for c in mine]) if mine else torch.zeros(0, dtype=torch.int64)
+        rows = rank_chunks(len(index), self.chunk, self.rank, self.world)[1]
         pixels = np.empty((len(rows), self.size, self.size, 3), np.uint8)
         for k, i in enumerate(index[rows].tolist()):
             pixels[k] = self._augmented(i, generator(self.seed, epoch, 1 + i))
@@ -269,8 +270,8 @@ def main(argv=None):
             print(f"{folder}: already there")
             return folder
         watch = Stopwatch()
-        run = Settings(process.device, args.amp, args.channels_last, args.compile)
-        result, units = train_teacher(args, recipe, settings, folder, train, val, process, run)
+        forward = Forward(process.device, args.amp, args.channels_last, args.compile)
+        result, units = train_teacher(args, recipe, settings, folder, train, val, process, forward)
         if process.is_main:
             write_json(folder / "results.json", {"arguments": settings, **result})
             manifest_facts = {
@@ -292,13 +293,13 @@ def main(argv=None):
     return folder
 
 
-def train_teacher(args, recipe, settings, folder, train, val, process, run):
+def train_teacher(args, recipe, settings, folder, train, val, process, forward):
     """The training loop; returns ({"last", "best", "rows", "parameters"}, epochs trained now)."""
     facts, size, device = DATASETS[args.dataset], settings["input_size"], process.device
     classes = len(train.folders)
     with seeded(args.seed):
         model = create_model(args.arch, classes, size)
-    model = run.place(model)
+    model = forward.place(model)
     optimizer = make_optimizer(model, True, recipe.learning_rate, recipe.weight_decay, args.momentum, args.fused)
     checkpoint, first, rows = checkpoint_path(folder, args.seed), 0, []
     if checkpoint.exists():
@@ -317,9 +318,6 @@ def train_teacher(args, recipe, settings, folder, train, val, process, run):
     loader = iter(DataLoader(data, batch_size=None, sampler=keys, num_workers=workers))
     random = has_random_layers(model)
 
-    def to_input(part):
-        return run.lay_out(normalise(part, facts.mean, facts.std))
-
     def save(epoch):
         state = {"epoch": epoch, "model": plain(model).state_dict(), "optimizer": optimizer.state_dict(), "rows": rows}
         if process.is_main:
@@ -334,29 +332,26 @@ def train_teacher(args, recipe, settings, folder, train, val, process, run):
             total, steps, seen = torch.zeros((), device=device), 0, 0
             for _ in range(-(-len(data.items) // recipe.batch_size)):
                 _, number, count, images, labels = next(loader)
-                x, labels = to_input(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
-                mine = chunks_of(count, settings["bn_batch"])[process.rank :: process.world]
-                local, start = {}, 0
-                for chunk in mine:  # position of this rank's chunks in the rows it holds
-                    local[chunk] = start
-                    start += chunk[1] - chunk[0]
+                x = forward.lay_out(normalise(images.to(device, non_blocking=True), facts.mean, facts.std))
+                labels = labels.to(device, non_blocking=True)
+                chunks, _ = rank_chunks(count, settings["bn_batch"], process.rank, process.world)
 
-                def loss_of(first, end, x=x, labels=labels, local=local):
-                    rows = slice(local[first, end], local[first, end] + end - first)
+                def loss_of(rows, x=x, labels=labels):
+                    outputs = forward(model, x[rows])
                     return F.cross_entropy(
-                        model(x[rows]), labels[rows], reduction="sum", label_smoothing=args.label_smoothing
+                        outputs, labels[rows], reduction="sum", label_smoothing=args.label_smoothing
                     )
 
                 key = (args.seed, epoch, number) if random else None
-                total += train_step(model, optimizer, mine, count, loss_of, process.world, run, key)
-                steps, seen = steps + 1, seen + len(mine)
+                total += train_step(model, optimizer, chunks, count, loss_of, process.world, key)
+                steps, seen = steps + 1, seen + len(chunks)
                 bar.update(count)
             average_buffers(model, seen, process.world)
             asked = torch.tensor([float(signals.name is not None)], device=device)
             sum_over_ranks([total, asked], process.world)
             row = {"epoch": epoch, "lr": lr, "loss": total.item() / steps}
             if (epoch + 1) % args.eval_every == 0 or epoch + 1 == recipe.epochs:
-                row |= evaluate(model, pixels, targets, to_input, device, process.world)
+                row |= evaluate(model, pixels, targets, forward, facts.mean, facts.std, process.world)
                 bar.set_postfix(top1=f"{row['top1']:.2f}")
             rows.append(row)
             if epoch + 1 < recipe.epochs and ((epoch + 1) % args.checkpoint_every == 0 or asked):

@@ -1,8 +1,10 @@
-"""What training a teacher and training a student share: optimiser, schedule, exact accumulation, evaluation, checkpoints.
+"""What training a teacher and training a student share: optimiser, schedule, exact accumulation, evaluation,
+checkpoints.
 
-A global batch is cut into chunks of `bn_batch` images, which is what BatchNorm sees together; each chunk is one forward and
-backward pass, its loss is its sum over the images of the *whole* batch, and the ranks' gradients are summed. So the gradient
-is that of the whole batch for any number of chunks, accumulation steps and processes, also for the short last batch.
+A global batch is cut into chunks of `bn_batch` images, which is what BatchNorm sees together; each chunk is one
+forward and backward pass, its loss is its sum over the images of the *whole* batch, and the ranks' gradients are
+summed. So the gradient is that of the whole batch for any number of chunks, accumulation steps and processes, also for
+the short last batch.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from distillation.datasets import DATASETS, BadImage, squash
+from matching.soft_labels import normalise
 from scripts.files import atomic
 from scripts.runtime import positive_int, refuse, seed_of
 
@@ -44,7 +47,8 @@ def make_optimizer(model, sgd, lr, weight_decay, momentum=0.9, fused=False):
 def lr_factor(schedule, epoch, epochs, cos_stretch=1.0, warmup_epochs=0, step_factor=0.2):
     """Learning rate of `epoch` (0-based) over the peak.
 
-    cosine   (1 + cos(pi t / (Z E))) / 2: to 0 for Z = 1 (the release's --cos), to half for Z = 2 (RDED, EDC; RD3's zeta)
+    cosine   (1 + cos(pi t / (Z E))) / 2: to 0 for Z = 1 (the release's --cos), to half for Z = 2 (RDED, EDC; RD3's
+             zeta)
     linear   1 - t / E (the release without --cos)
     step     x step_factor at 2/3 and 5/6 of the epochs (Minimax)
     """
@@ -89,6 +93,35 @@ def mse_ce_loss(outputs, logits, targets, other, lam, ce_weight):
     return mse + ce_weight * hard_loss(outputs, targets, other, lam)
 
 
+# ---- colours (Minimax's hard-label protocol)
+
+GRAY = (0.299, 0.587, 0.114)
+# eigenvalues and eigenvectors of ImageNet's RGB covariance (Krizhevsky et al. 2012), as the whole field uses them
+EIGENVALUES = (0.2175, 0.0188, 0.0045)
+EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+
+
+def color_jitter(x, rows, count, jitter, lighting, mean, std, g):
+    """Brightness, contrast and saturation in random order by up to +- jitter, then PCA noise, on normalised images.
+
+    x (n, 3, S, S) are the rows `rows` of a batch of `count`: the draws are of the whole batch, so that ranks agree.
+    """
+    order = torch.rand(count, 3, generator=g).argsort(1)[rows].to(x.device)  # op at each of three places
+    alpha = (torch.rand(count, 3, generator=g) * 2 - 1)[rows].to(x.device) * jitter
+    noise = torch.randn(count, 3, generator=g)[rows].to(x.device) * lighting
+    mean, std, gray = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (mean, std, GRAY))
+    x = x * std + mean
+    for place in range(3):
+        op = order[:, place].view(-1, 1, 1, 1)
+        shade = (x * gray).sum(1, keepdim=True)  # (n, 1, S, S)
+        flat = shade.mean((2, 3), keepdim=True)
+        towards = torch.where(op == 0, torch.zeros_like(shade), torch.where(op == 1, flat, shade))
+        x = x + alpha[:, place].view(-1, 1, 1, 1) * (towards - x)
+    values, vectors = torch.tensor(EIGENVALUES, device=x.device), torch.tensor(EIGENVECTORS, device=x.device)
+    x = x + ((noise * values) @ vectors.T).view(-1, 3, 1, 1)
+    return (x - mean) / std
+
+
 # ---- chunks and ranks
 
 
@@ -103,6 +136,16 @@ def chunks_of(count, size):
     if len(ends) > 1 and ends[-1] - ends[-2] == 1:
         ends.pop(-2)
     return list(zip([0, *ends[:-1]], ends))
+
+
+def rank_chunks(count, size, rank, world):
+    """This rank's chunks of a batch of `count`: [(first row in the batch, slice of this rank's rows)], and those rows."""
+    mine, start, out = chunks_of(count, size)[rank::world], 0, []
+    for first, end in mine:
+        out.append((first, slice(start, start + end - first)))
+        start += end - first
+    rows = [torch.arange(first, end) for first, end in mine]
+    return out, torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
 
 
 def sum_over_ranks(tensors, world):
@@ -186,8 +229,8 @@ class Average:
 def validation_pixels(split, size, rank=0, world=1, flag="--val_dir"):
     """Test images of this rank as bytes: (n, size, size, 3) uint8 and (n,) class indices.
 
-    Small data sets (CIFAR, Tiny-ImageNet, digits) are taken whole; others are resized to size * 256 / 224 on the shorter side and
-    cropped in the middle, as the release.
+    Small data sets (CIFAR, Tiny-ImageNet, digits) are taken whole; others are resized to size * 256 / 224 on the
+    shorter side and cropped in the middle, as the release.
     """
     whole = DATASETS[split.dataset].image_size <= 64
     items = [(item, c) for c, names in enumerate(split.items) for item in names][rank::world]
@@ -212,15 +255,17 @@ def centre_crop(image, size):
 
 
 @torch.no_grad()
-def evaluate(model, pixels, targets, to_input, device, world=1, rows=256):
+def evaluate(model, pixels, targets, forward, mean, std, world=1, rows=256):
     """{"top1", "top5"} in percent over all ranks.   pixels (n, S, S, 3) uint8, targets (n,)
 
-    to_input   uint8 pixels on the device -> the model's input
+    mean, std   of the data set, for normalisation
     """
     model.eval()
+    device = forward.device
     correct = torch.zeros(3, dtype=torch.int64, device=device)
     for part, target in zip(pixels.split(rows), targets.split(rows)):
-        outputs = model(to_input(part.to(device, non_blocking=True)))
+        x = forward.lay_out(normalise(part.to(device, non_blocking=True), mean, std))
+        outputs = forward(model, x)
         best = outputs.topk(min(5, outputs.shape[1]), 1).indices
         hits = best == target.to(device)[:, None]
         correct += torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(target), device=device)])
@@ -282,39 +327,45 @@ def checkpoint_path(folder, seed):
 # ---- steps
 
 
-class Settings:
+class Forward:
     """How forward passes run, for a teacher and a student alike; the values are those of the flags."""
 
     def __init__(self, device, amp="none", channels_last=False, compiled=False):
         self.device, self.amp, self.channels_last, self.compiled = device, amp, channels_last, compiled
 
     def place(self, model):
-        model = model.to(self.device)
+        model = model.to(self.device, torch.float64 if self.amp == "fp64" else torch.float32)
         if self.channels_last:
             model = model.to(memory_format=torch.channels_last)
         return torch.compile(model) if self.compiled else model
 
     def lay_out(self, x):
+        x = x.double() if self.amp == "fp64" else x
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def autocast(self):
-        dtype = torch.bfloat16 if self.amp == "bf16" else None
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.amp == "bf16")
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp == "bf16")
+
+    def __call__(self, model, x):
+        """Logits in float32 (float64 with --amp fp64)."""
+        with self.autocast():
+            outputs = model(x)
+        return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
 
 
-def train_step(model, optimizer, chunks, count, loss_of, world, settings, key=None):
+def train_step(model, optimizer, chunks, count, loss_of, world, key=None):
     """One optimiser step on a batch of `count` images; returns this rank's share of the mean loss.
 
-    chunks    (first, end) of this rank; loss_of(first, end) -> (loss summed over those rows)
-    key       seeds the forward pass of networks with dropout; None for networks without
+    chunks    [(first row, slice)] of this rank; loss_of(slice) -> loss summed over those rows
+    key       seeds the forward passes of networks with dropout; None for networks without
     """
     optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=settings.device)
-    for first, end in chunks:
-        with seeded(*key, first, device=settings.device) if key else contextlib.nullcontext():
-            with settings.autocast():
-                loss = loss_of(first, end) / count
-            loss.backward()
+    device = next(model.parameters()).device
+    total = torch.zeros((), device=device)
+    for first, rows in chunks:
+        with seeded(*key, first, device=device) if key else contextlib.nullcontext():
+            loss = loss_of(rows) / count
+        loss.backward()
         total += loss.detach().float()
     sum_gradients(model, world)
     optimizer.step()
@@ -331,7 +382,12 @@ def add_training_flags(parser):
         default=None,
         help="images that BatchNorm sees together (the release: 73); default: batch / (processes x accumulation steps)",
     )
-    group.add_argument("--amp", choices=("none", "bf16"), default="none", help="precision of forward passes")
+    group.add_argument(
+        "--amp",
+        choices=("none", "bf16", "fp64"),
+        default="none",
+        help="precision of forward passes; fp64 compares numbers of processes",
+    )
     group.add_argument("--channels_last", action="store_true", help="memory layout for tensor cores")
     group.add_argument("--compile", action="store_true", help="torch.compile the network")
     group.add_argument("--fused", action="store_true", help="the optimiser's fused kernel")

@@ -1,0 +1,723 @@
+"""Stage 4 (paper, sections 3.3 and 4): a student on synthetic images and soft labels, tested on real images.
+
+    python -m validate.train_FKD --train_dir output/images/NAME --fkd_path output/labels/NAME_resnet18_mix-cutmix \\
+        --val_dir data/imagenet --model resnet18 --cos -T 20 --gradient_accumulation_steps 2
+    sh validate/train_FKD.sh
+
+minimises KL(teacher(x), student(x)) over the replayed crops of the labels (the default), over crops that the teacher
+labels during training (--online: same draws, same numbers), or trains on class indices (--hard_label). Writes
+OUTPUT_DIR/<name>/results.json (arguments, a row an epoch, last and best top-1/top-5 by seed, mean and sample std), the
+weights, and manifest.json. The same command continues a stopped run from its last checkpoint to the same weights.
+"""
+
+if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
+    raise SystemExit("run it from the repository root: python -m validate.train_FKD")
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from distillation.datasets import DATASETS, dataset_name, known_prompts, open_split
+from matching.generate_soft_label import add_teacher_flags, load_teachers, name_extras
+from matching.models import count_parameters, create_model, load_state, model_name, read_state_dict
+from matching.soft_labels import (
+    PROTOCOL,
+    TEACHER_ROWS,
+    Feed,
+    add_protocol_flags,
+    label_file,
+    labels_name,
+    load_pixels,
+    open_images,
+    protocol_of,
+    teacher_logits,
+)
+from matching.training import (
+    Average,
+    Forward,
+    add_training_flags,
+    average_buffers,
+    checkpoint_path,
+    chunk_size,
+    color_jitter,
+    evaluate,
+    hard_loss,
+    has_random_layers,
+    load_checkpoint,
+    lr_factor,
+    make_optimizer,
+    mse_ce_loss,
+    plain,
+    rank_chunks,
+    save_checkpoint,
+    save_weights,
+    seeded,
+    set_lr,
+    soft_loss,
+    sum_over_ranks,
+    summary,
+    train_step,
+    validation_pixels,
+)
+from scripts.files import (
+    ARGS,
+    MANIFEST,
+    is_complete,
+    output_folder,
+    output_name,
+    read_json,
+    read_manifest,
+    require_space,
+    sha256,
+    write_json,
+    write_manifest,
+    write_timing,
+)
+from scripts.runtime import (
+    Parser,
+    StopSignals,
+    Stopwatch,
+    add_process_flags,
+    append_log,
+    generator,
+    join_processes,
+    peak_memory,
+    refuse,
+    this_process,
+)
+
+RETIRED = {
+    "--keep_topk": "nothing used it",
+    "--start_epoch": "the same command resumes from its checkpoint",
+    "--wandb_project": "use --tracker wandb, and wandb's own WANDB_PROJECT",
+    "--wandb_api_key": "use --tracker wandb after `wandb login`; a key on a command line is public",
+    "--workers": "use --num_workers",
+    "--seed": "use --seeds",
+}
+
+
+class Recipe(NamedTuple):
+    """How a student learns; the defaults are the release's (its launcher sets cosine and temperature 20)."""
+
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    momentum: float = 0.875
+    schedule: str = "linear"
+    cos_stretch: float = 1.0
+    step_factor: float = 0.2
+    warmup_epochs: int = 0
+    loss: str = "kl"
+    temperature: float = 3.0
+    ce_weight: float = 0.025
+    ema: float = 0.0
+    bn_refresh: bool = False
+    color_jitter: float = 0.0
+    lighting: float = 0.0
+
+
+def get_args(argv=None):
+    parser = Parser(prog="validate.train_FKD", description=__doc__.split("\n")[0], retired=RETIRED)
+    group = parser.add_argument_group("data")
+    group.add_argument("--train_dir", default=None, help="an image folder of stage 2, or any other")
+    group.add_argument(
+        "--fkd_path",
+        default=None,
+        help="its labels folder of stage 3, or the folder above (not with --online, --hard_label)",
+    )
+    group.add_argument("--val_dir", default=None, help="the real data set's root (not for digits)")
+    group.add_argument(
+        "--dataset", type=dataset_name, default=None, metavar="NAME", help="default: what the images' manifest says"
+    )
+    group.add_argument(
+        "--output_dir", default="output/students", help="results go to a folder below, named by the flags"
+    )
+    group.add_argument("--online", action="store_true", help="the teacher labels during training; no labels folder")
+    group.add_argument("--hard_label", action="store_true", help="train on class indices; no teacher")
+    group.add_argument("--evaluate", default=None, metavar="CHECKPOINT", help="only test these weights on --val_dir")
+
+    group = parser.add_argument_group("student")
+    group.add_argument("--model", type=model_name, default="resnet18", help="see matching/models.py")
+    group.add_argument("--seeds", nargs="+", type=int, default=[0], help="one student from scratch for each")
+    group.add_argument("--sgd", action="store_true", help="SGD instead of AdamW")
+    group.add_argument("--adamw_lr", type=float, default=0.001)
+    group.add_argument("--adamw_weight_decay", type=float, default=0.01, help="on matrices and convolutions only")
+    group.add_argument("-lr", "--learning_rate", type=float, default=1.024, help="of SGD")
+    group.add_argument("--momentum", type=float, default=0.875, help="of SGD")
+    group.add_argument("--weight_decay", type=float, default=3e-5, help="of SGD")
+    group.add_argument(
+        "--schedule", choices=("linear", "cosine", "step", "constant"), default="linear", help="learning rate by epoch"
+    )
+    group.add_argument(
+        "--cos", dest="schedule", action="store_const", const="cosine", help="same as --schedule cosine"
+    )
+    group.add_argument(
+        "--cos_stretch", type=float, default=1.0, help="cosine over this many times the epochs; 2 ends at half (RDED)"
+    )
+    group.add_argument(
+        "--step_factor", type=float, default=0.2, help="of --schedule step, at 2/3 and 5/6 of the epochs"
+    )
+    group.add_argument("--warmup_epochs", type=int, default=0, help="linear, before the schedule")
+    group.add_argument("-T", "--temperature", type=float, default=3.0, help="of both sides of the KL; no T^2 factor")
+    group.add_argument(
+        "--loss",
+        choices=("kl", "mse_ce"),
+        default="kl",
+        help="kl (paper); mse_ce: squared error of logits + --ce_weight x cross-entropy (EDC); --hard_label has its own",
+    )
+    group.add_argument("--ce_weight", type=float, default=0.025, help="of --loss mse_ce")
+    group.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, which are tested; 0: none")
+    group.add_argument(
+        "--bn_refresh", action="store_true", help="an extra forward on un-mixed images refreshes BatchNorm (RDED)"
+    )
+    group.add_argument("--color_jitter", type=float, default=0.0, help="with --hard_label: strength (Minimax: 0.4)")
+    group.add_argument("--lighting", type=float, default=0.0, help="with --hard_label: PCA noise (Minimax: 0.1)")
+
+    group = parser.add_argument_group("batches (stored labels fix them: a flag that differs is refused)")
+    add_protocol_flags(group, stored=True)
+    add_teacher_flags(parser, None)
+    add_training_flags(parser)
+    parser.add_argument("--tracker", default=None, help="tensorboard, wandb, ... through accelerate")
+    add_process_flags(parser)
+    parser.add_argument("-j", dest="num_workers", type=int, default=argparse.SUPPRESS, help="same as --num_workers")
+    args = parser.parse_args(argv)
+    _check_flags(args)
+    return args
+
+
+def _check_flags(args):
+    if args.shard != "0/1":
+        refuse(f"--shard {args.shard}: training is one job; use torchrun for several processes")
+    if args.online and args.hard_label:
+        refuse("--online and --hard_label: only one of them")
+    if args.evaluate:
+        return
+    if args.train_dir is None:
+        refuse("--train_dir: missing; an image folder of stage 2")
+    own = "--online" if args.online else "--hard_label" if args.hard_label else None
+    if own and args.fkd_path:
+        refuse(f"--fkd_path {args.fkd_path}: not with {own}, which reads no labels")
+    if not own and args.fkd_path is None:
+        refuse("--fkd_path: missing; the labels of stage 3 (or --online, or --hard_label)")
+    if args.hard_label and (args.arch or args.teacher_checkpoint):
+        refuse("--hard_label: has no teacher; drop --arch and --teacher_checkpoint")
+    if (args.color_jitter or args.lighting) and not args.hard_label:
+        refuse("--color_jitter, --lighting: only with --hard_label; the teacher's labels are of images without them")
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        refuse(f"--seeds {' '.join(map(str, args.seeds))}: expected different numbers from 0")
+    if args.temperature <= 0:
+        refuse(f"--temperature {args.temperature}: expected a number above 0")
+    if not 0 <= args.ema < 1:
+        refuse(f"--ema {args.ema}: expected 0 <= decay < 1")
+
+
+def recipe_of(args):
+    return Recipe(
+        optimizer="sgd" if args.sgd else "adamw",
+        lr=args.learning_rate if args.sgd else args.adamw_lr,
+        weight_decay=args.weight_decay if args.sgd else args.adamw_weight_decay,
+        loss="ce" if args.hard_label else args.loss,
+        **{
+            name: getattr(args, name)
+            for name in Recipe._fields
+            if name not in ("optimizer", "lr", "weight_decay", "loss")
+        },
+    )
+
+
+# ---- labels and images that must fit each other
+
+
+def open_labels(path, images, given):
+    """(folder, manifest) of the labels of `images`, found at `path` or one folder below; refuses all that does not
+    fit.
+
+    given   {flag: value} of the command line, None where not given
+    """
+    path = Path(path)
+    if (path / MANIFEST).exists() or (path / ARGS).exists() or not path.is_dir():
+        manifest = read_manifest("--fkd_path", path, "soft_labels")
+        refuse_all(mismatches(path, manifest, images, given))
+        return path, manifest
+    below = sorted(p for p in path.iterdir() if p.name.startswith(images.name + "_") and is_complete(p))
+    found = [(p, read_manifest("--fkd_path", p, "soft_labels")) for p in below]
+    fit = [(p, manifest) for p, manifest in found if not mismatches(p, manifest, images, given)]
+    if len(fit) == 1:
+        return fit[0]
+    if len(found) == 1:
+        refuse_all(mismatches(*found[0], images, given))
+    names = ", ".join(p.name for p, _ in (fit or found)[:4])
+    what = f"{len(fit)} label folders fit: {names}" if fit else f"{len(found)} label folders, none fits: {names}"
+    refuse(f"--fkd_path {path}: holds for {images.name} {what if found else 'no finished labels'}; name one")
+
+
+def refuse_all(problems):
+    """One line a problem, and status 2; nothing if there is none."""
+    for problem in problems[:-1]:
+        print(f"error: {' '.join(problem.split())}", file=sys.stderr)
+    if problems:
+        refuse(problems[-1])
+
+
+def mismatches(folder, manifest, images, given):
+    """What in the labels does not fit the images or the command line: one line a difference, naming both values."""
+    where = f"--fkd_path {folder}"
+    settings, of = manifest["arguments"], manifest.get("images")
+    if (folder / ARGS).exists() and read_json(folder / ARGS) != settings:
+        return [f"{where}: its {MANIFEST} and its {ARGS} disagree: one of them was edited"]
+    lacking = [k for k in (*PROTOCOL, "arch", "teacher_sha256", "use_fp16") if k not in settings]
+    if lacking or not isinstance(of, dict) or not isinstance(manifest.get("classes"), list):
+        return [f"{where}: its {MANIFEST} lacks {(lacking or ['images or classes'])[0]}"]
+    problems = []
+
+    def differ(what, theirs, ours, whose=f"{images.root}"):
+        if theirs != ours:
+            problems.append(f"{where}: labels of {what} {theirs}, {whose} has {ours}")
+
+    differ("the data set", manifest["dataset"], images.dataset)
+    theirs, ours = [c["folder"] for c in manifest["classes"]], list(images.folders)
+    if len(theirs) != len(ours):
+        differ("classes numbering", len(theirs), len(ours))
+    elif theirs != ours:
+        k = next(k for k in range(len(ours)) if theirs[k] != ours[k])
+        differ(f"class {k} =", theirs[k], ours[k])
+    differ("images numbering", of.get("count"), len(images.files))
+    differ("images of size", of.get("image_size"), images.image_size)
+    differ("the arm", of.get("arm"), images.arm)
+    if not problems:  # whatever differs above also changes the content
+        differ("images with the content", str(of.get("content"))[:12], images.content[:12])
+    facts = DATASETS[images.dataset]
+    differ(
+        "mean and std", [manifest.get("mean"), manifest.get("std")], [list(facts.mean), list(facts.std)], "this code"
+    )
+    for name in PROTOCOL:
+        if given.get(name) is None:
+            continue
+        if name == "epochs":
+            if given[name] > settings[name]:
+                problems.append(f"--epochs {given[name]}: {where[2:]} holds {settings[name]} epochs")
+        elif given[name] != settings[name]:
+            problems.append(f"--{name} {given[name]}: the labels of {where} were made with {settings[name]}")
+    if given.get("arch") not in (None, settings["arch"]):
+        problems.append(f"--arch {' '.join(given['arch'])}: the teacher of {where} is {' '.join(settings['arch'])}")
+    if given.get("use_fp16") not in (None, settings["use_fp16"]):
+        problems.append(f"--use_fp16 {given['use_fp16']}: the labels of {where} were made with {settings['use_fp16']}")
+    for checkpoint, digest in zip(given.get("teacher_checkpoint") or [], settings["teacher_sha256"]):
+        now = teacher_file_digest(checkpoint)
+        if now != digest:
+            problems.append(
+                f"--teacher_checkpoint {checkpoint}: has sha256 {now[:12]}, the teacher of {where} had {digest[:12]}"
+            )
+    return problems
+
+
+def teacher_file_digest(checkpoint):
+    path = Path(checkpoint)
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        refuse(f"--teacher_checkpoint {checkpoint}: no such file")
+    return sha256(path)
+
+
+def open_test(dataset, root, folders):
+    """The real test images of the classes `folders`, in that order."""
+    known = list(known_prompts(dataset))
+    split = open_split(dataset, root, "val", classes=list(folders) if known else None, flag="--val_dir")
+    missing = [f for f in folders if f not in split.folders]
+    if missing:
+        refuse(f"--val_dir {root}: has no class {missing[0]} ({len(missing)} of {len(folders)} missing)")
+    where = [split.folders.index(f) for f in folders]
+    kept = {
+        name: tuple(getattr(split, name)[i] for i in where) for name in ("folders", "prompts", "class_ids", "items")
+    }
+    split = type(split)(split.dataset, split.name, **kept, arrays=split.arrays)
+    empty = [f for f, items in zip(split.folders, split.items) if not items]
+    if empty:
+        refuse(f"--val_dir {root}: the class {empty[0]} has no test image")
+    return split
+
+
+def student_name(labels, model, recipe, epochs, label_epochs, chunk, batch_size, args):
+    """`{labels}_{model}` plus what is not the default."""
+    default = Recipe(loss="ce" if args.hard_label else "kl")
+    if args.sgd:
+        default = default._replace(optimizer="adamw", lr=1.024, weight_decay=3e-5)
+    short = {
+        "optimizer": "opt", "weight_decay": "wd", "temperature": "T", "cos_stretch": "stretch", "step_factor": "factor",
+        "warmup_epochs": "warmup", "ce_weight": "ce", "bn_refresh": "bnrefresh", "color_jitter": "jitter",
+    }  # fmt: skip
+    options = {"train": epochs, "bn": chunk}
+    defaults = {"train": label_epochs, "bn": batch_size}
+    for name, value in recipe._asdict().items():
+        options[short.get(name, name)] = value
+        defaults[short.get(name, name)] = getattr(default, name)
+    options |= {"amp": args.amp, "seeds": args.seeds}
+    defaults |= {"amp": "none", "seeds": [0]}
+    return output_name(f"{labels}_{model.replace(':', '-')}", options, defaults)
+
+
+# ---- main
+
+
+def main(argv=None):
+    args = get_args(argv)
+    process = this_process(args.device)
+    forward = Forward(process.device, args.amp, args.channels_last, args.compile)
+    if args.evaluate:
+        return evaluate_checkpoint(args, process, forward)
+    given = vars(args)
+    images = open_images("--train_dir", args.train_dir, args.dataset)
+    facts = DATASETS[images.dataset]
+    arrays = None
+    if images.foreign:
+        arrays, images = load_pixels("--train_dir", images, args.num_workers)
+    labels, teachers = None, []
+    if args.online or args.hard_label:
+        protocol = protocol_of(given, images.image_size or facts.image_size)
+        label_epochs, half = protocol["epochs"], args.use_fp16 is not False
+    else:
+        folder, manifest = open_labels(args.fkd_path, images, given)
+        protocol = {name: manifest["arguments"][name] for name in PROTOCOL}
+        label_epochs, half = protocol["epochs"], manifest["arguments"]["use_fp16"]
+        protocol["epochs"] = args.epochs or label_epochs
+        labels = folder, {name: entry["sha256"] for name, entry in manifest["files"].items()}
+        teacher_facts, labels_folder = manifest["teacher"], folder.resolve().name
+        if set(labels[1]) != {label_file(epoch) for epoch in range(label_epochs)}:
+            refuse(f"--fkd_path {folder}: its manifest lists {len(labels[1])} files for {label_epochs} epochs")
+    test = open_test(images.dataset, args.val_dir, images.folders)
+    if args.online:
+        archs = args.arch or ["resnet18"]
+        teachers, teacher_facts = load_teachers(
+            archs, args.teacher_checkpoint, images.dataset, images.folders, protocol["input_size"], process.device
+        )
+        extras = name_extras(half, "none", False)
+        labels_folder = labels_name(images.name, archs, protocol, images.image_size, extras) + "_online"
+    elif args.hard_label:
+        teacher_facts = []
+        labels_folder = labels_name(images.name, ["hard"], protocol, images.image_size)
+    recipe = recipe_of(args)
+    chunk = chunk_size(protocol["batch_size"], process.world, args.gradient_accumulation_steps, args.bn_batch)
+    chunk = min(chunk, protocol["batch_size"])
+    name = student_name(
+        labels_folder, args.model, recipe, protocol["epochs"], label_epochs, chunk, protocol["batch_size"], args
+    )
+    settings = {
+        "model": args.model,
+        "labels": "online" if args.online else "hard" if args.hard_label else "stored",
+        **protocol,
+        **recipe._asdict(),
+        "seeds": args.seeds,
+        "bn_batch": chunk,
+        "eval_every": args.eval_every,
+        "amp": args.amp,
+        "channels_last": args.channels_last,
+        "compile": args.compile,
+        "fused": args.fused,
+        "use_fp16": half,
+        "dataset": images.dataset,
+        "images": images.content,
+        "labels_content": manifest["content"] if labels else None,
+        "teacher": [[t["arch"], t["sha256"]] for t in teacher_facts],
+        "test_images": sum(map(len, test.items)),
+    }
+    if arrays is None:
+        arrays, images = load_pixels("--train_dir", images, args.num_workers)
+    folder = Path(args.output_dir) / name
+    accelerator = join_processes(process, args.tracker, args.output_dir)
+    with output_folder("--output_dir", folder, settings, process) as settings:
+        if is_complete(folder):
+            print(f"{folder}: already there")
+            return folder
+        watch = Stopwatch()
+        if accelerator and args.tracker:
+            accelerator.init_trackers("d4m", {k: str(v) for k, v in settings.items()})
+
+        def rows_of(count):
+            rows = rank_chunks(count, chunk, process.rank, process.world)[1]
+            return rows if not args.online else whole_blocks(rows, count)
+
+        feed = Feed(arrays, images, protocol, process.device, labels, rows_of if process.world > 1 else None)
+        pixels, targets = validation_pixels(test, protocol["input_size"], process.rank, process.world)
+
+        def test_model(model):
+            return evaluate(model, pixels, targets, forward, facts.mean, facts.std, process.world)
+
+        def log(seed, row):
+            if accelerator and args.tracker:
+                values = {f"seed{seed}/{k}": v for k, v in row.items() if k != "epoch"}
+                accelerator.log(values, step=row["epoch"])
+
+        job = Job(
+            args.model, recipe, protocol, len(images.folders), images.targets, chunk, half, teachers,
+            args.fused, args.eval_every, args.checkpoint_every,
+        )  # fmt: skip
+        units = train_students(job, args.seeds, folder, feed, process, forward, test_model, log, args.num_workers)
+        if process.is_main:
+            append_log(folder, event="run", rank=0, seconds=watch.seconds, units=units, **peak_memory(process.device))
+            results = write_results(folder, settings, images, teacher_facts, args.seeds)
+            files = ["results.json", *(f"student_seed{seed}.safetensors" for seed in args.seeds)]
+            files += [f"seed{seed}.json" for seed in args.seeds]
+            classes = [{"index": c, "folder": f} for c, f in enumerate(images.folders)]
+            student_facts = {"dataset": images.dataset, "classes": classes, "images": images.facts()}
+            write_manifest(folder, "student", settings, files, student_facts)
+            write_timing(folder)
+            top1 = results["summary"]["last"]["top1"]
+            spread = "" if top1["std"] is None else f" +- {top1['std']:.2f}"
+            print(f"{folder}: top-1 {top1['mean']:.2f}{spread} (n = {top1['n']}) in {watch.seconds:.0f} s")
+    if accelerator:
+        accelerator.end_training()
+    return folder
+
+
+def whole_blocks(rows, count):
+    """The rows of every block of TEACHER_ROWS that holds one of `rows`: the teacher's batches never depend on ranks."""
+    blocks = torch.unique(rows // TEACHER_ROWS)
+    every = torch.arange(count)
+    return every[torch.isin(every // TEACHER_ROWS, blocks)]
+
+
+# ---- training
+
+
+class Job(NamedTuple):
+    """What all seeds share."""
+
+    model: str
+    recipe: Recipe
+    protocol: dict
+    classes: int
+    targets: torch.Tensor  # class of each image
+    chunk: int
+    half: bool
+    teachers: list
+    fused: bool
+    eval_every: int
+    checkpoint_every: int
+
+
+class Student:
+    """One seed's network, optimiser, average and rows: what a checkpoint holds. Dropout is seeded by (seed, epoch, batch)."""
+
+    def __init__(self, job, seed, folder, forward):
+        self.seed, self.path, recipe = seed, checkpoint_path(folder, seed), job.recipe
+        with seeded(seed):
+            model = create_model(job.model, job.classes, job.protocol["input_size"])
+        self.model = forward.place(model)
+        self.average = Average(plain(self.model), recipe.ema) if recipe.ema else None
+        self.optimizer = make_optimizer(
+            self.model, recipe.optimizer == "sgd", recipe.lr, recipe.weight_decay, recipe.momentum, job.fused
+        )
+        self.epoch, self.rows, self.random = 0, [], has_random_layers(model)
+        if self.path.exists():
+            state = load_checkpoint(self.path)
+            plain(self.model).load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.average:
+                self.average.model.load_state_dict(state["ema"])
+            self.epoch, self.rows = state["epoch"], state["rows"]
+
+    @property
+    def tested(self):
+        return self.average.model if self.average else self.model
+
+    def save(self):
+        state = {
+            "epoch": self.epoch,
+            "model": plain(self.model).state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.average.model.state_dict() if self.average else None,
+            "rows": self.rows,
+        }
+        save_checkpoint(self.path, state)
+
+    def finish(self, folder):
+        """Weights, then rows, then the checkpoint goes: a stop in between repeats at most the last write."""
+        save_weights(folder / f"student_seed{self.seed}.safetensors", self.tested)
+        write_json(folder / f"seed{self.seed}.json", {"seed": self.seed, "rows": self.rows})
+        self.path.unlink(missing_ok=True)
+
+
+def train_students(job, seeds, folder, feed, process, forward, test_model, log, num_workers):
+    """One student a seed, one after the other, over one loader; returns the number of epochs trained now."""
+    epochs, count = job.protocol["epochs"], len(job.targets)
+    batches = -(-count // job.protocol["batch_size"])
+    todo = []
+    for seed in seeds:
+        if (folder / f"seed{seed}.json").exists():
+            if process.is_main:
+                checkpoint_path(folder, seed).unlink(missing_ok=True)
+        else:
+            path = checkpoint_path(folder, seed)
+            todo.append((seed, load_checkpoint(path)["epoch"] if path.exists() else 0))
+    keys = [(epoch, b) for _, first in todo for epoch in range(first, epochs) for b in range(batches)]
+    items = feed.loader(keys, num_workers)
+    units = sum(epochs - first for _, first in todo)
+    bar = tqdm(total=units * count, desc=job.model, unit="image", disable=not process.is_main)
+    with StopSignals() as signals, bar:
+        for seed, _ in todo:
+            student = Student(job, seed, folder, forward)
+            if process.is_main and not student.epoch:
+                copies = 4 + bool(student.average)
+                require_space("--output_dir", folder, 4 * copies * count_parameters(student.model) + 2**20)
+            while student.epoch < epochs:
+                row = train_epoch(job, student, items, batches, feed, process, forward, bar)
+                asked = torch.tensor([float(signals.name is not None)], device=process.device)
+                sum_over_ranks([asked], process.world)
+                last = student.epoch == epochs
+                if student.epoch % job.eval_every == 0 or last:
+                    row |= test_model(student.tested)
+                    bar.set_postfix(seed=seed, top1=f"{row['top1']:.2f}")
+                student.rows.append(row)
+                log(seed, row)
+                if process.is_main:
+                    if last:
+                        student.finish(folder)
+                    elif student.epoch % job.checkpoint_every == 0 or asked:
+                        student.save()
+                if asked:
+                    signals.name = signals.name or "SIGTERM"
+                    signals.leave_if_asked()
+    return units
+
+
+def train_epoch(job, student, items, batches, feed, process, forward, bar):
+    """One epoch over the next `batches` items; returns its row."""
+    recipe, epoch = job.recipe, student.epoch
+    lr = recipe.lr * lr_factor(
+        recipe.schedule, epoch, job.protocol["epochs"], recipe.cos_stretch, recipe.warmup_epochs, recipe.step_factor
+    )
+    set_lr(student.optimizer, lr)
+    model = student.model.train()
+    total, seen = torch.zeros((), device=process.device), 0
+    for _ in range(batches):
+        item = next(items)
+        count = len(item.batch.index)
+        chunks, own = rank_chunks(count, job.chunk, process.rank, process.world)
+        x, logits, targets, other = prepare(job, item, feed, process, own)
+        x = forward.lay_out(x)
+        if recipe.bn_refresh:
+            refresh_batch_norm(model, forward, feed, item, chunks, own, process)
+
+        def loss_of(rows, x=x, logits=logits, targets=targets, other=other, lam=item.batch.lam):
+            outputs = forward(model, x[rows])
+            if recipe.loss == "kl":
+                return soft_loss(outputs, logits[rows], recipe.temperature)
+            if recipe.loss == "mse_ce":
+                return mse_ce_loss(outputs, logits[rows], targets[rows], other[rows], lam, recipe.ce_weight)
+            return hard_loss(outputs, targets[rows], other[rows], lam)
+
+        key = (student.seed, epoch, item.number) if student.random else None
+        total += train_step(model, student.optimizer, chunks, count, loss_of, process.world, key)
+        if student.average:
+            student.average.update(plain(model))
+        seen += len(chunks)
+        bar.update(count)
+    average_buffers(model, seen, process.world)
+    sum_over_ranks([total], process.world)
+    student.epoch += 1
+    return {"epoch": epoch, "lr": lr, "loss": total.item() / batches}
+
+
+def prepare(job, item, feed, process, own):
+    """Input, logits, class and partner's class of this rank's rows, on the device."""
+    device, batch = process.device, item.batch
+    if job.recipe.color_jitter or job.recipe.lighting:
+        x = mixed_with_jitter(job, item, feed)
+    else:
+        x = feed.mixed(item)
+    logits = item.logits[own] if item.logits is not None else None
+    if job.teachers:
+        logits = teacher_logits(job.teachers, x, half=job.half)
+    if item.rows is not None:  # more rows may be here than this rank trains on
+        where = torch.searchsorted(item.rows, own).to(device)
+        x = x[where]
+        logits = logits[where] if job.teachers else logits
+    targets = job.targets[batch.index]
+    move = {"device": device, "non_blocking": True}
+    logits = logits.to(**move) if logits is not None else None
+    return x, logits, targets[own].to(**move), targets[batch.partner[own]].to(**move)
+
+
+def mixed_with_jitter(job, item, feed):
+    """As Feed.mixed, with colours jittered before the mix (Minimax)."""
+    from matching.soft_labels import mix
+
+    recipe, seed = job.recipe, job.protocol["fkd_seed"]
+    count = len(item.batch.index)
+    g = generator(seed, item.epoch, 1 + item.number, 1)
+    held = item.held if item.held is not None else torch.arange(count)
+    x = color_jitter(
+        feed.unmixed(item), held, count, recipe.color_jitter, recipe.lighting, feed.facts.mean, feed.facts.std, g
+    )
+    return mix(x, item.batch, job.protocol["mix_type"], item.rows, item.held)
+
+
+@torch.no_grad()
+def refresh_batch_norm(model, forward, feed, item, chunks, own, process):
+    """RDED: one more forward in train mode, without gradient, on the un-mixed images."""
+    x = feed.unmixed(item)
+    if item.held is not None:
+        x = x[torch.searchsorted(item.held, own).to(process.device)]
+    x = forward.lay_out(x)
+    for _, rows in chunks:
+        forward(model, x[rows])
+
+
+def write_results(folder, settings, images, teachers, seeds):
+    """results.json: no seconds and no paths in it, so that equal runs give equal bytes."""
+    keep = ("epoch", "top1", "top5")
+    by_seed = []
+    for seed in seeds:
+        rows = read_json(folder / f"seed{seed}.json")["rows"]
+        tested = [row for row in rows if "top1" in row]
+        by_seed.append(
+            {
+                "seed": seed,
+                "last": {k: tested[-1][k] for k in keep},
+                "best": {k: max(tested, key=lambda row: row["top1"])[k] for k in keep},
+                "rows": rows,
+            }
+        )
+    results = {
+        "arguments": settings,
+        "images": {"name": images.name, "classes": len(images.folders), **images.facts()},
+        "teacher": [{k: t[k] for k in ("arch", "weights", "sha256")} for t in teachers],
+        "summary": {
+            which: {k: summary([s[which][k] for s in by_seed]) for k in ("top1", "top5")} for which in ("last", "best")
+        },
+        "seeds": by_seed,
+    }
+    write_json(folder / "results.json", results)
+    return results
+
+
+def evaluate_checkpoint(args, process, forward):
+    """--evaluate: test some weights on --val_dir; prints and returns {"top1", "top5"}."""
+    images = open_images("--train_dir", args.train_dir, args.dataset) if args.train_dir else None
+    dataset = images.dataset if images else args.dataset
+    if dataset is None:
+        refuse("--evaluate: needs --dataset (or --train_dir), to know the classes")
+    facts = DATASETS[dataset]
+    folders = images.folders if images else open_split(dataset, args.val_dir, "val", flag="--val_dir").folders
+    size = args.input_size or (images and images.image_size) or facts.image_size
+    state = read_state_dict(args.evaluate, "--evaluate")
+    with seeded(0):
+        model = create_model(args.model, len(folders), size)
+    load_state(model, state, f"--evaluate {args.evaluate}")
+    model = forward.place(model)
+    join_processes(process)
+    test = open_test(dataset, args.val_dir, folders)
+    pixels, targets = validation_pixels(test, size, process.rank, process.world)
+    scores = evaluate(model, pixels, targets, forward, facts.mean, facts.std, process.world)
+    if process.is_main:
+        count = sum(map(len, test.items))
+        print(f"{args.evaluate}: top-1 {scores['top1']:.2f}, top-5 {scores['top5']:.2f} on {count} images")
+    return scores
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from scripts.files import safe_name
-from scripts.runtime import refuse, warn
+from scripts.runtime import natural, refuse, warn
 
 LABEL_FOLDER = Path(__file__).parent / "label-prompt"
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -273,7 +273,7 @@ def add_dataset_flags(parser, data_flag="--data_dir"):
         help="only these: folder names, class indices, or ranges such as 0-9",
     )
     group.add_argument(
-        "--max_images_per_class", type=int, default=0, help="rehearse on the first so many; 0 takes all"
+        "--max_images_per_class", type=natural, default=0, help="rehearse on the first so many; 0 takes all"
     )
     group.add_argument(
         "--download", action="store_true", help="let torchvision download CIFAR into the data set's root"

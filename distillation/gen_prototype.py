@@ -38,9 +38,11 @@ from scripts.runtime import (
     append_log,
     generator,
     in_parts,
+    natural,
     peak_memory,
     positive_int,
     refuse,
+    result_of,
     this_process,
     warn,
 )
@@ -248,7 +250,7 @@ def add_prototype_flags(parser):
     group.add_argument(
         "--latent_cache", default=None, metavar="DIR", help="keep every class's latents here for another --ipc"
     )
-    group.add_argument("--seed", type=int, default=0, help="of shuffling, posterior sampling and synthesis noise")
+    group.add_argument("--seed", type=natural, default=0, help="of shuffling, posterior sampling and synthesis noise")
 
 
 def get_args(argv=None):
@@ -387,13 +389,13 @@ def main(argv=None):
                 cache,
             ):
                 if pending:
-                    pending.result()
+                    result_of(pending)
                 pending = background.submit(finish_class, *unit)
                 if signals.name:
-                    pending.result()
+                    result_of(pending)
                     signals.leave_if_asked()
             if pending:
-                pending.result()
+                result_of(pending)
 
         append_log(
             folder,

@@ -49,11 +49,14 @@ from scripts.runtime import (
     Stopwatch,
     add_process_flags,
     append_log,
+    finite,
     generator,
     in_parts,
+    natural,
     peak_memory,
     positive_int,
     refuse,
+    result_of,
     seed_of,
     this_process,
     unit_interval,
@@ -229,7 +232,7 @@ def make_images(folder, batches, synthesizer, stream, image_size):
                     at_hand[position] = prototypes
                 pictures, attempts = draw_batch(synthesizer, batch, at_hand)
                 for write in writes:
-                    write.result()
+                    result_of(write)
                 writes = [
                     background.submit(
                         save_png, folder / job.file, picture, image_size, synthesizer.facts(job, at_hand, attempt)
@@ -239,10 +242,10 @@ def make_images(folder, batches, synthesizer, stream, image_size):
                 bar.update(len(batch))
                 if signals.name:
                     for write in writes:
-                        write.result()
+                        result_of(write)
                     signals.leave_if_asked()
         for write in writes:
-            write.result()
+            result_of(write)
     return sum(map(len, todo))
 
 
@@ -358,7 +361,7 @@ def add_synthesis_flags(parser):
         "--strength", "-s", type=unit_interval, default=0.7, help="how far prototypes are noised, in (0, 1]"
     )
     group.add_argument(
-        "--guidance_scale", "-g", type=float, default=8.0, help="classifier-free guidance; 1 turns it off"
+        "--guidance_scale", "-g", type=finite, default=8.0, help="classifier-free guidance; 1 turns it off"
     )
     group.add_argument(
         "--num_inference_steps", type=positive_int, default=50, help="of the whole schedule; 50 at 0.7 is 36 calls"
@@ -389,7 +392,7 @@ def get_args(argv=None):
     parser.add_argument("--label_file_path", default=None, help="other prompts than the prototypes were made with")
     parser.add_argument("--ipc", type=positive_int, default=1, help="images a class")
     parser.add_argument("--km_expand", type=positive_int, default=10, help="as in stage 1: names the folder")
-    parser.add_argument("--seed", type=int, default=0, help="of the synthesis noise")
+    parser.add_argument("--seed", type=natural, default=0, help="of the synthesis noise")
     parser.add_argument("--verify", action="store_true", help="hash every prototype file at the start")
     add_synthesis_flags(parser)
     parser.add_argument(

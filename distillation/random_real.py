@@ -27,6 +27,7 @@ from scripts.runtime import (
     add_process_flags,
     append_log,
     generator,
+    natural,
     peak_memory,
     positive_int,
     refuse,
@@ -48,7 +49,7 @@ def get_args(argv=None):
     parser = Parser(prog="distillation.random_real", description=__doc__.split("\n")[0])
     add_dataset_flags(parser)
     parser.add_argument("--ipc", type=positive_int, default=1, help="images a class")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice")
+    parser.add_argument("--seed", type=natural, default=0, help="of the choice")
     parser.add_argument("--image_size", type=positive_int, default=None, help="pixels of the saved PNGs [by data set]")
     parser.add_argument("--save_init_image_path", default="output/images", help="the folder is made below this one")
     add_process_flags(parser)

@@ -14,6 +14,7 @@ import re
 import shutil
 import socket
 import sys
+import time
 from pathlib import Path
 
 from scripts.runtime import refuse, warn
@@ -22,6 +23,8 @@ FORMAT_VERSION = 1
 ARGS, MANIFEST, TIMING, LOG = "args.json", "manifest.json", "timing.json", "log.jsonl"
 VOLATILE = {TIMING, LOG}  # seconds, memory, host and absolute paths live here and nowhere else
 _TEMPORARY = re.compile(r"^\..+\.(?P<host>[^.]+)\.(?P<pid>\d+)\.tmp$")
+_GUARD = ".lock"  # held for a moment by who takes a lock of the folder, or sweeps it
+_held = {}  # {path: open file} of the locks that this process holds
 
 
 # ---- whole files
@@ -35,7 +38,8 @@ def _host():
 def atomic(path):
     """`with atomic(path) as temporary:` write `temporary`; on leaving without an error it becomes `path`, durably."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+    name = path.name if len(path.name.encode()) <= 100 else hashlib.sha256(path.name.encode()).hexdigest()[:32]
+    temporary = path.with_name(f".{name}.{_host()}.{os.getpid()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -166,22 +170,23 @@ def output_folder(flag, folder, settings, process, resumable=()):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         refuse(f"{flag} {folder}: cannot make this folder: {error.strerror}")
-    with _lock(flag, folder, process):
-        sweep(folder)
-        settings = json.loads(json.dumps(settings))
-        if (folder / ARGS).exists():
-            settings = _same_settings(flag, folder, read_json(folder / ARGS), settings, resumable)
-        else:
-            leftover = next(
-                (p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name not in VOLATILE | {ARGS}),
-                None,  # args.json itself may have come from another rank since
-            )
-            if leftover:
-                refuse(
-                    f"{flag} {folder}: not made by this stage (it holds {leftover}, no {ARGS}); choose an empty folder"
-                )
-            write_json(folder / ARGS, settings)
+    with contextlib.ExitStack() as stack:
+        with _guard(flag, folder):  # one at a time, so that no two processes begin it with different settings
+            stack.enter_context(_lock(flag, folder, process))
+            sweep(folder)
+            settings = _begin(flag, folder, json.loads(json.dumps(settings)), resumable)
         yield settings
+
+
+def _begin(flag, folder, settings, resumable):
+    """args.json: written at the first start, compared at every other."""
+    if (folder / ARGS).exists():
+        return _same_settings(flag, folder, read_json(folder / ARGS), settings, resumable)
+    leftover = next((p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name not in VOLATILE), None)
+    if leftover:
+        refuse(f"{flag} {folder}: not made by this stage (it holds {leftover}, no {ARGS}); choose an empty folder")
+    write_json(folder / ARGS, settings)
+    return settings
 
 
 def _same_settings(flag, folder, before, now, resumable):
@@ -209,18 +214,13 @@ def _short(value):
 def _lock(flag, folder, process):
     """One writer a (folder, rank, world). A flock dies with its process, so it is never stale; its text names the holder."""
     path = folder / f".lock-{process.rank}-of-{process.world}"
-    while True:
-        file = open(path, "a+", encoding="utf-8")
-        if not _flock(file):
-            _refuse_held(flag, folder, file)
-        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-            break
-        file.close()  # its last holder removed it between our open and our lock
+    file = _take(flag, folder, path, patience=0.2)
     try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        for other in folder.glob(".lock-*"):  # the same folder at another number of processes
+        with contextlib.suppress(OSError):  # a full disk: locked all the same
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        for other in _other_locks(folder):  # the same folder at another number of processes
             if not other.name.endswith(f"-of-{process.world}"):
                 with contextlib.suppress(FileNotFoundError), open(other, "r+", encoding="utf-8") as held:
                     if not _flock(held):
@@ -229,17 +229,66 @@ def _lock(flag, folder, process):
         yield
     finally:
         path.unlink(missing_ok=True)
-        file.close()
+        _release(path)
 
 
-def _flock(file):
+@contextlib.contextmanager
+def _guard(flag, folder):
+    """For a moment, the only process that takes a lock in `folder` or sweeps it."""
+    path = folder / _GUARD
+    _take(flag, folder, path, patience=60)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:  # a file system without locks: say so, and trust the user
-        warn(f"{file.name}: no file locks here ({error.strerror}); make sure that no second job writes to this folder")
-    return True
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        _release(path)
+
+
+def _take(flag, folder, path, patience):
+    """The open and locked file `path`; refuses, naming its holder, what is not free within `patience` seconds."""
+    while True:
+        try:
+            file = open(path, "a+", encoding="utf-8")
+        except OSError as error:
+            refuse(f"{flag} {folder}: cannot write there: {error.strerror}")
+        if not _flock(file, patience):
+            with file:
+                _refuse_held(flag, folder, file)
+        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            _held[path.absolute()] = file
+            return file
+        file.close()  # its last holder removed it between our open and our lock
+
+
+def _release(path):
+    with contextlib.suppress(OSError):  # a full disk: its text was not written
+        _held.pop(path.absolute()).close()
+
+
+def _forget_locks():
+    """In a forked child: a lock is its parent's, and must die with it even if a reading process outlives it."""
+    for path in list(_held):
+        _release(path)
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _flock(file, patience=0.0):
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+        except OSError as error:  # a file system without locks: say so, and trust the user
+            warn(
+                f"{file.name}: no file locks here ({error.strerror}); make sure that no second job writes to this folder"
+            )
+            return True
 
 
 def _refuse_held(flag, folder, file):
@@ -247,11 +296,36 @@ def _refuse_held(flag, folder, file):
     refuse(f"{flag} {folder}: {file.read() or 'another process'} is writing there")
 
 
-def sweep(folder, everything=False):
-    """Remove temporary files of dead processes of this machine; of all, once every unit is there."""
+def _other_locks(folder):
+    return [path for path in Path(folder).glob(".lock-*") if path.absolute() not in _held]
+
+
+def _alone(folder):
+    """Whether no other process holds a lock in `folder`; None where that cannot be known."""
+    for path in _other_locks(folder):
+        try:
+            with open(path, "r+", encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            continue
+        except BlockingIOError:
+            return False
+        except OSError:
+            return None
+    return True
+
+
+def sweep(folder):
+    """Remove what killed processes left half-written: once nobody else works in `folder`, every temporary file.
+
+    Called with the guard held. Where locks do not work, only those of dead processes of this machine.
+    """
+    alone = _alone(folder)
+    if alone is False:
+        return
     for path in Path(folder).rglob(".*.tmp"):
         match = _TEMPORARY.match(path.name)
-        if match and (everything or (match["host"] == _host() and not _alive(int(match["pid"])))):
+        if match and (alone or (match["host"] == _host() and not _alive(int(match["pid"])))):
             path.unlink(missing_ok=True)
 
 
@@ -282,28 +356,38 @@ def library_versions():
 def write_manifest(folder, stage, settings, files, facts):
     """Write `folder`/manifest.json if every one of `files` (relative paths) is there; returns the missing ones.
 
-    Idempotent: whichever process finds all units present writes it, and two that do write the same bytes.
+    Idempotent: whichever process finds all units present writes it, and two that do write the same bytes. A manifest
+    that is there already is not written again; a file that is no longer what it says is refused.
     """
     folder = Path(folder)
     missing = [name for name in files if not (folder / name).is_file()]
-    if not missing:
-        sweep(folder, everything=True)
-        entries = {
-            name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in sorted(files)
-        }
-        write_json(
-            folder / MANIFEST,
-            {
-                "format_version": FORMAT_VERSION,
-                "stage": stage,
-                "arguments": settings,
-                **facts,
-                "content": content_digest(entries),
-                "versions": library_versions(),
-                "files": entries,
-            },
-        )
-    return missing
+    if missing:
+        return missing
+    with _guard(stage, folder):
+        sweep(folder)
+    if is_complete(folder):
+        manifest = read_manifest(stage, folder, stage)
+        if sorted(manifest["files"]) != sorted(files) or manifest["arguments"] != json.loads(json.dumps(settings)):
+            refuse(
+                f"{stage} {folder}: its {MANIFEST} is of other files or arguments; remove that file to write it anew"
+            )
+        return []
+    entries = {
+        name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in sorted(files)
+    }
+    write_json(
+        folder / MANIFEST,
+        {
+            "format_version": FORMAT_VERSION,
+            "stage": stage,
+            "arguments": settings,
+            **facts,
+            "content": content_digest(entries),
+            "versions": library_versions(),
+            "files": entries,
+        },
+    )
+    return []
 
 
 def content_digest(entries):
@@ -388,15 +472,21 @@ def write_timing(folder):
     seconds: the longest-working process's sum; process_seconds: of all; units, host_mib, cuda_mib (peaks).
     """
     by_rank, total = {}, {"units": 0}
-    for line in (Path(folder) / LOG).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for line in (Path(folder) / LOG).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # half a line: killed, or the disk was full
+            continue
         if row.get("event") == "run":
             by_rank[row["rank"]] = by_rank.get(row["rank"], 0) + row["seconds"]
             total["units"] += row["units"]
             for name in ("host_mib", "cuda_mib"):
                 if name in row:
                     total[name] = max(total.get(name, 0), row[name])
-    seconds = {"seconds": round(max(by_rank.values()), 2), "process_seconds": round(sum(by_rank.values()), 2)}
+    seconds = {
+        "seconds": round(max(by_rank.values(), default=0), 2),
+        "process_seconds": round(sum(by_rank.values()), 2),
+    }
     write_json(Path(folder) / TIMING, {**seconds, "processes": len(by_rank), **total})
 
 

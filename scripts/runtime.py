@@ -7,10 +7,13 @@ so a result never depends on what ran before it, on the number of processes, or 
 import argparse
 import datetime
 import json
+import math
 import os
+import re
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -22,11 +25,25 @@ EXIT_REFUSED = 2
 EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: nothing is wrong, run the same command again
 
 
+class Refusal(SystemExit):
+    """What `refuse` raises in a background thread; `result_of` prints it in the main one."""
+
+
 def refuse(message) -> NoReturn:
     """Print one line to stderr and leave with status 2: the one way in which this project turns bad input down."""
     line = " ".join(str(message).split())
+    if threading.current_thread() is not threading.main_thread():
+        raise Refusal(line)
     print(f"error: {line}", file=sys.stderr, flush=True)
     raise SystemExit(EXIT_REFUSED)
+
+
+def result_of(future):
+    """The result of background work; if it was refused there, it is refused here, once however many threads failed."""
+    try:
+        return future.result()
+    except Refusal as refusal:
+        refuse(refusal.code)
 
 
 def warn(message):
@@ -80,7 +97,7 @@ def add_process_flags(parser):
     group = parser.add_argument_group("where it runs (changes no result)")
     group.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     group.add_argument("--shard", default="0/1", metavar="I/N", help="make only part I of N, on a shared file system")
-    group.add_argument("--num_workers", type=int, default=4, help="image-reading processes; 0 reads in this one")
+    group.add_argument("--num_workers", type=natural, default=4, help="image-reading processes; 0 reads in this one")
 
 
 def positive_int(text):
@@ -88,6 +105,22 @@ def positive_int(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def natural(text):
+    """argparse type: an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def finite(text):
+    """argparse type: a float that is neither NaN nor infinite."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
     return value
 
 
@@ -120,9 +153,7 @@ def this_process(device="auto", shard="0/1") -> Process:
     Shard i of n of a job of w processes holds ranks i*w .. i*w + w - 1 of n*w: shards and processes compose.
     Refuses a WORLD_SIZE that nobody gave this process a rank in, which would do all the work in every process.
     """
-    world, rank, local_rank = (
-        int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
-    )
+    world, rank, local_rank = _environment("WORLD_SIZE", 1), _environment("RANK", 0), _environment("LOCAL_RANK", 0)
     if world > 1 and not ("RANK" in os.environ and "MASTER_ADDR" in os.environ):
         refuse(
             f"WORLD_SIZE={world}, but this process has no RANK and MASTER_ADDR: start it with torchrun, or unset it"
@@ -130,9 +161,17 @@ def this_process(device="auto", shard="0/1") -> Process:
     if not 0 <= rank < world:
         refuse(f"RANK={rank} is outside WORLD_SIZE={world}")
     index, _, count = str(shard).partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+    if not (re.fullmatch("[0-9]{1,9}", index) and re.fullmatch("[0-9]{1,9}", count) and int(index) < int(count)):
         refuse(f"--shard {shard}: expected I/N with 0 <= I < N, such as 0/2")
     return Process(int(index) * world + rank, int(count) * world, resolve_device(device, local_rank))
+
+
+def _environment(name, default):
+    """A count that torchrun or Slurm left in the environment."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        refuse(f"{name}={text}: expected a number, as torchrun sets it")
+    return int(text)
 
 
 def resolve_device(name="auto", local_rank=0) -> torch.device:
@@ -216,8 +255,12 @@ class StopSignals:
 def append_log(folder, **row):
     """One line of `folder`/log.jsonl; the only file, with timing.json, that may differ between equal runs."""
     row = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **row}
-    with open(Path(folder) / "log.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    path = Path(folder) / "log.jsonl"
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    except OSError as error:  # no result hangs on it
+        warn(f"{path}: cannot be written: {error.strerror}")
 
 
 def peak_memory(device=None):

@@ -1,4 +1,4 @@
-"""Stage 2, synthesis (paper, section 3.3): prototypes -> noised, denoised under the class prompt, decoded -> PNG
+"""Stage 2, synthesis (paper, section 3): prototypes -> noised, denoised under the class prompt, decoded -> PNG
 files.
 
     python -m distillation.gen_syn_image --dataset imagenet --prototype_path output/prototypes/imagenet-ipc10-kmexpand1

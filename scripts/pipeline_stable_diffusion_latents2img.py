@@ -1,4 +1,4 @@
-"""Latent -> image: a prototype is noised to `strength`, denoised under its prompt and decoded (paper, section 3.3)."""
+"""Latent -> image: a prototype is noised to `strength`, denoised under its prompt and decoded (paper, section 3)."""
 
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline

@@ -1,0 +1,38 @@
+#!/bin/sh
+# Stage 4 on ImageNette: a student trains on synthetic images and soft labels and is tested on the real test images.
+# Not in the paper.
+set -eu
+cd "$(dirname "$0")/.."
+. scripts/launch.sh
+
+IPC="${IPC:-10}"
+KM_EXPAND="${KM_EXPAND:-1}"
+STRENGTH="${STRENGTH:-0.7}"
+GUIDANCE="${GUIDANCE:-8}"
+DATA_DIR="${DATA_DIR:-data/imagenette}"
+OUT="${OUT:-output}"
+IMAGES="${IMAGES:-imagenette_ipc${IPC}_s${STRENGTH}_g${GUIDANCE}_kmexpand${KM_EXPAND}}"
+TEACHER="${TEACHER:-resnet18}"
+STUDENT="${STUDENT:-resnet18}"
+EPOCHS="${EPOCHS:-300}"
+BATCH_SIZE="${BATCH_SIZE:-50}"
+LABELS="${IMAGES}_${TEACHER}$(unless epochs "$EPOCHS" 300)$(unless b "$BATCH_SIZE" 1024)_mix-cutmix"
+
+exec $RUN -m validate.train_FKD \
+    --train_dir "$OUT/images/$IMAGES" \
+    --fkd_path "$OUT/labels/$LABELS" \
+    --val_dir "$DATA_DIR" \
+    --model "$STUDENT" \
+    --epochs "$EPOCHS" \
+    --batch_size "$BATCH_SIZE" \
+    --gradient_accumulation_steps 1 \
+    --adamw_lr 0.001 \
+    --adamw_weight_decay 0.01 \
+    --cos \
+    --temperature 20 \
+    --mix_type cutmix \
+    --seeds 0 1 2 \
+    --eval_every 50 \
+    --num_workers 8 \
+    --output_dir "$OUT/students" \
+    "$@"

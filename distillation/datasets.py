@@ -19,12 +19,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from scripts.files import safe_name
+from scripts.files import colliding_names, safe_name
 from scripts.runtime import natural, refuse, warn
 
 LABEL_FOLDER = Path(__file__).parent / "label-prompt"
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # torchvision's ImageFolder
+# images all the same, to look at; torchvision's ImageFolder leaves them out too
+OTHER_EXTENSIONS = {".gif", ".jfif", ".jpe", ".jp2", ".heic", ".avif", ".tga"}
 WNID = re.compile(r"n\d{8}$")
 
 
@@ -91,6 +93,18 @@ class Split:
         """How an error message calls this image."""
         return f"image {item} of {self.dataset} {self.name}" if self.arrays is not None else str(item)
 
+    def fingerprint(self, positions=None):
+        """A hash of which images there are: names and file sizes, or pixels where they live in memory."""
+        state = hashlib.sha256()
+        for position in range(len(self.folders)) if positions is None else positions:
+            state.update(f"{self.folders[position]}\n".encode())
+            for item in self.items[position]:
+                if self.arrays is not None:
+                    state.update(self.arrays[item].tobytes())
+                else:
+                    state.update(f"{Path(item).name} {Path(item).stat().st_size}\n".encode())
+        return state.hexdigest()
+
     def digest(self):
         """sha256 over folder names and image contents: says which images a model was trained on."""
         state = hashlib.sha256()
@@ -120,8 +134,10 @@ def read_rgb(path):
     except UnidentifiedImageError:
         size = Path(path).stat().st_size
         raise BadImage(f"{path}: {'an empty file' if size == 0 else 'not an image'} ({size} bytes)") from None
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
-        raise BadImage(f"{path}: cannot be decoded: {error}") from None
+    except BadImage:
+        raise
+    except Exception as error:  # Pillow's decoders let anything out: struct.error, IndexError, zlib.error ...
+        raise BadImage(f"{path}: cannot be decoded: {str(error) or type(error).__name__}") from None
 
 
 def _sixteen_bit_gray(image):
@@ -304,6 +320,9 @@ def open_split(
             refuse(
                 f"{flag} {root}: the class folder {folder!r} is no name that is safe on every file system; rename it"
             )
+    collision = colliding_names(folders)
+    if collision:
+        refuse(f"{flag} {root}: the class folders {collision[0]!r} and {collision[1]!r} are one on some file systems")
     if label_file:
         prompts = read_label_file(label_file, folders, dataset)
     else:
@@ -356,10 +375,16 @@ def _has_folders(path):
     return path.is_dir() and any(p.is_dir() for p in path.iterdir())
 
 
-def _images_below(folder):
-    return sorted(
-        p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".") and p.is_file()
-    )
+def _images_below(folder, others=None):
+    """The images in `folder` and below, sorted; what looks like one and is not taken goes to `others`."""
+    found = []
+    for path in folder.rglob("*"):
+        extension = path.suffix.lower()
+        if extension in EXTENSIONS and not path.name.startswith(".") and path.is_file():
+            found.append(path)
+        elif extension in OTHER_EXTENSIONS and others is not None:
+            others.append(path)
+    return sorted(found)
 
 
 def _folders(dataset, root, split, flag):
@@ -378,7 +403,11 @@ def _folders(dataset, root, split, flag):
         refuse(f"{flag} {root}: no class folders in {base}; {dataset} needs {_expected(dataset)}")
     wanted = known_prompts(dataset)
     names = sorted(p.name for p in base.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return {name: _images_below(base / name) for name in names if not wanted or name in wanted}
+    others = []
+    found = {name: _images_below(base / name, others) for name in names if not wanted or name in wanted}
+    if others:
+        warn(f"{flag} {root}: {len(others)} files with other extensions are left out, first {others[0]}")
+    return found
 
 
 def _by_annotation(folder, wnid_of, flag):

@@ -10,6 +10,7 @@ if __name__ == "__main__" and not __package__:  # run by path, our packages woul
 
 from distillation.gen_prototype import (
     add_prototype_flags,
+    check_size,
     class_latents,
     class_table,
     latent_cache,
@@ -46,6 +47,7 @@ def main(argv=None):
 
     encoder = StableDiffusionGenLatentsPipeline(**pipeline.components, requires_safety_checker=False)
     settings = prototype_settings(args, split, precision, hashes["vae_sha256"])
+    check_size(settings["size"], encoder)
     cache = latent_cache(args.latent_cache, split, settings)
     kmeans_device = resolve_kmeans_device(args.kmeans_device, process.device)
 

@@ -70,6 +70,13 @@ def class_order(split, position, seed):
     return torch.randperm(len(split.items[position]), generator=generator(seed, split.class_ids[position])).tolist()
 
 
+def thumbnail(image):
+    """Equal for equal pictures: a hash of about 64 x 64 pixels of a (3, S, S) uint8 tensor.   Latents of equal
+    pictures differ, each is a sample of its own."""
+    step = max(1, image.shape[-1] // 64)
+    return hash(image[:, ::step, ::step].numpy().tobytes())
+
+
 def encode_batch(pipeline, images, keys, names):
     """(B, 3, S, S) uint8 -> (B, 4, S/8, S/8) float16 latents; image i's noise comes from generator(*keys[i])."""
 
@@ -108,7 +115,7 @@ def encode_classes(pipeline, split, positions, size, batch_size, seed, num_worke
         collate_fn=list,
         prefetch_factor=4 if num_workers else None,
     )
-    waiting, latents, skipped = {p: len(split.items[p]) for p in positions}, [], []
+    waiting, latents, skipped, seen = {p: len(split.items[p]) for p in positions}, [], [], set()
     with tqdm(total=sum(waiting.values()), desc="encode", unit="image") as bar:
         for chunk, images in zip(chunks, loader):
             position = chunk[0][0]
@@ -119,6 +126,7 @@ def encode_classes(pipeline, split, positions, size, batch_size, seed, num_worke
                     refuse(f"{images[n]} (--on_bad_image skip leaves such images out)")
                 skipped.append(split.describe(items[n]))
             good = [n for n in range(len(chunk)) if n not in bad]
+            seen |= {thumbnail(images[n]) for n in good}
             if good:
                 keys = [(seed, split.class_ids[position], chunk[n][1]) for n in good]
                 names = [split.describe(items[n]) for n in good]
@@ -126,8 +134,13 @@ def encode_classes(pipeline, split, positions, size, batch_size, seed, num_worke
             bar.update(len(chunk))
             waiting[position] -= len(chunk)
             if not waiting[position]:
-                yield position, torch.cat(latents).numpy() if latents else np.empty((0,)), skipped
-                latents, skipped = [], []
+                rows = torch.cat(latents).numpy() if latents else np.empty((0,))
+                if len(seen) < len(rows):
+                    warn(
+                        f"class {split.folders[position]}: {len(rows) - len(seen)} of its {len(rows)} images are duplicates"
+                    )
+                yield position, rows, skipped
+                latents, skipped, seen = [], [], set()
 
 
 class LatentCache:
@@ -140,14 +153,16 @@ class LatentCache:
     def __init__(self, root, split, facts):
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
         self.folder, self.split = Path(root) / f"{split.dataset}-latents-{digest}", split
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            refuse(f"--latent_cache {root}: cannot make a folder there: {error.strerror}")
 
     def _path(self, position):
         return self.folder / f"{self.split.class_ids[position]:04d}_{self.split.folders[position]}.safetensors"
 
     def _names(self, position):
-        names = "\n".join(Path(str(item)).name for item in self.split.items[position])
-        return hashlib.sha256(names.encode()).hexdigest()
+        return self.split.fingerprint([position])
 
     def load(self, position):
         """(latents, skipped), or None if the class is not cached or its images changed since."""
@@ -155,9 +170,15 @@ class LatentCache:
 
         if not self._path(position).exists():
             return None
-        with safe_open(self._path(position), "numpy") as file:
-            facts = json.loads(file.metadata()["facts"])
-            return (file.get_tensor("latents"), facts["skipped"]) if facts["names"] == self._names(position) else None
+        try:
+            with safe_open(self._path(position), "numpy") as file:
+                facts, latents = json.loads(file.metadata()["facts"]), file.get_tensor("latents")
+            fits = facts["names"] == self._names(position)
+            if latents.dtype != np.float16 or len(latents) + len(facts["skipped"]) != len(self.split.items[position]):
+                raise ValueError(f"latents of type {latents.dtype} and shape {latents.shape}")
+        except Exception as error:  # whatever is wrong inside somebody's file
+            refuse(f"--latent_cache {self._path(position)}: cannot be read: {error}; remove this file")
+        return (latents, facts["skipped"]) if fits else None
 
     def save(self, position, latents, skipped):
         from safetensors.numpy import save
@@ -198,9 +219,6 @@ def check_class_sizes(split, ipc, on_small_class):
 
 def prototypes_or_repeats(latents, ipc, km_expand, method, device, on_small_class, name):
     """The class's k-means prototypes; a class smaller than `ipc` gives its images themselves, repeated in turn."""
-    distinct = len(np.unique(latents.reshape(len(latents), -1), axis=0)) if len(latents) else 0
-    if distinct < len(latents):
-        warn(f"class {name}: {len(latents) - distinct} of its {len(latents)} latents are duplicates")
     if len(latents) >= ipc:
         return class_prototypes(latents, ipc, km_expand * ipc, method, device)
     if not len(latents) or on_small_class == "error":
@@ -287,9 +305,6 @@ def open_training_split(args):
 
 def prototype_settings(args, split, precision, vae_sha256):
     """All that decides the bytes of stage 1, as it stands in args.json and the manifest."""
-    listing = "".join(
-        f"{f} {' '.join(Path(str(i)).name for i in items)}\n" for f, items in zip(split.folders, split.items)
-    )
     return {
         "dataset": args.dataset, "ipc": args.ipc, "km_expand": args.km_expand, "kmeans": args.kmeans,
         "size": args.size or default_size(args.dataset), "seed": args.seed, "batch_size": args.batch_size,
@@ -298,7 +313,7 @@ def prototype_settings(args, split, precision, vae_sha256):
         "dtype": args.dtype, "precision": precision, "channels_last": args.channels_last, "compile": args.compile,
         "model": model_name(args.diffusion_checkpoints_path), "revision": args.revision, "vae_sha256": vae_sha256,
         "prompts_sha256": hashlib.sha256("\n".join(split.prompts).encode()).hexdigest(),
-        "images_sha256": hashlib.sha256(listing.encode()).hexdigest(), "images": sum(map(len, split.items)),
+        "images_sha256": split.fingerprint(), "images": sum(map(len, split.items)),
     }  # fmt: skip
 
 
@@ -318,6 +333,13 @@ def latent_cache(root, split, settings):
         "max_images_per_class",
     )
     return LatentCache(root, split, {key: settings[key] for key in keys})
+
+
+def check_size(size, pipeline):
+    """Refuse a --size that the VAE cannot take as it is; diffusers would resize once more, in silence."""
+    factor = pipeline.vae_scale_factor
+    if size % factor:
+        refuse(f"--size {size}: this checkpoint's VAE needs a multiple of {factor}")
 
 
 def class_table(split):
@@ -347,13 +369,17 @@ def main(argv=None):
     settings["prototype_format"] = args.prototype_format
     speed_up(pipeline, args.channels_last, args.compile)
     size = settings["size"]
+    check_size(size, pipeline)
     folder = Path(args.save_prototype_path) / prototype_folder_name(settings)
     latent = 4 * (size // pipeline.vae_scale_factor) ** 2
     needed = len(split.folders) * args.ipc * latent * (7 if args.prototype_format == "json" else 2)
     require_space("--save_prototype_path", folder, needed)
 
     watch = Stopwatch()
-    with output_folder("--save_prototype_path", folder, settings, process, resumable=("batch_size",)) as settings:
+    with (
+        StopSignals() as signals,
+        output_folder("--save_prototype_path", folder, settings, process, resumable=("batch_size",)) as settings,
+    ):
         cache = latent_cache(args.latent_cache, split, settings)
         files = [class_file(n, f, args.prototype_format) for n, f in enumerate(split.folders)]
         mine = range(process.rank, len(files), process.world)
@@ -375,7 +401,7 @@ def main(argv=None):
             write_class(folder / files[position], prototypes, facts)
 
         # k-means of one class runs beside the encoding of the next
-        with StopSignals() as signals, ThreadPoolExecutor(1) as background:
+        with ThreadPoolExecutor(1) as background:
             pending = None
             for unit in class_latents(
                 pipeline,

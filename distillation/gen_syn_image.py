@@ -32,7 +32,15 @@ from tqdm import tqdm
 
 from distillation.datasets import DATASETS, dataset_name, known_prompts, read_label_file
 from distillation.prototypes import open_prototypes, prototype_suffix
-from scripts.checkpoints import add_checkpoint_flags, load_pipeline, model_name, resolve_dtype, speed_up, weights_hash
+from scripts.checkpoints import (
+    add_checkpoint_flags,
+    config_hash,
+    load_pipeline,
+    model_name,
+    resolve_dtype,
+    speed_up,
+    weights_hash,
+)
 from scripts.files import (
     atomic,
     is_complete,
@@ -64,6 +72,7 @@ from scripts.runtime import (
 )
 
 ARMS = ("d4m", "decoded", "noise", "text")
+STAGE_1_NAMES = ("size", "seed", "kmeans", "classes", "max_images_per_class", "dtype")  # what prototype_suffix reads
 NOISE_STREAM = 1  # key of the second draw of an image, where an arm starts from noise instead of a prototype
 REDRAWS = 3  # how often a flat (black) image is drawn again with another seed
 
@@ -213,7 +222,18 @@ def save_png(path, picture, image_size, facts):
         image.save(temporary, format="PNG", pnginfo=text)
 
 
-def make_images(folder, batches, synthesizer, stream, image_size):
+def read_facts(path):
+    """What save_png wrote into a PNG's text; refuses what is no whole PNG of ours."""
+    try:
+        with Image.open(path) as image:
+            facts = json.loads(image.text["d4m"])
+            image.load()
+        return facts
+    except Exception as error:  # whatever is wrong inside somebody's file
+        refuse(f"{path}: is no image of this stage ({type(error).__name__}: {error}); remove it to have it made again")
+
+
+def make_images(folder, batches, synthesizer, stream, image_size, signals):
     """Make every batch that is not wholly on disk; returns the number of images made. PNGs are written in the
     background.
 
@@ -222,7 +242,7 @@ def make_images(folder, batches, synthesizer, stream, image_size):
     """
     todo = [batch for batch in batches if not all((folder / job.file).exists() for job in batch)]
     classes = stream(sorted({job.position for batch in todo for job in batch}))
-    with StopSignals() as signals, ThreadPoolExecutor(2) as background:
+    with ThreadPoolExecutor(2) as background:
         at_hand, writes = {}, []
         with tqdm(total=sum(map(len, todo)), desc=synthesizer.arm, unit="image") as bar:
             for batch in todo:
@@ -296,8 +316,7 @@ def finish_folder(folder, jobs, settings, classes):
     if all((folder / name).is_file() for name in pngs) and not is_complete(folder):
         rows = []
         for job in jobs:
-            with Image.open(folder / job.file) as image:
-                made = json.loads(image.text["d4m"])
+            made = read_facts(folder / job.file)
             row = {
                 "file_name": job.file,
                 "class_index": job.class_id,
@@ -436,12 +455,19 @@ def load_synthesis(args, process):
         safety_checker=args.safety_checker == "on",
     )
     hashes = {f"{name}_sha256": weights_hash(getattr(pipeline, name)) for name in ("vae", "unet", "text_encoder")}
+    hashes |= {
+        "scheduler_sha256": config_hash(pipeline.scheduler),
+        "tokenizer_sha256": config_hash(pipeline.tokenizer),
+    }
     return speed_up(pipeline, args.channels_last, args.compile), precision, hashes
 
 
 def check_prototypes(args, source):
     """Refuse prototypes of another data set, number or buffer size than the flags say."""
     where = f"--prototype_path {args.prototype_path}"
+    lacking = set(STAGE_1_NAMES) - set(source.settings) if source.settings is not None else ()
+    if lacking:
+        refuse(f"{where}: its manifest lacks the argument {sorted(lacking)[0]}")
     if source.dataset != args.dataset:
         refuse(f"--dataset {args.dataset}: {where} was made from {source.dataset}")
     wanted = args.num_prototypes or args.ipc
@@ -473,7 +499,10 @@ def synthesize_arms(args, arms, process, pipeline, precision, hashes, classes, s
         folder = Path(args.save_init_image_path) / image_folder_name(settings, origin.get("prototype_arguments"))
         jobs = list_jobs(classes, args.ipc, settings["num_prototypes"])
         require_space("--save_init_image_path", folder, len(jobs) * settings["image_size"] ** 2 * 2)
-        with output_folder("--save_init_image_path", folder, settings, process, resumable=("batch_size",)) as settings:
+        with (
+            StopSignals() as signals,
+            output_folder("--save_init_image_path", folder, settings, process, resumable=("batch_size",)) as settings,
+        ):
             synthesizer = Synthesizer(
                 pipeline,
                 arm,
@@ -486,7 +515,9 @@ def synthesize_arms(args, arms, process, pipeline, precision, hashes, classes, s
             # neighbours share a class, so every process takes one run of batches, not every world-th
             batches = np.array_split(np.arange(-(-len(jobs) // settings["batch_size"])), process.world)[process.rank]
             cuts = cut(jobs, settings["batch_size"])
-            made = make_images(folder, [cuts[n] for n in batches], synthesizer, stream, settings["image_size"])
+            made = make_images(
+                folder, [cuts[n] for n in batches], synthesizer, stream, settings["image_size"], signals
+            )
             append_log(
                 folder,
                 event="run",

@@ -13,8 +13,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from distillation.datasets import known_prompts
-from scripts.files import check_file, output_name, read_json, read_manifest, write_bytes, write_text
+from distillation.datasets import DATASETS, known_prompts
+from scripts.files import (
+    check_file,
+    output_name,
+    read_json,
+    read_manifest,
+    safe_name,
+    write_bytes,
+    write_text,
+)
 from scripts.runtime import Parser, refuse
 
 FORMATS = {"json": ".json", "safetensors": ".safetensors"}
@@ -201,10 +209,14 @@ def read_class(path, flag="--prototype_path"):
                 latents, sizes = file.get_tensor("prototypes"), file.get_tensor("cluster_sizes")
         else:
             facts = read_json(path)
+            if not isinstance(facts, dict):
+                raise ValueError("expected a JSON object")
             rows, sizes = facts.pop("prototypes"), np.asarray(facts.pop("cluster_sizes"), dtype=np.int64)
             latents = np.asarray(rows, dtype=np.float16).reshape(len(rows), *facts.pop("latent_shape"))
     except Exception as error:  # whatever is wrong inside a foreign file: one line that names it
         refuse(f"{flag} {path}: is no prototype file: {type(error).__name__}: {error}")
+    if not isinstance(facts, dict):
+        refuse(f"{flag} {path}: is no prototype file: its facts are no JSON object")
     check_latents(latents, f"{flag} {path}")
     if sizes.shape != (len(latents),):
         refuse(f"{flag} {path}: {len(latents)} prototypes, but cluster sizes of shape {sizes.shape}")
@@ -227,6 +239,38 @@ class _Streamed:
         return ((position, self[position]) for position in positions)
 
 
+def _check_facts(manifest):
+    """Raises ValueError, KeyError or TypeError for facts that no run of stage 1 writes."""
+    classes, settings, shape = manifest["classes"], manifest["arguments"], manifest["latent_shape"]
+    names = [c["folder"] for c in classes]
+    for c in classes:
+        if not (safe_name(c["folder"]) and isinstance(c["prompt"], str) and _is_count(c["index"], 0)):
+            raise ValueError(f"class {c}")
+    if not classes or len(set(names)) < len(names) or len({c["index"] for c in classes}) < len(names):
+        raise ValueError("no classes, or one twice")
+    if not (isinstance(shape, list) and len(shape) == 3 and all(_is_count(n) for n in shape)):
+        raise ValueError(f"latent_shape {shape}")
+    checks = {
+        **dict.fromkeys(("ipc", "km_expand", "size"), _is_count),
+        **dict.fromkeys(("seed", "max_images_per_class"), lambda value: _is_count(value, 0)),
+        **dict.fromkeys(("kmeans", "dtype", "prototype_format"), safe_name),
+    }
+    for name, fits in checks.items():
+        if name in settings and not fits(settings[name]):
+            raise ValueError(f"{name} {settings[name]!r}")
+    if not _is_count(manifest["ipc"]):
+        raise ValueError(f"ipc {manifest['ipc']!r}")
+    chosen = settings.get("classes")
+    if chosen is not None and not (isinstance(chosen, list) and all(isinstance(c, str) for c in chosen)):
+        raise ValueError(f"classes {chosen!r}")
+    if manifest["dataset"] not in DATASETS or not isinstance(manifest["vae_sha256"], str):
+        raise ValueError(f"dataset {manifest['dataset']!r} or vae_sha256 {manifest['vae_sha256']!r}")
+
+
+def _is_count(value, least=1):
+    return type(value) is int and value >= least
+
+
 class PrototypeFolder(_Streamed):
     """A finished prototype folder, read class by class: never more than what is asked for is in memory.
 
@@ -242,11 +286,14 @@ class PrototypeFolder(_Streamed):
             self.content, self.vae_sha256 = self.manifest["content"], self.manifest["vae_sha256"]
             self.latent_shape = tuple(self.manifest["latent_shape"])
             self.per_class, self.dataset = self.manifest["ipc"], self.manifest["dataset"]
+            _check_facts(self.manifest)
             self._files = [
                 class_file(n, c["folder"], self.settings["prototype_format"]) for n, c in enumerate(self.classes)
             ]
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             refuse(f"{flag} {folder}: its manifest lacks {error}")
+        except (TypeError, ValueError) as error:
+            refuse(f"{flag} {folder}: its manifest is damaged: {error}")
         if sorted(self._files) != sorted(self.manifest["files"]):
             refuse(f"{flag} {folder}: its manifest lists other files than its {len(self.classes)} classes'")
 
@@ -254,7 +301,8 @@ class PrototypeFolder(_Streamed):
         name = self._files[position]
         check_file(self.flag, self.folder, name, self.manifest)
         prototypes, facts = read_class(self.folder / name, self.flag)
-        wanted = {"class_index": self.classes[position]["index"], "folder": self.classes[position]["folder"]}
+        here = self.classes[position]
+        wanted = {"class_index": here["index"], "folder": here["folder"], "prompt": here["prompt"]}
         for key, value in wanted.items():
             if facts.get(key) != value:
                 refuse(f"{self.flag} {self.folder / name}: {key} is {facts.get(key)!r}, the manifest says {value!r}")
@@ -278,6 +326,9 @@ class ReleaseFile(_Streamed):
         table = read_json(path)
         if not isinstance(table, dict) or not table:
             refuse(f"{flag} {path}: expected a JSON object {{prompt: prototypes}}")
+        odd = next((prompt for prompt in table if not prompt.isprintable() or not prompt.strip()), None)
+        if odd is not None:
+            refuse(f"{flag} {path}: {odd!r} is no prompt")
         folders = {prompt: folder for folder, prompt in known_prompts(dataset).items()}
         shared = [p for p, n in Counter(known_prompts(dataset).values()).items() if n > 1 and p in table]
         unknown = [prompt for prompt in table if prompt not in folders] if folders else []
@@ -286,8 +337,10 @@ class ReleaseFile(_Streamed):
                 f"{flag} {path}: {(shared + unknown)[0]!r} "
                 + ("is the prompt of two classes" if shared else f"is not a prompt of {dataset}")
             )
-        order = list(known_prompts(dataset)) or sorted(table)
-        named = {folders.get(prompt, prompt): prompt for prompt in table}
+        # a folder is never named by a prompt: the classes of an unknown data set are numbered
+        numbered = {prompt: f"{n:04d}" for n, prompt in enumerate(sorted(table))}
+        order = list(known_prompts(dataset)) or list(numbered.values())
+        named = {folders.get(prompt, numbered[prompt]): prompt for prompt in table}
         self.dataset, self.classes, self._latents = dataset, [], []
         for index, folder in enumerate(order):
             if folder in named:

@@ -78,6 +78,7 @@ def main(argv=None):
         "image_size": size,
         "classes": args.classes,
         "max_images_per_class": args.max_images_per_class,
+        "images_sha256": split.fingerprint(),
     }
     name = output_name(
         f"{args.dataset}_ipc{args.ipc}_random",
@@ -89,7 +90,7 @@ def main(argv=None):
     jobs = list_jobs(classes, args.ipc, args.ipc)
     require_space("--save_init_image_path", folder, len(jobs) * size**2 * 2)
     watch = Stopwatch()
-    with output_folder("--save_init_image_path", folder, settings, process) as settings, StopSignals() as signals:
+    with StopSignals() as signals, output_folder("--save_init_image_path", folder, settings, process) as settings:
         todo = [job for job in jobs[process.rank :: process.world] if not (folder / job.file).exists()]
         for job in tqdm(todo, desc="random", unit="image"):
             items = split.items[job.position]

@@ -1,6 +1,7 @@
 """Stable Diffusion checkpoints: a pipeline from a hub id, a folder or a single file, and a hash of its weights."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -96,11 +97,27 @@ def speed_up(pipeline, channels_last=False, compiled=False):
 
 
 def weights_hash(module):
-    """sha256 of a network's weights rounded to fp16, so that the precision variants of one model agree."""
+    """sha256 of a network's weights rounded to fp16, so that the precision variants of one model agree.
+
+    A VAE's scaling factor belongs to it: prototypes are multiplied by it.
+    """
     state = hashlib.sha256()
+    config = getattr(module, "config", None)
+    for name in ("scaling_factor", "shift_factor"):
+        state.update(f"{name} {getattr(config, name, None)}\n".encode())
     for name, tensor in sorted(module.state_dict().items()):
         if tensor.is_floating_point():
             tensor = tensor.to(torch.float16)
         state.update(f"{name} {tuple(tensor.shape)}\n".encode())
         state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return state.hexdigest()
+
+
+def config_hash(part):
+    """sha256 of what decides a scheduler's or a tokenizer's doing: its class, settings and vocabulary."""
+    state = {"class": type(part).__name__}
+    if hasattr(part, "get_vocab"):
+        state |= {"vocabulary": sorted(part.get_vocab().items()), "length": part.model_max_length}
+    else:
+        state |= {name: value for name, value in part.config.items() if not name.startswith("_")}
+    return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()

@@ -15,6 +15,7 @@ import shutil
 import socket
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 from scripts.runtime import refuse, warn
@@ -120,14 +121,33 @@ def require_space(flag, folder, needed):
         refuse(f"{flag} {folder}: needs about {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free there")
 
 
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?$", re.IGNORECASE)  # devices, on Windows
+
+
 def safe_name(text):
-    """Whether `text` can be a folder or file name anywhere: no separators, no leading dot, at most 200 bytes."""
+    """Whether `text` can be a folder or file name anywhere: no separators, no leading dot, dash or space, nothing
+    invisible, no device name, at most 200 bytes."""
     return (
-        bool(text)
-        and not text.startswith(".")
+        isinstance(text, str)
+        and bool(text)
+        and text[0] not in ".- "
+        and text[-1] not in ". "
         and len(text.encode("utf-8", "surrogatepass")) <= 200
-        and not re.search(r'[/\\:*?"<>|\x00-\x1f\x7f-\x9f\ud800-\udfff]|[. ]$', text)
+        and not re.search(r'[/\\:*?"<>|]', text)
+        and not any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp") for c in text)
+        and not RESERVED.match(text)
     )
+
+
+def colliding_names(names):
+    """The first two of `names` that are one name where case or Unicode form does not count, or None."""
+    seen = {}
+    for name in names:
+        key = unicodedata.normalize("NFC", name).casefold()
+        if key in seen:
+            return seen[key], name
+        seen[key] = name
+    return None
 
 
 # ---- output folders
@@ -212,7 +232,7 @@ def _short(value):
 
 @contextlib.contextmanager
 def _lock(flag, folder, process):
-    """One writer a (folder, rank, world). A flock dies with its process, so it is never stale; its text names the holder."""
+    """One writer a (folder, rank, world). A flock dies with its process, so it is never stale; its text names who."""
     path = folder / f".lock-{process.rank}-of-{process.world}"
     file = _take(flag, folder, path, patience=0.2)
     try:
@@ -285,9 +305,7 @@ def _flock(file, patience=0.0):
                 return False
             time.sleep(0.02)
         except OSError as error:  # a file system without locks: say so, and trust the user
-            warn(
-                f"{file.name}: no file locks here ({error.strerror}); make sure that no second job writes to this folder"
-            )
+            warn(f"{file.name}: no file locks here ({error.strerror}); make sure that no second job writes there")
             return True
 
 

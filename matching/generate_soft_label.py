@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from distillation.datasets import DATASETS, dataset_name
-from matching.models import load_teacher, model_name
+from matching.models import load_teacher, model_name, ranges
 from matching.soft_labels import (
     Feed,
     add_protocol_flags,
@@ -72,7 +72,7 @@ def add_teacher_flags(parser, default_arch):
         nargs="+",
         default=None,
         metavar="PATH",
-        help="one for each --arch: a folder of train_teacher, or a file with a state dict; default: torchvision's weights",
+        help="one for each --arch: a folder of train_teacher, or a state dict's file; default: torchvision's weights",
     )
     group.add_argument(
         "--use_fp16",
@@ -112,6 +112,12 @@ def load_teachers(archs, checkpoints, dataset, folders, image_size, device, chan
         load_teacher(arch, checkpoint, dataset, folders, image_size)
         for arch, checkpoint in zip(archs, checkpoints or [None] * len(archs))
     ]
+    for _, facts in pairs:
+        if facts["columns"] is not None:
+            print(
+                f"teacher {facts['arch']}: {len(facts['columns'])} of its {facts['classes']} columns: "
+                f"{ranges(facts['columns'])}"
+            )
     layout = {"memory_format": torch.channels_last} if channels_last else {}
     return [model.to(device, **layout) for model, _ in pairs], [facts for _, facts in pairs]
 

@@ -85,6 +85,8 @@ def protocol_of(given, image_size):
         refuse(
             f"--min_scale_crops {protocol['min_scale_crops']}: above --max_scale_crops {protocol['max_scale_crops']}"
         )
+    if protocol["fkd_seed"] < 0:
+        refuse(f"--fkd_seed {protocol['fkd_seed']}: expected a number from 0")
     for name in ("mixup", "cutmix"):
         if not 0 < protocol[name] < math.inf:
             refuse(f"--{name} {protocol[name]}: expected a number above 0")
@@ -327,7 +329,7 @@ class Batch(NamedTuple):
 
 
 def epoch_batches(seed, epoch, count, batch_size):
-    """The image indices of each batch of an epoch: a permutation of `count` cut every `batch_size`, the last one shorter."""
+    """Image indices of each batch of an epoch: a permutation of `count` cut every `batch_size`, the last shorter."""
     return torch.randperm(count, generator=generator(seed, epoch, 0)).split(batch_size)
 
 
@@ -484,7 +486,7 @@ def _weighted_sum(gather, weights):
 
 
 def normalise(pixels, mean, std):
-    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32, as torchvision's ToTensor and Normalize (same operations, same bits)."""
+    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32, as torchvision's ToTensor and Normalize (same bits)."""
     x = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(255)
     mean, std = (torch.tensor(v, dtype=torch.float32, device=x.device).view(1, 3, 1, 1) for v in (mean, std))
     return x.sub_(mean).div_(std)
@@ -635,6 +637,9 @@ class EpochLabels:
 # ---- feeding
 
 
+KEPT_BYTES = 2**28
+
+
 class Item(NamedTuple):
     """One batch on its way to the device.
 
@@ -668,6 +673,7 @@ class Feed(torch.utils.data.Dataset):
         self.sizes = torch.tensor([array.shape[:2] for array in arrays])
         self.facts = DATASETS[images.dataset]
         self.order = self.open = (None, None)  # of the last epoch asked for
+        self.kept = {}  # replayed batches of a small set, for the next seed
         self.resident = self._on_device()
 
     def _on_device(self):
@@ -700,6 +706,8 @@ class Feed(torch.utils.data.Dataset):
         return self.open[1].batch(number)
 
     def __getitem__(self, key):
+        if key in self.kept:
+            return self.kept[key]
         epoch, number = key
         try:
             batch, logits = self._stored(*key) if self.labels else (self._drawn(*key), None)
@@ -718,6 +726,8 @@ class Feed(torch.utils.data.Dataset):
     def loader(self, keys, num_workers=0):
         """Iterator of Items for a list of (epoch, number), over all epochs: no process is started for an epoch."""
         workers = 0 if self.resident is not None else min(num_workers, len(keys))
+        volume = len(set(keys)) * self.protocol["batch_size"] * self.protocol["input_size"] ** 2 * 3
+        keep = not workers and len(set(keys)) < len(keys) and volume < KEPT_BYTES
         # forked, not spawned: the images are shared, not copied, and torch is not imported again
         context = "fork" if workers and "fork" in torch.multiprocessing.get_all_start_methods() else None
         loader = torch.utils.data.DataLoader(
@@ -731,6 +741,8 @@ class Feed(torch.utils.data.Dataset):
         for item in loader:
             if isinstance(item, LabelError):
                 refuse(item)
+            if keep:
+                self.kept[item.epoch, item.number] = item
             yield item
 
     def unmixed(self, item):
@@ -754,7 +766,7 @@ TEACHER_ROWS = 256  # images a forward pass of the teacher: fixed, since a netwo
 
 @torch.no_grad()
 def teacher_logits(teachers, x, amp="none", half=True):
-    """Mean logits of the teachers (EDC uses several), rounded to fp16 as they are stored: (B, 3, S, S) -> (B, classes)."""
+    """Mean logits of the teachers (EDC: several), in fp16 as they are stored: (B, 3, S, S) -> (B, classes)."""
     dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     parts = []
     for part in x.split(TEACHER_ROWS):

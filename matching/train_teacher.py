@@ -229,6 +229,8 @@ def main(argv=None):
     process = this_process(args.device)
     if args.shard != "0/1":
         refuse(f"--shard {args.shard}: training is one job; use torchrun for several processes")
+    if args.seed < 0:
+        refuse(f"--seed {args.seed}: expected a number from 0")
     recipe = recipe_of(args)
     facts = DATASETS[args.dataset]
     size = args.input_size or facts.image_size

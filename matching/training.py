@@ -126,12 +126,12 @@ def color_jitter(x, rows, count, jitter, lighting, mean, std, g):
 
 
 def chunk_size(batch_size, world, accumulation_steps, bn_batch):
-    """Images of one forward and backward pass: --bn_batch, else batch / (processes x accumulation steps), rounded up."""
+    """Images of one forward and backward pass: --bn_batch, else batch / (processes x steps), rounded up."""
     return bn_batch or -(-batch_size // (world * accumulation_steps))
 
 
 def chunks_of(count, size):
-    """(first, end) of each chunk of a batch of `count`; a last chunk of one image joins the one before (BatchNorm needs 2)."""
+    """(first, end) of each chunk of a batch of `count`; a last chunk of one image joins its neighbour (BatchNorm)."""
     ends = [*range(size, count, size), count]
     if len(ends) > 1 and ends[-1] - ends[-2] == 1:
         ends.pop(-2)
@@ -139,7 +139,7 @@ def chunks_of(count, size):
 
 
 def rank_chunks(count, size, rank, world):
-    """This rank's chunks of a batch of `count`: [(first row in the batch, slice of this rank's rows)], and those rows."""
+    """This rank's chunks of a batch of `count`: [(first row in the batch, slice of the rank's rows)], and its rows."""
     mine, start, out = chunks_of(count, size)[rank::world], 0, []
     for first, end in mine:
         out.append((first, slice(start, start + end - first)))
@@ -193,7 +193,8 @@ def average_buffers(model, chunks, world):
 def has_random_layers(model):
     """Whether a forward pass in train mode draws numbers (dropout, stochastic depth)."""
     return any(
-        "dropout" in type(m).__name__.lower() or "stochasticdepth" in type(m).__name__.lower() for m in model.modules()
+        any(word in type(m).__name__.lower() for word in ("dropout", "stochasticdepth", "droppath"))
+        for m in model.modules()
     )
 
 
@@ -210,7 +211,7 @@ def seeded(*key, device="cpu"):
 
 
 class Average:
-    """EMA of a model's weights (EDC): average <- decay average + (1 - decay) weights, after each step; buffers are copied."""
+    """EMA of a model's weights (EDC), after each step: average <- decay average + (1 - decay) weights."""
 
     def __init__(self, model, decay):
         self.model, self.decay = copy.deepcopy(model).requires_grad_(False), decay
@@ -219,6 +220,9 @@ class Average:
     def update(self, model):
         for mean, p in zip(self.model.parameters(), model.parameters()):
             mean.lerp_(p, 1 - self.decay)
+
+    @torch.no_grad()
+    def copy_buffers(self, model):
         for mean, b in zip(self.model.buffers(), model.buffers()):
             mean.copy_(b)
 
@@ -380,7 +384,7 @@ def add_training_flags(parser):
         "--bn_batch",
         type=positive_int,
         default=None,
-        help="images that BatchNorm sees together (the release: 73); default: batch / (processes x accumulation steps)",
+        help="images that BatchNorm sees together (the release: 73); default: batch / (processes x steps)",
     )
     group.add_argument(
         "--amp",

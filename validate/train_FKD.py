@@ -14,6 +14,7 @@ if __name__ == "__main__" and not __package__:  # run by path, our packages woul
     raise SystemExit("run it from the repository root: python -m validate.train_FKD")
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -167,7 +168,7 @@ def get_args(argv=None):
         "--loss",
         choices=("kl", "mse_ce"),
         default="kl",
-        help="kl (paper); mse_ce: squared error of logits + --ce_weight x cross-entropy (EDC); --hard_label has its own",
+        help="kl (paper); mse_ce: squared error of logits + --ce_weight x cross-entropy (EDC)",
     )
     group.add_argument("--ce_weight", type=float, default=0.025, help="of --loss mse_ce")
     group.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, which are tested; 0: none")
@@ -347,7 +348,8 @@ def student_name(labels, model, recipe, epochs, label_epochs, chunk, batch_size,
     if args.sgd:
         default = default._replace(optimizer="adamw", lr=1.024, weight_decay=3e-5)
     short = {
-        "optimizer": "opt", "weight_decay": "wd", "temperature": "T", "cos_stretch": "stretch", "step_factor": "factor",
+        "optimizer": "opt", "weight_decay": "wd", "temperature": "T", "cos_stretch": "stretch",
+        "step_factor": "factor",
         "warmup_epochs": "warmup", "ce_weight": "ce", "bn_refresh": "bnrefresh", "color_jitter": "jitter",
     }  # fmt: skip
     options = {"train": epochs, "bn": chunk}
@@ -474,7 +476,7 @@ def main(argv=None):
 
 
 def whole_blocks(rows, count):
-    """The rows of every block of TEACHER_ROWS that holds one of `rows`: the teacher's batches never depend on ranks."""
+    """The rows of each block of TEACHER_ROWS that holds one of `rows`: no teacher's batch depends on ranks."""
     blocks = torch.unique(rows // TEACHER_ROWS)
     every = torch.arange(count)
     return every[torch.isin(every // TEACHER_ROWS, blocks)]
@@ -500,7 +502,7 @@ class Job(NamedTuple):
 
 
 class Student:
-    """One seed's network, optimiser, average and rows: what a checkpoint holds. Dropout is seeded by (seed, epoch, batch)."""
+    """What a checkpoint holds of one seed: network, optimiser, average, rows. Dropout has keys, not a state."""
 
     def __init__(self, job, seed, folder, forward):
         self.seed, self.path, recipe = seed, checkpoint_path(folder, seed), job.recipe
@@ -599,8 +601,9 @@ def train_epoch(job, student, items, batches, feed, process, forward, bar):
         chunks, own = rank_chunks(count, job.chunk, process.rank, process.world)
         x, logits, targets, other = prepare(job, item, feed, process, own)
         x = forward.lay_out(x)
+        key = (student.seed, epoch, item.number) if student.random else None
         if recipe.bn_refresh:
-            refresh_batch_norm(model, forward, feed, item, chunks, own, process)
+            refresh_batch_norm(model, forward, feed, item, chunks, own, process, key)
 
         def loss_of(rows, x=x, logits=logits, targets=targets, other=other, lam=item.batch.lam):
             outputs = forward(model, x[rows])
@@ -610,13 +613,14 @@ def train_epoch(job, student, items, batches, feed, process, forward, bar):
                 return mse_ce_loss(outputs, logits[rows], targets[rows], other[rows], lam, recipe.ce_weight)
             return hard_loss(outputs, targets[rows], other[rows], lam)
 
-        key = (student.seed, epoch, item.number) if student.random else None
         total += train_step(model, student.optimizer, chunks, count, loss_of, process.world, key)
         if student.average:
             student.average.update(plain(model))
         seen += len(chunks)
         bar.update(count)
     average_buffers(model, seen, process.world)
+    if student.average:
+        student.average.copy_buffers(plain(model))
     sum_over_ranks([total], process.world)
     student.epoch += 1
     return {"epoch": epoch, "lr": lr, "loss": total.item() / batches}
@@ -657,14 +661,15 @@ def mixed_with_jitter(job, item, feed):
 
 
 @torch.no_grad()
-def refresh_batch_norm(model, forward, feed, item, chunks, own, process):
+def refresh_batch_norm(model, forward, feed, item, chunks, own, process, key):
     """RDED: one more forward in train mode, without gradient, on the un-mixed images."""
     x = feed.unmixed(item)
     if item.held is not None:
         x = x[torch.searchsorted(item.held, own).to(process.device)]
     x = forward.lay_out(x)
-    for _, rows in chunks:
-        forward(model, x[rows])
+    for first, rows in chunks:
+        with seeded(*key, first, 1, device=process.device) if key else contextlib.nullcontext():
+            forward(model, x[rows])
 
 
 def write_results(folder, settings, images, teachers, seeds):

@@ -136,9 +136,7 @@ def encode_classes(pipeline, split, positions, size, batch_size, seed, num_worke
             if not waiting[position]:
                 rows = torch.cat(latents).numpy() if latents else np.empty((0,))
                 if len(seen) < len(rows):
-                    warn(
-                        f"class {split.folders[position]}: {len(rows) - len(seen)} of its {len(rows)} images are duplicates"
-                    )
+                    warn(f"class {split.folders[position]}: {len(rows) - len(seen)} of {len(rows)} images are copies")
                 yield position, rows, skipped
                 latents, skipped, seen = [], [], set()
 

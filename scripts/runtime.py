@@ -20,6 +20,7 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 EXIT_REFUSED = 2
 EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: nothing is wrong, run the same command again
@@ -34,7 +35,7 @@ def refuse(message) -> NoReturn:
     line = " ".join(str(message).split())
     if threading.current_thread() is not threading.main_thread():
         raise Refusal(line)
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    _say(f"error: {line}")
     raise SystemExit(EXIT_REFUSED)
 
 
@@ -48,7 +49,13 @@ def result_of(future):
 
 def warn(message):
     """Print one line to stderr and go on."""
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    _say(f"warning: {' '.join(str(message).split())}")
+
+
+def _say(line):
+    """One line on stderr, not behind a progress bar that stands there."""
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
 
 
 class _Help(argparse.HelpFormatter):
@@ -243,9 +250,7 @@ class StopSignals:
     def leave_if_asked(self):
         """Between two units: leave with status 75 if a signal came."""
         if self.name:
-            print(
-                f"{self.name}: left after a finished unit; run the same command to go on", file=sys.stderr, flush=True
-            )
+            _say(f"{self.name}: left after a finished unit; run the same command to go on")
             raise SystemExit(EXIT_STOPPED)
 
 

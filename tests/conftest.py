@@ -82,6 +82,25 @@ def build_tiny_sd(folder, seed):
     return folder
 
 
+@pytest.fixture(scope="session")
+def model(tiny_sd):
+    """The flags that choose the tiny model."""
+    return ["--diffusion_checkpoints_path", str(tiny_sd), "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def made(model, tmp_path_factory):
+    """(prototype folder, image folder) of three digits, made once by our own stages for the reliability tests."""
+    from reliability import STAGE_1, STAGE_2
+
+    from distillation import gen_prototype, gen_syn_image
+
+    root = tmp_path_factory.mktemp("made")
+    prototypes = gen_prototype.main([*STAGE_1, *model, "--save_prototype_path", f"{root}/prototypes"])
+    argv = [*STAGE_2, *model, "--prototype_path", str(prototypes), "--save_init_image_path", f"{root}/images"]
+    return prototypes, *gen_syn_image.main(argv)
+
+
 @pytest.fixture
 def refused(capsys):
     """refused(main, argv, *words): main leaves with status 2 and exactly one line on stderr, which holds the words."""

@@ -19,7 +19,7 @@ from distillation.gen_prototype import (
     prototypes_or_repeats,
     resolve_kmeans_device,
 )
-from distillation.gen_syn_image import add_synthesis_flags, load_synthesis, synthesize_arms
+from distillation.gen_syn_image import add_synthesis_flags, check_steps, load_synthesis, synthesize_arms
 from scripts.checkpoints import add_checkpoint_flags
 from scripts.runtime import Parser, add_process_flags, positive_int, refuse, this_process
 
@@ -40,6 +40,7 @@ def main(argv=None):
         refuse(
             f"--num_prototypes {args.num_prototypes}: distill makes --ipc {args.ipc} prototypes; use the two-step way"
         )
+    check_steps(["d4m"], args.strength, args.num_inference_steps)
     process = this_process(args.device, args.shard)
     split = open_training_split(args)
     pipeline, precision, hashes = load_synthesis(args, process)

@@ -490,6 +490,12 @@ def check_model(where, source, pipeline, vae_sha256):
         refuse(f"{where}: latents of shape {source.latent_shape}, this checkpoint's UNet takes {channels} channels")
 
 
+def check_steps(arms, strength, steps):
+    """Refuse a schedule of which nothing is left after `strength`."""
+    if int(steps * strength) < 1 and set(arms) - {"decoded", "text"}:
+        refuse(f"--num_inference_steps {steps}: at --strength {strength:g} no step is left")
+
+
 def synthesize_arms(args, arms, process, pipeline, precision, hashes, classes, stream, origin):
     """Make the image folder of every arm; `stream` as for make_images, `origin` says where the prototypes are from."""
     folders = []
@@ -537,6 +543,7 @@ def synthesize_arms(args, arms, process, pipeline, precision, hashes, classes, s
 
 def main(argv=None):
     args = get_args(argv)
+    check_steps(args.arm, args.strength, args.num_inference_steps)
     process = this_process(args.device, args.shard)
     source = open_prototypes(args.prototype_path, args.dataset, args.verify)
     check_prototypes(args, source)

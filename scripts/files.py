@@ -124,15 +124,15 @@ def require_space(flag, folder, needed):
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?$", re.IGNORECASE)  # devices, on Windows
 
 
-def safe_name(text):
+def safe_name(text, longest=200):
     """Whether `text` can be a folder or file name anywhere: no separators, no leading dot, dash or space, nothing
-    invisible, no device name, at most 200 bytes."""
+    invisible, no device name, at most `longest` bytes, which leaves room for a number and a suffix."""
     return (
         isinstance(text, str)
         and bool(text)
         and text[0] not in ".- "
         and text[-1] not in ". "
-        and len(text.encode("utf-8", "surrogatepass")) <= 200
+        and len(text.encode("utf-8", "surrogatepass")) <= longest
         and not re.search(r'[/\\:*?"<>|]', text)
         and not any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp") for c in text)
         and not RESERVED.match(text)
@@ -468,7 +468,7 @@ def check_manifest(flag, folder, manifest, stage):
     if not isinstance(files, dict) or not isinstance(manifest.get("arguments"), dict):
         refuse(f"{where} lacks its files or arguments")
     for name, entry in files.items():
-        if not all(map(safe_name, name.split("/"))):
+        if not all(safe_name(part, 255) for part in name.split("/")):
             refuse(f"{where} lists {name!r}, which is not a plain relative path")
         if not (
             isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)

@@ -39,6 +39,7 @@ from scripts.runtime import (
     Stopwatch,
     add_process_flags,
     append_log,
+    natural,
     peak_memory,
     refuse,
     this_process,
@@ -74,12 +75,9 @@ def add_teacher_flags(parser, default_arch):
         metavar="PATH",
         help="one for each --arch: a folder of train_teacher, or a state dict's file; default: torchvision's weights",
     )
-    group.add_argument(
-        "--use_fp16",
-        action=argparse.BooleanOptionalAction,
-        default=True if default_arch else None,
-        help="store logits in fp16",
-    )
+    default = True if default_arch else None
+    group.add_argument("--use_fp16", action="store_true", default=default, help="logits in fp16 (the default)")
+    group.add_argument("--no_use_fp16", dest="use_fp16", action="store_false", default=default, help="in float32")
 
 
 def get_args(argv=None):
@@ -100,7 +98,9 @@ def get_args(argv=None):
     )
     group.add_argument("--channels_last", action="store_true", help="memory layout for tensor cores")
     add_process_flags(parser)
-    parser.add_argument("-j", dest="num_workers", type=int, default=argparse.SUPPRESS, help="same as --num_workers")
+    parser.add_argument(
+        "-j", dest="num_workers", type=natural, default=argparse.SUPPRESS, help="same as --num_workers"
+    )
     return parser.parse_args(argv)
 
 

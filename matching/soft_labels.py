@@ -28,7 +28,7 @@ from scripts.files import (
     sha256,
     write_bytes,
 )
-from scripts.runtime import generator, positive_int, refuse, unit_interval, warn
+from scripts.runtime import finite, generator, natural, positive_int, refuse, unit_interval, warn
 
 # The release's ImageNet protocol; `cutmix` is what its launcher asks for with --mix_type.
 PROTOCOL = {
@@ -72,9 +72,9 @@ def add_protocol_flags(parser, stored):
     flag("--max_scale_crops", type=unit_interval, help="largest share")
     flag("--flip", type=probability, help="probability of a horizontal flip; 0 for digits and text")
     flag("--mix_type", choices=("mixup", "cutmix", "none"), help="how two images of a batch are mixed")
-    flag("--mixup", type=float, help="alpha of mixup's Beta(alpha, alpha)")
-    flag("--cutmix", type=float, help="alpha of CutMix's Beta(alpha, alpha)")
-    flag("--fkd_seed", type=int, help="seed of every draw of a batch")
+    flag("--mixup", type=finite, help="alpha of mixup's Beta(alpha, alpha)")
+    flag("--cutmix", type=finite, help="alpha of CutMix's Beta(alpha, alpha)")
+    flag("--fkd_seed", type=natural, help="seed of every draw of a batch")
 
 
 def protocol_of(given, image_size):
@@ -85,10 +85,8 @@ def protocol_of(given, image_size):
         refuse(
             f"--min_scale_crops {protocol['min_scale_crops']}: above --max_scale_crops {protocol['max_scale_crops']}"
         )
-    if protocol["fkd_seed"] < 0:
-        refuse(f"--fkd_seed {protocol['fkd_seed']}: expected a number from 0")
     for name in ("mixup", "cutmix"):
-        if not 0 < protocol[name] < math.inf:
+        if protocol[name] <= 0:
             refuse(f"--{name} {protocol[name]}: expected a number above 0")
     return protocol
 
@@ -181,9 +179,11 @@ def open_images(flag, root, dataset=None):
     folders = [c["folder"] for c in manifest["classes"]]
     if dataset not in (None, manifest["dataset"]):
         refuse(f"--dataset {dataset}: {flag} {root} was made for {manifest['dataset']}")
-    if folders != sorted(folders) or list(found) != folders:
-        odd = sorted(set(found) ^ set(folders)) or folders
+    odd = sorted(set(found) ^ set(folders))
+    if odd:
         refuse(f"{flag} {root}: its class folders are not those of its manifest, first {odd[0]}")
+    if list(found) != folders:
+        refuse(f"{flag} {root}: its manifest lists the classes in another order than ImageFolder's (sorted)")
     files = [f"{folder}/{file}" for folder, names in found.items() for file in names]
     extra = [file for file in files if file not in manifest["files"]]
     if extra:
@@ -737,6 +737,7 @@ class Feed(torch.utils.data.Dataset):
             num_workers=workers,
             multiprocessing_context=context,
             pin_memory=self.device.type == "cuda" and workers > 0,
+            generator=torch.Generator(),  # or it would draw a seed, which nobody uses, from the global one
         )
         for item in loader:
             if isinstance(item, LabelError):

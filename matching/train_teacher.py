@@ -47,6 +47,7 @@ from scripts.files import (
     is_complete,
     output_folder,
     output_name,
+    read_manifest,
     require_space,
     write_json,
     write_manifest,
@@ -58,8 +59,10 @@ from scripts.runtime import (
     Stopwatch,
     add_process_flags,
     append_log,
+    finite,
     generator,
     join_processes,
+    natural,
     peak_memory,
     positive_int,
     refuse,
@@ -166,12 +169,12 @@ def get_args(argv=None):
     group = parser.add_argument_group("recipe (defaults by data set: see RECIPES in this file)")
     group.add_argument("--epochs", type=positive_int, default=None)
     group.add_argument("-b", "--batch_size", type=positive_int, default=None, help="images a step, over all processes")
-    group.add_argument("-lr", "--learning_rate", type=float, default=None, help="peak; SGD")
-    group.add_argument("--momentum", type=float, default=0.9)
-    group.add_argument("--weight_decay", type=float, default=None, help="on matrices and convolutions")
-    group.add_argument("--warmup_epochs", type=int, default=None)
+    group.add_argument("-lr", "--learning_rate", type=finite, default=None, help="peak; SGD")
+    group.add_argument("--momentum", type=finite, default=0.9)
+    group.add_argument("--weight_decay", type=finite, default=None, help="on matrices and convolutions")
+    group.add_argument("--warmup_epochs", type=natural, default=None)
     group.add_argument("--schedule", choices=("cosine", "linear", "step", "constant"), default="cosine")
-    group.add_argument("--label_smoothing", type=float, default=0.0)
+    group.add_argument("--label_smoothing", type=probability, default=0.0)
     group.add_argument(
         "--augment",
         choices=("pad_crop", "rrc", "none"),
@@ -181,7 +184,7 @@ def get_args(argv=None):
     group.add_argument("--flip", type=probability, default=None, help="probability of a horizontal flip")
     group.add_argument("--min_scale_crops", type=unit_interval, default=0.08)
     group.add_argument("--max_scale_crops", type=unit_interval, default=1.0)
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=natural, default=0)
     add_training_flags(parser)
     add_process_flags(parser)
     return parser.parse_args(argv)
@@ -229,8 +232,6 @@ def main(argv=None):
     process = this_process(args.device)
     if args.shard != "0/1":
         refuse(f"--shard {args.shard}: training is one job; use torchrun for several processes")
-    if args.seed < 0:
-        refuse(f"--seed {args.seed}: expected a number from 0")
     recipe = recipe_of(args)
     facts = DATASETS[args.dataset]
     size = args.input_size or facts.image_size
@@ -266,9 +267,10 @@ def main(argv=None):
         "train_images": sum(map(len, train.items)),
         "val_images": sum(map(len, val.items)),
     }
-    join_processes(process)
+    accelerator = join_processes(process)
     with output_folder("--output_dir", folder, settings, process) as settings:
         if is_complete(folder):
+            read_manifest("--output_dir", folder, "teacher")
             print(f"{folder}: already there")
             return folder
         watch = Stopwatch()
@@ -292,6 +294,8 @@ def main(argv=None):
             write_timing(folder)
             last = result["last"]
             print(f"{folder}: top-1 {last['top1']:.2f}, top-5 {last['top5']:.2f} in {watch.seconds:.0f} s")
+    if accelerator:
+        accelerator.end_training()
     return folder
 
 
@@ -317,7 +321,7 @@ def train_teacher(args, recipe, settings, folder, train, val, process, forward):
     pixels, targets = validation_pixels(val, size, process.rank, process.world)
     keys = data.batches(first, recipe.epochs)
     workers = args.num_workers if data.arrays is None else 0
-    loader = iter(DataLoader(data, batch_size=None, sampler=keys, num_workers=workers))
+    loader = iter(DataLoader(data, batch_size=None, sampler=keys, num_workers=workers, generator=torch.Generator()))
     random = has_random_layers(model)
 
     def save(epoch):
@@ -325,7 +329,9 @@ def train_teacher(args, recipe, settings, folder, train, val, process, forward):
         if process.is_main:
             save_checkpoint(checkpoint, state)
 
-    bar = tqdm(total=len(keys) * recipe.batch_size, desc=args.arch, unit="image", disable=not process.is_main)
+    bar = tqdm(
+        total=(recipe.epochs - first) * len(data.items), desc=args.arch, unit="image", disable=not process.is_main
+    )
     with StopSignals() as signals, bar:
         for epoch in range(first, recipe.epochs):
             lr = recipe.learning_rate * lr_factor(args.schedule, epoch, recipe.epochs, 1.0, recipe.warmup_epochs)

@@ -208,9 +208,14 @@ def join_processes(process, tracker=None, folder=None):
         return None
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=process.device.type == "cpu", log_with=tracker, project_dir=folder)
+    try:
+        accelerator = Accelerator(cpu=process.device.type == "cpu", log_with=tracker, project_dir=folder)
+    except ValueError as error:
+        refuse(f"--tracker {tracker}: {error}")
     if accelerator.num_processes != process.world:
         refuse(f"{process.world} processes were asked for, accelerate sees {accelerator.num_processes}; use torchrun")
+    if tracker and not accelerator.log_with:
+        refuse(f"--tracker {tracker}: this package is not installed")
     return accelerator
 
 

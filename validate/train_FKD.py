@@ -15,7 +15,6 @@ if __name__ == "__main__" and not __package__:  # run by path, our packages woul
 
 import argparse
 import contextlib
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,8 +83,10 @@ from scripts.runtime import (
     Stopwatch,
     add_process_flags,
     append_log,
+    finite,
     generator,
     join_processes,
+    natural,
     peak_memory,
     refuse,
     this_process,
@@ -137,19 +138,20 @@ def get_args(argv=None):
     group.add_argument(
         "--output_dir", default="output/students", help="results go to a folder below, named by the flags"
     )
+    group.add_argument("--verify", action="store_true", help="hash every label file at the start, however many")
     group.add_argument("--online", action="store_true", help="the teacher labels during training; no labels folder")
     group.add_argument("--hard_label", action="store_true", help="train on class indices; no teacher")
     group.add_argument("--evaluate", default=None, metavar="CHECKPOINT", help="only test these weights on --val_dir")
 
     group = parser.add_argument_group("student")
     group.add_argument("--model", type=model_name, default="resnet18", help="see matching/models.py")
-    group.add_argument("--seeds", nargs="+", type=int, default=[0], help="one student from scratch for each")
+    group.add_argument("--seeds", nargs="+", type=natural, default=[0], help="one student from scratch for each")
     group.add_argument("--sgd", action="store_true", help="SGD instead of AdamW")
-    group.add_argument("--adamw_lr", type=float, default=0.001)
-    group.add_argument("--adamw_weight_decay", type=float, default=0.01, help="on matrices and convolutions only")
-    group.add_argument("-lr", "--learning_rate", type=float, default=1.024, help="of SGD")
-    group.add_argument("--momentum", type=float, default=0.875, help="of SGD")
-    group.add_argument("--weight_decay", type=float, default=3e-5, help="of SGD")
+    group.add_argument("--adamw_lr", type=finite, default=0.001)
+    group.add_argument("--adamw_weight_decay", type=finite, default=0.01, help="on matrices and convolutions only")
+    group.add_argument("-lr", "--learning_rate", type=finite, default=1.024, help="of SGD")
+    group.add_argument("--momentum", type=finite, default=0.875, help="of SGD")
+    group.add_argument("--weight_decay", type=finite, default=3e-5, help="of SGD")
     group.add_argument(
         "--schedule", choices=("linear", "cosine", "step", "constant"), default="linear", help="learning rate by epoch"
     )
@@ -157,26 +159,26 @@ def get_args(argv=None):
         "--cos", dest="schedule", action="store_const", const="cosine", help="same as --schedule cosine"
     )
     group.add_argument(
-        "--cos_stretch", type=float, default=1.0, help="cosine over this many times the epochs; 2 ends at half (RDED)"
+        "--cos_stretch", type=finite, default=1.0, help="cosine over this many times the epochs; 2 ends at half (RDED)"
     )
     group.add_argument(
-        "--step_factor", type=float, default=0.2, help="of --schedule step, at 2/3 and 5/6 of the epochs"
+        "--step_factor", type=finite, default=0.2, help="of --schedule step, at 2/3 and 5/6 of the epochs"
     )
-    group.add_argument("--warmup_epochs", type=int, default=0, help="linear, before the schedule")
-    group.add_argument("-T", "--temperature", type=float, default=3.0, help="of both sides of the KL; no T^2 factor")
+    group.add_argument("--warmup_epochs", type=natural, default=0, help="linear, before the schedule")
+    group.add_argument("-T", "--temperature", type=finite, default=3.0, help="of both sides of the KL; no T^2 factor")
     group.add_argument(
         "--loss",
         choices=("kl", "mse_ce"),
         default="kl",
         help="kl (paper); mse_ce: squared error of logits + --ce_weight x cross-entropy (EDC)",
     )
-    group.add_argument("--ce_weight", type=float, default=0.025, help="of --loss mse_ce")
-    group.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, which are tested; 0: none")
+    group.add_argument("--ce_weight", type=finite, default=0.025, help="of --loss mse_ce")
+    group.add_argument("--ema", type=finite, default=0.0, help="decay of averaged weights, which are tested; 0: none")
     group.add_argument(
         "--bn_refresh", action="store_true", help="an extra forward on un-mixed images refreshes BatchNorm (RDED)"
     )
-    group.add_argument("--color_jitter", type=float, default=0.0, help="with --hard_label: strength (Minimax: 0.4)")
-    group.add_argument("--lighting", type=float, default=0.0, help="with --hard_label: PCA noise (Minimax: 0.1)")
+    group.add_argument("--color_jitter", type=finite, default=0.0, help="with --hard_label: strength (Minimax: 0.4)")
+    group.add_argument("--lighting", type=finite, default=0.0, help="with --hard_label: PCA noise (Minimax: 0.1)")
 
     group = parser.add_argument_group("batches (stored labels fix them: a flag that differs is refused)")
     add_protocol_flags(group, stored=True)
@@ -184,7 +186,9 @@ def get_args(argv=None):
     add_training_flags(parser)
     parser.add_argument("--tracker", default=None, help="tensorboard, wandb, ... through accelerate")
     add_process_flags(parser)
-    parser.add_argument("-j", dest="num_workers", type=int, default=argparse.SUPPRESS, help="same as --num_workers")
+    parser.add_argument(
+        "-j", dest="num_workers", type=natural, default=argparse.SUPPRESS, help="same as --num_workers"
+    )
     args = parser.parse_args(argv)
     _check_flags(args)
     return args
@@ -208,10 +212,12 @@ def _check_flags(args):
         refuse("--hard_label: has no teacher; drop --arch and --teacher_checkpoint")
     if (args.color_jitter or args.lighting) and not args.hard_label:
         refuse("--color_jitter, --lighting: only with --hard_label; the teacher's labels are of images without them")
-    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
-        refuse(f"--seeds {' '.join(map(str, args.seeds))}: expected different numbers from 0")
+    if len(set(args.seeds)) < len(args.seeds):
+        refuse(f"--seeds {' '.join(map(str, args.seeds))}: a seed stands twice")
     if args.temperature <= 0:
         refuse(f"--temperature {args.temperature}: expected a number above 0")
+    if args.cos_stretch < 1:
+        refuse(f"--cos_stretch {args.cos_stretch}: expected at least 1")
     if not 0 <= args.ema < 1:
         refuse(f"--ema {args.ema}: expected 0 <= decay < 1")
 
@@ -232,8 +238,10 @@ def recipe_of(args):
 
 # ---- labels and images that must fit each other
 
+HASHED_AT_START = 2**29  # bytes of labels: about a second
 
-def open_labels(path, images, given):
+
+def open_labels(path, images, given, verify=False):
     """(folder, manifest) of the labels of `images`, found at `path` or one folder below; refuses all that does not
     fit.
 
@@ -242,26 +250,32 @@ def open_labels(path, images, given):
     path = Path(path)
     if (path / MANIFEST).exists() or (path / ARGS).exists() or not path.is_dir():
         manifest = read_manifest("--fkd_path", path, "soft_labels")
-        refuse_all(mismatches(path, manifest, images, given))
-        return path, manifest
+        refuse_any(mismatches(path, manifest, images, given))
+        return path, _hashed(path, manifest, verify)
     below = sorted(p for p in path.iterdir() if p.name.startswith(images.name + "_") and is_complete(p))
     found = [(p, read_manifest("--fkd_path", p, "soft_labels")) for p in below]
     fit = [(p, manifest) for p, manifest in found if not mismatches(p, manifest, images, given)]
     if len(fit) == 1:
-        return fit[0]
+        return fit[0][0], _hashed(*fit[0], verify)
     if len(found) == 1:
-        refuse_all(mismatches(*found[0], images, given))
+        refuse_any(mismatches(*found[0], images, given))
     names = ", ".join(p.name for p, _ in (fit or found)[:4])
     what = f"{len(fit)} label folders fit: {names}" if fit else f"{len(found)} label folders, none fits: {names}"
     refuse(f"--fkd_path {path}: holds for {images.name} {what if found else 'no finished labels'}; name one")
 
 
-def refuse_all(problems):
-    """One line a problem, and status 2; nothing if there is none."""
-    for problem in problems[:-1]:
-        print(f"error: {' '.join(problem.split())}", file=sys.stderr)
+def _hashed(folder, manifest, verify):
+    """The manifest, after hashing all label files if they are few; a large set's are hashed as each is first read."""
+    if verify or sum(entry["size"] for entry in manifest["files"].values()) < HASHED_AT_START:
+        read_manifest("--fkd_path", folder, "soft_labels", verify=True)
+    return manifest
+
+
+def refuse_any(problems):
+    """Refuse what does not fit, the first three differences in one line; nothing if there is none."""
     if problems:
-        refuse(problems[-1])
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        refuse("; ".join(problems[:3]) + more)
 
 
 def mismatches(folder, manifest, images, given):
@@ -382,7 +396,7 @@ def main(argv=None):
         protocol = protocol_of(given, images.image_size or facts.image_size)
         label_epochs, half = protocol["epochs"], args.use_fp16 is not False
     else:
-        folder, manifest = open_labels(args.fkd_path, images, given)
+        folder, manifest = open_labels(args.fkd_path, images, given, args.verify)
         protocol = {name: manifest["arguments"][name] for name in PROTOCOL}
         label_epochs, half = protocol["epochs"], manifest["arguments"]["use_fp16"]
         protocol["epochs"] = args.epochs or label_epochs
@@ -432,6 +446,7 @@ def main(argv=None):
     accelerator = join_processes(process, args.tracker, args.output_dir)
     with output_folder("--output_dir", folder, settings, process) as settings:
         if is_complete(folder):
+            read_manifest("--output_dir", folder, "student")
             print(f"{folder}: already there")
             return folder
         watch = Stopwatch()
@@ -714,13 +729,15 @@ def evaluate_checkpoint(args, process, forward):
         model = create_model(args.model, len(folders), size)
     load_state(model, state, f"--evaluate {args.evaluate}")
     model = forward.place(model)
-    join_processes(process)
+    accelerator = join_processes(process)
     test = open_test(dataset, args.val_dir, folders)
     pixels, targets = validation_pixels(test, size, process.rank, process.world)
     scores = evaluate(model, pixels, targets, forward, facts.mean, facts.std, process.world)
     if process.is_main:
         count = sum(map(len, test.items))
         print(f"{args.evaluate}: top-1 {scores['top1']:.2f}, top-5 {scores['top5']:.2f} on {count} images")
+    if accelerator:
+        accelerator.end_training()
     return scores
 
 

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from distillation.datasets import DATASETS, add_dataset_flags, dataset_name, known_prompts, open_split, squash
+from distillation.datasets import DATASETS, dataset_name, known_prompts, open_split, squash
 from distillation.prototypes import open_prototypes
 from matching.models import load_teacher, model_name
 from matching.soft_labels import load_pixels, normalise, open_images
@@ -102,9 +102,7 @@ def open_sets(paths, names):
     sets = [open_images("--images", path) for path in paths]
     if names and len(names) != len(sets):
         refuse(f"--names: {len(names)} names for {len(sets)} image folders")
-    titles = {"d4m": "D4M", "random": "Real (random)", "noise": "w/o prototypes", "text": "Text-to-image"}
-    titles |= {"decoded": "Decoded prototypes", "stm": "D4M w/ STM", "d4m-g": "D4M-G"}
-    return list(zip(names or [titles.get(s.arm, s.name) for s in sets], sets))
+    return list(zip(names or [ARM_METHODS.get(s.arm, s.name) for s in sets], sets))
 
 
 def read_image(images, folder, i, flag="--images"):
@@ -158,7 +156,7 @@ def draw_grid(rows, names, titles, size):
     title = 0.2 if titles else 0.02
     height = title + side * len(rows)
     figure = plt.figure(figsize=(PAGE, height))
-    gap = 0.03
+    gap, heads = 0.03, []
     for r, (row, name) in enumerate(zip(rows, names)):
         for c, image in enumerate(row):
             box = (label + c * side) / PAGE, (height - title - (r + 1) * side + gap / 2) / height
@@ -167,10 +165,13 @@ def draw_grid(rows, names, titles, size):
             axes.imshow(image, interpolation="nearest" if image.width <= 64 else "lanczos", aspect="auto")
             axes.set_axis_off()
             if r == 0 and titles:
-                text = axes.set_title(titles[c], fontsize=min(8, 8 * side / 0.9), pad=3)
-                text.set_in_layout(False)
+                heads.append(axes.set_title(titles[c], fontsize=8, pad=3))
         middle = (height - title - (r + 0.5) * side) / height
         figure.text(label / 2 / PAGE, middle, name, rotation=90, ha="center", va="center", fontsize=9)
+    if heads:  # all of one size, the largest at which none runs into its neighbour
+        widest = max(head.get_window_extent().width for head in heads) / figure.dpi
+        for head in heads:
+            head.set_fontsize(max(4.5, min(8, 8 * (side - 0.05) / widest)))
     return figure
 
 
@@ -204,20 +205,25 @@ def curve_key(result):
     )
 
 
+ARM_METHODS = {
+    "d4m": "D4M", "d4m-g": "D4M-G", "random": "Random real", "noise": "w/o prototypes", "text": "Text-to-image",
+    "stm": "D4M w/ STM", "decoded": "Decoded prototypes",
+}  # fmt: skip
+
+
+def network_title(teacher, student):
+    """'ResNet-18', or 'ResNet-18→ResNet-50' where teacher and student differ."""
+    name = MODEL_TITLES.get(student, student)
+    if teacher in ("none", "", student):
+        return name
+    return "+".join(MODEL_TITLES.get(t, t) for t in teacher.split("+")) + "→" + name
+
+
 def curve_title(key):
     arm, labels, teacher, student, recipe = key
-    titles = {
-        "d4m": "D4M",
-        "random": "Random real",
-        "noise": "w/o prototypes",
-        "text": "Text-to-image",
-        "stm": "D4M w/ STM",
-    }
     hard = ", hard labels" if labels == "hard" else ""
-    networks = MODEL_TITLES.get(student, student)
-    if teacher not in ("none", student):
-        networks = "+".join(MODEL_TITLES.get(t, t) for t in teacher.split("+")) + "→" + networks
-    return f"{titles.get(arm, arm)} ({networks}{hard})" + (f", {recipe}" if recipe not in ("d4m", None) else "")
+    recipe = "" if recipe in ("d4m", "d4m-cifar", None) else f", {recipe}"
+    return f"{ARM_METHODS.get(arm, arm)} ({network_title(teacher, student)}{hard}{recipe})"
 
 
 def paper_curves(dataset, methods):
@@ -243,28 +249,34 @@ def measured_curves(root, dataset, arms, x_of):
     return {key: sorted(points) for key, points in sorted(curves.items())}
 
 
-def draw_curves(axes, measured, paper, paper_title):
-    """Measured: full lines with error bars; the paper's: dashed and open, in the colour of the same student."""
-    colours = {}
-    for n, (key, points) in enumerate(measured.items()):
-        colour, marker = COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]
-        colours.setdefault((key[0], key[3]), (colour, marker))
+def draw_curves(axes, measured, paper):
+    """Colour says the networks, marker the method; measured: full lines with error bars; the paper's: dashed, open.
+
+    measured    {curve_key: [(x, mean, std)]};   paper    {(method, teacher, student): [(x, top1)]}
+    """
+    networks = [(key[2], key[3]) for key in measured] + [(_model(t), _model(s)) for _, t, s in paper]
+    methods = [(ARM_METHODS.get(key[0], key[0]), key[1]) for key in measured] + [(m, "soft") for m, _, _ in paper]
+    colours = {network: COLOURS[n % len(COLOURS)] for n, network in enumerate(sorted(set(networks), key=_by_size))}
+    markers = {method: MARKERS[n % len(MARKERS)] for n, method in enumerate(dict.fromkeys(methods))}
+    styles = [(colours[n], markers[m]) for n, m in zip(networks, methods)]
+    for (key, points), (colour, marker) in zip(measured.items(), styles):
         x, y, error = zip(*points)
         axes.errorbar(x, y, error, color=colour, marker=marker, capsize=2, elinewidth=0.8, label=curve_title(key))
-    for n, (key, points) in enumerate(paper.items()):
-        used = len(measured) + n
-        colour, marker = COLOURS[used % len(COLOURS)], MARKERS[used % len(MARKERS)]
-        x, y = zip(*points)
-        axes.plot(
-            x,
-            y,
-            color=colour,
-            marker=marker,
-            linestyle="--",
-            markerfacecolor="white",
-            label=paper_title(key),
-            zorder=1,
-        )
+    ends = sorted(zip(paper.items(), styles[len(measured) :]), key=lambda entry: -entry[0][1][-1][1])
+    for ((method, teacher, student), points), (colour, marker) in ends:  # listed as the lines end, the highest first
+        label = f"{method} ({network_title(_model(teacher), _model(student))}), paper"
+        style = {"linestyle": (0, (4, 2)), "linewidth": 1.1, "markerfacecolor": "white", "zorder": 1}
+        axes.plot(*zip(*points), color=colour, marker=marker, label=label, **style)
+
+
+def _model(title):
+    """'ResNet-18' -> 'resnet18'; unknown names stay."""
+    return next((name for name, known in MODEL_TITLES.items() if known == title), title)
+
+
+def _by_size(networks):
+    """Sorts ResNet-18 before ResNet-101."""
+    return [(len(name), name) for name in networks[::-1]]
 
 
 def finish_axes(axes, xlabel, xs):
@@ -274,6 +286,8 @@ def finish_axes(axes, xlabel, xs):
     if xs:
         axes.set_xticks(xs, [f"{x:g}" for x in xs])
         axes.minorticks_off()
+    else:
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
 
 
 def ipc(args):
@@ -283,7 +297,7 @@ def ipc(args):
     if not measured and not paper:
         refuse(f"--output_root {args.output_root}: no results.json of {args.dataset}, and the paper has no such curve")
     figure, axes = plt.subplots(figsize=(COLUMN, 2.6))
-    draw_curves(axes, measured, paper, lambda key: f"{key[0]}, paper ({key[2]})")
+    draw_curves(axes, measured, paper)
     xs = sorted({point[0] for points in [*measured.values(), *paper.values()] for point in points})
     finish_axes(axes, "Images per class", xs)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=2.2, labelspacing=0.35)
@@ -291,7 +305,7 @@ def ipc(args):
 
 
 def distillation_seconds(result):
-    """Seconds that stages 1 and 2 took for the images of a result, from their timing.json; None where one is missing."""
+    """Process-seconds of stages 1 and 2 for the images of a result, from timing.json; None where one is missing."""
     seconds = 0.0
     for folder in result["made_by"]:
         path = Path(folder) / TIMING
@@ -305,7 +319,7 @@ PAPER_CLASSES = {"imagenet": 1000, "tiny_imagenet": 200}
 
 
 def paper_times(dataset, methods):
-    """{(method, teacher, student): [(hours, top1)]}: table 6's seconds an image, times the images of table 2's cells."""
+    """{(method, teacher, student): [(hours, top1)]}: table 6's seconds an image times the cell's images."""
     seconds = {
         row["method"]: row["sec_per_image"]
         for row in paper_rows()
@@ -327,8 +341,8 @@ def time(args):
     if not measured and not paper:
         refuse(f"--output_root {args.output_root}: no results.json of {args.dataset} whose images have a timing.json")
     figure, axes = plt.subplots(figsize=(COLUMN, 2.6))
-    draw_curves(axes, measured, paper, lambda key: f"{key[0]}, paper ({key[2]}; V100)")
-    finish_axes(axes, "Hours of distillation, one process", None)
+    draw_curves(axes, measured, paper)
+    finish_axes(axes, "Process-hours of distillation (paper: V100)", None)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=2.2, labelspacing=0.35)
     return figure
 
@@ -486,7 +500,7 @@ def _positions(words, folders, count):
 
 
 def cached_latents(root, own):
-    """(N, 4, h, w) of one class from a latent cache: its folder, or the --latent_cache of stage 1 if it holds only one."""
+    """(N, 4, h, w) of one class from a latent cache: its folder, or the folder above that stage 1 was given."""
     from safetensors.numpy import load_file
 
     name = f"{own['index']:04d}_{own['folder']}.safetensors"
@@ -498,7 +512,7 @@ def cached_latents(root, own):
 
 
 def draw_latents(axes, rows, prototypes, title):
-    """A class's latents on their first two principal components, coloured by nearest prototype; prototypes as stars."""
+    """A class's latents on their first two principal components, in the colour of the nearest prototype (a star)."""
     from sklearn.decomposition import PCA
 
     rows = rows.reshape(len(rows), -1).astype(np.float64)

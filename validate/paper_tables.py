@@ -247,7 +247,7 @@ def match_all(cell, results):
 
 
 def measure_cost(folder):
-    """{"sec_per_image", "gpu_gb" or None, "count"} of an image folder of stage 2 that was made in one go; else None."""
+    """{"sec_per_image", "gpu_gb" or None, "count"} of an image folder that was made in one go; else None."""
     folder = Path(folder)
     if not ((folder / "timing.json").is_file() and (folder / "manifest.json").is_file()):
         return None
@@ -360,9 +360,9 @@ def columns_of(table, rows):
 
 
 NOTES = (
-    "Top-1 in percent, mean ± sample standard deviation over n students; measured: last epoch, best: best epoch on the test "
-    "set. random real: as many real images a class, same teacher and recipe; hard labels: the same images with their class "
-    "index. Blank: not run."
+    "Top-1 in percent, mean ± sample standard deviation over n students; measured: last epoch, best: best epoch on "
+    "the test set. random real: as many real images a class, same teacher and recipe; hard labels: the same images "
+    "with their class index. Blank: not run."
 )
 COST_NOTES = "Seconds and peak GPU memory of stage 2, one image at a time as the paper, and 32. Blank: not run."
 

@@ -1,0 +1,46 @@
+#!/bin/sh
+# Stage 4 by CDA's recipe (arXiv 2311.18838): the release's with batches of 128 instead of 1024; about +10 points at IPC 10.
+# Its labels: BATCH_SIZE=128 sh matching/matching.sh
+# Other images: IMAGES=imagenet_ipc10_random; other data sets: DATASET=imagenette INPUT_SIZE=224 sh ..., and a teacher of theirs.
+set -eu
+cd "$(dirname "$0")/.."
+. scripts/launch.sh
+
+IPC="${IPC:-10}"
+KM_EXPAND="${KM_EXPAND:-1}"
+STRENGTH="${STRENGTH:-0.7}"
+GUIDANCE="${GUIDANCE:-8}"
+DATASET="${DATASET:-imagenet}"
+DATA_DIR="${DATA_DIR:-data/$DATASET}"
+OUT="${OUT:-output}"
+IMAGES="${IMAGES:-${DATASET}_ipc${IPC}_s${STRENGTH}_g${GUIDANCE}_kmexpand${KM_EXPAND}}"
+TEACHER="${TEACHER:-resnet18}"
+STUDENT="${STUDENT:-resnet18}"
+INPUT_SIZE="${INPUT_SIZE:-224}"
+EPOCHS="${EPOCHS:-300}"
+BATCH_SIZE="${BATCH_SIZE:-128}"
+LABELS="${IMAGES}_${TEACHER}$(unless epochs "$EPOCHS" 300)$(unless b "$BATCH_SIZE" 1024)_mix-cutmix"
+
+exec $RUN -m validate.train_FKD \
+    --train_dir "$OUT/images/$IMAGES" \
+    --fkd_path "$OUT/labels/$LABELS" \
+    --val_dir "$DATA_DIR" \
+    --model "$STUDENT" \
+    --epochs "$EPOCHS" \
+    --batch_size "$BATCH_SIZE" \
+    --input_size "$INPUT_SIZE" \
+    --min_scale_crops 0.08 \
+    --max_scale_crops 1 \
+    --mix_type cutmix \
+    --cutmix 1.0 \
+    --adamw_lr 0.001 \
+    --adamw_weight_decay 0.01 \
+    --schedule cosine \
+    --cos_stretch 1 \
+    --loss kl \
+    --temperature 20 \
+    --seeds 0 1 2 \
+    --eval_every 50 \
+    --num_workers 8 \
+    --output_dir "$OUT/students" \
+    "$@"

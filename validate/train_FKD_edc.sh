@@ -1,0 +1,48 @@
+#!/bin/sh
+# Stage 4 by EDC's recipe (arXiv 2404.13733): the mean logits of four teachers, squared error of logits + 0.025 cross-entropy,
+# averaged weights (decay 0.99), cosine stretched by 2.
+# TEACHER_CHECKPOINT has as many words as TEACHER.
+# Other images: IMAGES=imagenet_ipc10_random; other data sets: DATASET=imagenette INPUT_SIZE=224 sh ..., and a teacher of theirs.
+set -eu
+cd "$(dirname "$0")/.."
+. scripts/launch.sh
+
+IPC="${IPC:-10}"
+KM_EXPAND="${KM_EXPAND:-1}"
+STRENGTH="${STRENGTH:-0.7}"
+GUIDANCE="${GUIDANCE:-8}"
+DATASET="${DATASET:-imagenet}"
+DATA_DIR="${DATA_DIR:-data/$DATASET}"
+OUT="${OUT:-output}"
+IMAGES="${IMAGES:-${DATASET}_ipc${IPC}_s${STRENGTH}_g${GUIDANCE}_kmexpand${KM_EXPAND}}"
+TEACHER="${TEACHER:-resnet18 mobilenet_v2 shufflenet_v2_x0_5 efficientnet_b0}"
+TEACHER_CHECKPOINT="${TEACHER_CHECKPOINT:-torchvision torchvision torchvision torchvision}"
+STUDENT="${STUDENT:-resnet18}"
+INPUT_SIZE="${INPUT_SIZE:-224}"
+
+exec $RUN -m validate.train_FKD \
+    --train_dir "$OUT/images/$IMAGES" \
+    --online \
+    --arch $TEACHER \
+    --teacher_checkpoint $TEACHER_CHECKPOINT \
+    --val_dir "$DATA_DIR" \
+    --model "$STUDENT" \
+    --epochs 300 \
+    --batch_size 100 \
+    --input_size "$INPUT_SIZE" \
+    --min_scale_crops 0.5 \
+    --max_scale_crops 1 \
+    --mix_type cutmix \
+    --cutmix 1.0 \
+    --adamw_lr 0.001 \
+    --adamw_weight_decay 0.01 \
+    --schedule cosine \
+    --cos_stretch 2 \
+    --loss mse_ce \
+    --ce_weight 0.025 \
+    --ema 0.99 \
+    --seeds 0 1 2 \
+    --eval_every 50 \
+    --num_workers 8 \
+    --output_dir "$OUT/students" \
+    "$@"

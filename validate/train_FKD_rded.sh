@@ -1,0 +1,56 @@
+#!/bin/sh
+# Stage 4 by RDED's recipe (arXiv 2312.03526): the teacher labels during training, half the picture or more in a crop, small
+# batches, a learning rate for each student that ends at half, BatchNorm refreshed on un-mixed images (--bn_refresh).
+# Batch: 100 at IPC 10, 200 at IPC 50 and more, for 1000 classes; half of that on small sets.
+# Other images: IMAGES=imagenet_ipc10_random; other data sets: DATASET=imagenette INPUT_SIZE=224 sh ..., and a teacher of theirs.
+set -eu
+cd "$(dirname "$0")/.."
+. scripts/launch.sh
+
+IPC="${IPC:-10}"
+KM_EXPAND="${KM_EXPAND:-1}"
+STRENGTH="${STRENGTH:-0.7}"
+GUIDANCE="${GUIDANCE:-8}"
+DATASET="${DATASET:-imagenet}"
+DATA_DIR="${DATA_DIR:-data/$DATASET}"
+OUT="${OUT:-output}"
+IMAGES="${IMAGES:-${DATASET}_ipc${IPC}_s${STRENGTH}_g${GUIDANCE}_kmexpand${KM_EXPAND}}"
+TEACHER="${TEACHER:-resnet18}"
+TEACHER_CHECKPOINT="${TEACHER_CHECKPOINT:-torchvision}"
+STUDENT="${STUDENT:-resnet18}"
+INPUT_SIZE="${INPUT_SIZE:-224}"
+if [ "$IPC" -le 10 ]; then BATCH_SIZE="${BATCH_SIZE:-100}"; else BATCH_SIZE="${BATCH_SIZE:-200}"; fi
+case "$STUDENT" in # RDED's learning rates
+    efficientnet_b0) LR="${LR:-0.002}" ;;
+    mobilenet_v2) LR="${LR:-0.0025}" ;;
+    vgg11) LR="${LR:-0.0005}" ;;
+    swin_t | vit_b_16) LR="${LR:-0.0001}" ;;
+    *) LR="${LR:-0.001}" ;;
+esac
+
+exec $RUN -m validate.train_FKD \
+    --train_dir "$OUT/images/$IMAGES" \
+    --online \
+    --arch "$TEACHER" \
+    --teacher_checkpoint "$TEACHER_CHECKPOINT" \
+    --val_dir "$DATA_DIR" \
+    --model "$STUDENT" \
+    --epochs 300 \
+    --batch_size "$BATCH_SIZE" \
+    --input_size "$INPUT_SIZE" \
+    --min_scale_crops 0.5 \
+    --max_scale_crops 1 \
+    --mix_type cutmix \
+    --cutmix 1.0 \
+    --adamw_lr "$LR" \
+    --adamw_weight_decay 0.01 \
+    --schedule cosine \
+    --cos_stretch 2 \
+    --loss kl \
+    --temperature 20 \
+    --bn_refresh \
+    --seeds 0 1 2 \
+    --eval_every 50 \
+    --num_workers 8 \
+    --output_dir "$OUT/students" \
+    "$@"

@@ -82,7 +82,7 @@ def encode_batch(pipeline, images, keys, names):
 
     def encode(rows):
         pixels = images[rows].to(pipeline.vae.device, non_blocking=True) / 255
-        latents = pipeline(pixels.to(pipeline.vae.dtype), [generator(*keys[i]) for i in rows])
+        latents = pipeline(pixels, [generator(*keys[i]) for i in rows])
         return latents.to(torch.float16).cpu().contiguous()  # the VAE may answer in channels_last
 
     rows = list(range(len(images)))

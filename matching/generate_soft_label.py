@@ -23,6 +23,7 @@ from matching.models import load_teacher, model_name, ranges
 from matching.soft_labels import (
     Feed,
     add_protocol_flags,
+    batches_of,
     label_bytes,
     label_file,
     labels_name,
@@ -163,7 +164,7 @@ def label_images(args, images, protocol, teachers, teacher_facts, process):
     extras = name_extras(args.use_fp16, args.amp, args.channels_last)
     folder = Path(args.fkd_path) / labels_name(images.name, args.arch, protocol, images.image_size, extras)
     count, epochs = len(images.files), protocol["epochs"]
-    batches = -(-count // protocol["batch_size"])
+    batches = batches_of(count, protocol["batch_size"])
     files = [label_file(epoch) for epoch in range(epochs)]
     left = sum(not (folder / file).exists() for file in files)
     require_space("--fkd_path", folder, left * label_bytes(count, len(images.folders), batches, args.use_fp16))

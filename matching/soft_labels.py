@@ -11,12 +11,14 @@ replays them. Nothing is re-derived from a sampler's seed later, and stages 3 an
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from distillation.datasets import DATASETS, EXTENSIONS, BadImage, known_prompts, read_rgb
 from scripts.files import (
@@ -30,6 +32,7 @@ from scripts.files import (
 )
 from scripts.runtime import finite, generator, natural, positive_int, refuse, unit_interval, warn
 
+# differs from the release: one input size for both stages (its stage 4 always crops to 224)
 # The release's ImageNet protocol; `cutmix` is what its launcher asks for with --mix_type.
 PROTOCOL = {
     "epochs": 300,
@@ -276,6 +279,14 @@ def _guess_dataset(folders):
     return "imagenet" if set(folders) <= set(known_prompts("imagenet")) else "imagefolder"
 
 
+def in_threads(function, items, num_workers, desc):
+    """[function(item)], by threads and with a bar where there are many: Pillow decodes without the GIL."""
+    if len(items) <= 256:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(max(num_workers, 1)) as pool:
+        return list(tqdm(pool.map(function, items), total=len(items), desc=desc, unit="image", leave=False))
+
+
 def load_pixels(flag, images, num_workers=0):
     """(arrays, images): each image once as (H, W, 3) uint8, in memory, its file hashed as it is read.
 
@@ -292,11 +303,7 @@ def load_pixels(flag, images, num_workers=0):
         except BadImage as error:
             return None, f"{flag} {error}"
 
-    if num_workers > 1 and len(images.files) > 256:
-        with ThreadPoolExecutor(num_workers) as pool:  # Pillow decodes without the interpreter's lock
-            pairs = list(pool.map(read, images.files))
-    else:
-        pairs = [read(file) for file in images.files]
+    pairs = in_threads(read, images.files, num_workers, "reading images")
     for array, message in pairs:
         if array is None:
             refuse(message)
@@ -328,9 +335,26 @@ class Batch(NamedTuple):
     lam: float
 
 
+def cuts(count, size):
+    """[0, size, 2 size, ..., count]: where `count` rows are cut; a last piece of one row joins the one before.
+
+    BatchNorm cannot train on a single image.
+    """
+    ends = [*range(size, count, size), count]
+    if len(ends) > 1 and ends[-1] - ends[-2] == 1:
+        ends.pop(-2)
+    return [0, *ends]
+
+
+def batches_of(count, batch_size):
+    """Number of batches of an epoch."""
+    return len(cuts(count, batch_size)) - 1
+
+
 def epoch_batches(seed, epoch, count, batch_size):
-    """Image indices of each batch of an epoch: a permutation of `count` cut every `batch_size`, the last shorter."""
-    return torch.randperm(count, generator=generator(seed, epoch, 0)).split(batch_size)
+    """Image indices of each batch of an epoch: a permutation of `count`, cut; the last batch is shorter."""
+    order = torch.randperm(count, generator=generator(seed, epoch, 0))
+    return order.tensor_split(cuts(count, batch_size)[1:-1])
 
 
 def draw_batch(seed, epoch, number, index, sizes, input_size, protocol):
@@ -388,6 +412,7 @@ def _beta(alpha, u):
 
 def _cutmix_box(lam, size, u):
     """CutMix's box of area (1 - lam), clipped at the borders, and the lambda that its real area gives."""
+    # differs from the release: which stores the lambda drawn; only hard labels use it
     cut = int(size * math.sqrt(1 - lam))
     y, x = int(u[0] * size), int(u[1] * size)
     top, left = max(y - cut // 2, 0), max(x - cut // 2, 0)
@@ -426,11 +451,12 @@ def crop_on_cpu(arrays, index, crop, flip, size):
 PRECISION_BITS = 22  # Pillow: 32 bits, less 8 of the pixel, less 2 of head-room
 
 
-def _triangle_taps(start, length, bound, size):
+def _triangle_taps(start, length, bound, size, taps):
     """Pillow's fixed-point bilinear weights along one axis (its precompute_coeffs and normalize_coeffs_8bpc).
 
     start, length   (B,) int64, the crop's first pixel and extent; bound: extent of the whole image, for clamping only
-    Returns (taps (B, size, K) int64 pixel positions in the image, weights (B, size, K) int32 that sum to about 2^22).
+    taps            K, at least the most pixels that a weight function covers
+    Returns (positions (B, size, K) int64 pixels of the image, weights (B, size, K) int32 that sum to about 2^22).
     """
     n = length.to(torch.float64)[:, None]  # (B, 1)
     scale = n / size
@@ -438,7 +464,6 @@ def _triangle_taps(start, length, bound, size):
     centre = (torch.arange(size, dtype=torch.float64, device=n.device) + 0.5) * scale  # (B, size)
     low = torch.trunc(centre - support + 0.5).clamp(min=0)
     high = torch.minimum(torch.trunc(centre + support + 0.5), n)
-    taps = int((high - low).max())
     inverse = 1.0 / support
     positions, weights, total = [], [], torch.zeros_like(centre)
     for k in range(taps):
@@ -448,31 +473,34 @@ def _triangle_taps(start, length, bound, size):
         weights.append(weight)
         positions.append((low + k).to(torch.int64))
     fixed = [(w / total * (1 << PRECISION_BITS) + 0.5).to(torch.int32) for w in weights]
-    taps = torch.stack(positions, 2) + start[:, None, None]
-    return taps.clamp(max=bound - 1), torch.stack(fixed, 2)
+    positions = torch.stack(positions, 2) + start[:, None, None]
+    return positions.clamp(max=bound - 1), torch.stack(fixed, 2)
 
 
 def resized_crop_batch(images, boxes, flips, size, rows=128):
     """Crop, resize and flip a whole batch on any device, with the bytes of `crop_on_cpu`.   -> (B, size, size, 3)
     uint8
 
-    images   (B, H, W, 3) uint8; boxes (B, 4) int64 top, left, height, width; flips (B,) bool
+    images   (B, H, W, 3) uint8; boxes (B, 4) int64 top, left, height, width; flips (B,) bool, both best on the CPU:
+             nothing waits for the device then
     Two separable passes of integer weights, rounded to bytes in between, as Pillow; 32-bit sums suffice (255 * 2^22 <
     2^31).
     """
+    taps = [math.ceil(2 * max(1.0, int(boxes[:, k].max()) / size)) for k in (2, 3)]
+    boxes, flips = (t.to(images.device, non_blocking=True) for t in (boxes, flips))
     parts = [
-        _resized_crop(images[i : i + rows], boxes[i : i + rows], flips[i : i + rows], size)
+        _resized_crop(images[i : i + rows], boxes[i : i + rows], flips[i : i + rows], size, *taps)
         for i in range(0, len(images), rows)
     ]
     return torch.cat(parts)
 
 
-def _resized_crop(images, boxes, flips, size):
+def _resized_crop(images, boxes, flips, size, taps_y, taps_x):
     top, left, height, width = boxes.unbind(1)
     b = torch.arange(len(images), device=images.device)
-    x, wx = _triangle_taps(left, width, images.shape[2], size)  # (B, S, K)
+    x, wx = _triangle_taps(left, width, images.shape[2], size, taps_x)  # (B, S, K)
     x, wx = torch.where(flips[:, None, None], x.flip(1), x), torch.where(flips[:, None, None], wx.flip(1), wx)
-    y, wy = _triangle_taps(top, height, images.shape[1], size)
+    y, wy = _triangle_taps(top, height, images.shape[1], size, taps_y)
     half = _weighted_sum(lambda k: images[b[:, None], :, x[:, :, k]], wx[:, :, None, :])  # (B, S, H, 3), x before y
     full = _weighted_sum(lambda k: half[b[:, None], :, y[:, :, k]], wy[:, :, None, :])  # (B, S, S, 3): y, x
     return full
@@ -488,8 +516,13 @@ def _weighted_sum(gather, weights):
 def normalise(pixels, mean, std):
     """(B, S, S, 3) uint8 -> (B, 3, S, S) float32, as torchvision's ToTensor and Normalize (same bits)."""
     x = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(255)
-    mean, std = (torch.tensor(v, dtype=torch.float32, device=x.device).view(1, 3, 1, 1) for v in (mean, std))
-    return x.sub_(mean).div_(std)
+    return x.sub_(_per_channel(tuple(mean), x.device)).div_(_per_channel(tuple(std), x.device))
+
+
+@lru_cache(maxsize=32)
+def _per_channel(values, device):
+    """(1, 3, 1, 1) on the device, made once: making it anew would wait for the device."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
 
 
 def mix(x, batch, mix_type, rows=None, held=None):
@@ -593,7 +626,7 @@ class EpochLabels:
         index = draws["index"].long()
         if index.shape != (count,) or not torch.equal(index.sort().values, torch.arange(count)):
             raise LabelError(f"{self.path}: its image indices are not the {count} images, each once")
-        start = [min(i, count) for i in range(0, count + batch_size, batch_size)][: -(-count // batch_size) + 1]
+        start = cuts(count, batch_size)
         if draws["start"].tolist() != start:
             raise LabelError(f"{self.path}: its batches begin at {draws['start'].tolist()[:4]}, expected {start[:4]}")
         crop = draws["crop"].long()
@@ -663,6 +696,7 @@ class Feed(torch.utils.data.Dataset):
     One `__getitem__` is one batch, so stock PyTorch loads it (`batch_size=None`) and worker processes live for all
     epochs. On a CUDA device that has room for the images they are kept there and cropped there, with the same bytes.
 
+    arrays    list of (H, W, 3) uint8; emptied when they have gone to the device
     labels    (folder, {file: sha256}) of stored labels, or None
     rows_of   count -> the rows of a batch of `count` that this process trains on; None: all
     """
@@ -685,6 +719,7 @@ class Feed(torch.utils.data.Dataset):
         resident = torch.empty((len(self.arrays), *self.arrays[0].shape), dtype=torch.uint8, device=self.device)
         for i in range(0, len(self.arrays), 1024):
             resident[i : i + 1024] = torch.from_numpy(np.stack(self.arrays[i : i + 1024])).to(self.device)
+        self.arrays.clear()  # no second copy in host memory
         return resident
 
     def _drawn(self, epoch, number):
@@ -736,7 +771,7 @@ class Feed(torch.utils.data.Dataset):
             sampler=keys,
             num_workers=workers,
             multiprocessing_context=context,
-            pin_memory=self.device.type == "cuda" and workers > 0,
+            pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or it would draw a seed, which nobody uses, from the global one
         )
         for item in loader:
@@ -751,8 +786,10 @@ class Feed(torch.utils.data.Dataset):
         pixels = item.pixels
         if pixels is None:
             batch, which = item.batch, slice(None) if item.held is None else item.held
-            index, crop, flip = (t[which].to(self.device) for t in (batch.index, batch.crop, batch.flip))
-            pixels = resized_crop_batch(self.resident[index], crop, flip, self.protocol["input_size"])
+            index = batch.index[which].to(self.device, non_blocking=True)
+            pixels = resized_crop_batch(
+                self.resident[index], batch.crop[which], batch.flip[which], self.protocol["input_size"]
+            )
         return normalise(pixels.to(self.device, non_blocking=True), self.facts.mean, self.facts.std)
 
     def mixed(self, item):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from distillation.datasets import DATASETS, BadImage, add_dataset_flags, open_split, squash
 from matching.models import count_parameters, create_model, model_name
-from matching.soft_labels import draw_crops, epoch_batches, normalise, probability, resize_exact
+from matching.soft_labels import batches_of, draw_crops, epoch_batches, normalise, probability, resize_exact
 from matching.training import (
     Forward,
     add_training_flags,
@@ -124,7 +124,7 @@ class TrainingImages(Dataset):
 
     def batches(self, first, last):
         """Keys of all batches of epochs first .. last - 1."""
-        count = -(-len(self.items) // self.batch_size)
+        count = batches_of(len(self.items), self.batch_size)
         return [(epoch, number) for epoch in range(first, last) for number in range(count)]
 
     def __getitem__(self, key):
@@ -318,7 +318,7 @@ def train_teacher(args, recipe, settings, folder, train, val, process, forward):
         train, size, recipe, recipe.batch_size, args.seed, (args.min_scale_crops, args.max_scale_crops),
         settings["bn_batch"], process.rank, process.world,
     )  # fmt: skip
-    pixels, targets = validation_pixels(val, size, process.rank, process.world)
+    pixels, targets = validation_pixels(val, size, process.rank, process.world, args.num_workers)
     keys = data.batches(first, recipe.epochs)
     workers = args.num_workers if data.arrays is None else 0
     loader = iter(DataLoader(data, batch_size=None, sampler=keys, num_workers=workers, generator=torch.Generator()))
@@ -338,7 +338,7 @@ def train_teacher(args, recipe, settings, folder, train, val, process, forward):
             set_lr(optimizer, lr)
             model.train()
             total, steps, seen = torch.zeros((), device=device), 0, 0
-            for _ in range(-(-len(data.items) // recipe.batch_size)):
+            for _ in range(batches_of(len(data.items), recipe.batch_size)):
                 _, number, count, images, labels = next(loader)
                 x = forward.lay_out(normalise(images.to(device, non_blocking=True), facts.mean, facts.std))
                 labels = labels.to(device, non_blocking=True)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from distillation.datasets import DATASETS, BadImage, squash
-from matching.soft_labels import normalise
+from matching.soft_labels import cuts, in_threads, normalise
 from scripts.files import atomic
 from scripts.runtime import positive_int, refuse, seed_of
 
@@ -127,15 +127,13 @@ def color_jitter(x, rows, count, jitter, lighting, mean, std, g):
 
 def chunk_size(batch_size, world, accumulation_steps, bn_batch):
     """Images of one forward and backward pass: --bn_batch, else batch / (processes x steps), rounded up."""
-    return bn_batch or -(-batch_size // (world * accumulation_steps))
+    return min(bn_batch or -(-batch_size // (world * accumulation_steps)), batch_size)
 
 
 def chunks_of(count, size):
     """(first, end) of each chunk of a batch of `count`; a last chunk of one image joins its neighbour (BatchNorm)."""
-    ends = [*range(size, count, size), count]
-    if len(ends) > 1 and ends[-1] - ends[-2] == 1:
-        ends.pop(-2)
-    return list(zip([0, *ends[:-1]], ends))
+    ends = cuts(count, size)
+    return list(zip(ends[:-1], ends[1:]))
 
 
 def rank_chunks(count, size, rank, world):
@@ -230,7 +228,7 @@ class Average:
 # ---- evaluation
 
 
-def validation_pixels(split, size, rank=0, world=1, flag="--val_dir"):
+def validation_pixels(split, size, rank=0, world=1, num_workers=0, flag="--val_dir"):
     """Test images of this rank as bytes: (n, size, size, 3) uint8 and (n,) class indices.
 
     Small data sets (CIFAR, Tiny-ImageNet, digits) are taken whole; others are resized to size * 256 / 224 on the
@@ -239,12 +237,18 @@ def validation_pixels(split, size, rank=0, world=1, flag="--val_dir"):
     whole = DATASETS[split.dataset].image_size <= 64
     items = [(item, c) for c, names in enumerate(split.items) for item in names][rank::world]
     out = np.empty((len(items), size, size, 3), np.uint8)
-    for k, (item, _) in enumerate(items):
+
+    def read(k):
         try:
-            image = split.read(item)
+            image = split.read(items[k][0])
         except BadImage as error:
-            refuse(f"{flag} {error}")
-        out[k] = np.asarray(squash(image, size) if whole else centre_crop(image, size))
+            return str(error)
+        as_it_is = size <= 64 and image.size == (size, size)
+        out[k] = np.asarray(squash(image, size) if whole or as_it_is else centre_crop(image, size))
+
+    for problem in in_threads(read, range(len(items)), num_workers, "reading test images"):
+        if problem:
+            refuse(f"{flag} {problem}")
     return torch.from_numpy(out), torch.tensor([c for _, c in items], dtype=torch.int64)
 
 
@@ -367,6 +371,7 @@ def train_step(model, optimizer, chunks, count, loss_of, world, key=None):
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     for first, rows in chunks:
+        # differs from the release: divided by the batch as it is, so the last, shorter one counts in full
         with seeded(*key, first, device=device) if key else contextlib.nullcontext():
             loss = loss_of(rows) / count
         loss.backward()

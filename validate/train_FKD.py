@@ -23,13 +23,15 @@ from tqdm import tqdm
 
 from distillation.datasets import DATASETS, dataset_name, known_prompts, open_split
 from matching.generate_soft_label import add_teacher_flags, load_teachers, name_extras
+from matching.label_folder import open_labels
 from matching.models import count_parameters, create_model, load_state, model_name, read_state_dict
 from matching.soft_labels import (
     PROTOCOL,
     TEACHER_ROWS,
     Feed,
+    ImageSet,
     add_protocol_flags,
-    label_file,
+    batches_of,
     labels_name,
     load_pixels,
     open_images,
@@ -64,15 +66,12 @@ from matching.training import (
     validation_pixels,
 )
 from scripts.files import (
-    ARGS,
-    MANIFEST,
     is_complete,
     output_folder,
     output_name,
     read_json,
     read_manifest,
     require_space,
-    sha256,
     write_json,
     write_manifest,
     write_timing,
@@ -236,106 +235,7 @@ def recipe_of(args):
     )
 
 
-# ---- labels and images that must fit each other
-
-HASHED_AT_START = 2**29  # bytes of labels: about a second
-
-
-def open_labels(path, images, given, verify=False):
-    """(folder, manifest) of the labels of `images`, found at `path` or one folder below; refuses all that does not
-    fit.
-
-    given   {flag: value} of the command line, None where not given
-    """
-    path = Path(path)
-    if (path / MANIFEST).exists() or (path / ARGS).exists() or not path.is_dir():
-        manifest = read_manifest("--fkd_path", path, "soft_labels")
-        refuse_any(mismatches(path, manifest, images, given))
-        return path, _hashed(path, manifest, verify)
-    below = sorted(p for p in path.iterdir() if p.name.startswith(images.name + "_") and is_complete(p))
-    found = [(p, read_manifest("--fkd_path", p, "soft_labels")) for p in below]
-    fit = [(p, manifest) for p, manifest in found if not mismatches(p, manifest, images, given)]
-    if len(fit) == 1:
-        return fit[0][0], _hashed(*fit[0], verify)
-    if len(found) == 1:
-        refuse_any(mismatches(*found[0], images, given))
-    names = ", ".join(p.name for p, _ in (fit or found)[:4])
-    what = f"{len(fit)} label folders fit: {names}" if fit else f"{len(found)} label folders, none fits: {names}"
-    refuse(f"--fkd_path {path}: holds for {images.name} {what if found else 'no finished labels'}; name one")
-
-
-def _hashed(folder, manifest, verify):
-    """The manifest, after hashing all label files if they are few; a large set's are hashed as each is first read."""
-    if verify or sum(entry["size"] for entry in manifest["files"].values()) < HASHED_AT_START:
-        read_manifest("--fkd_path", folder, "soft_labels", verify=True)
-    return manifest
-
-
-def refuse_any(problems):
-    """Refuse what does not fit, the first three differences in one line; nothing if there is none."""
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        refuse("; ".join(problems[:3]) + more)
-
-
-def mismatches(folder, manifest, images, given):
-    """What in the labels does not fit the images or the command line: one line a difference, naming both values."""
-    where = f"--fkd_path {folder}"
-    settings, of = manifest["arguments"], manifest.get("images")
-    if (folder / ARGS).exists() and read_json(folder / ARGS) != settings:
-        return [f"{where}: its {MANIFEST} and its {ARGS} disagree: one of them was edited"]
-    lacking = [k for k in (*PROTOCOL, "arch", "teacher_sha256", "use_fp16") if k not in settings]
-    if lacking or not isinstance(of, dict) or not isinstance(manifest.get("classes"), list):
-        return [f"{where}: its {MANIFEST} lacks {(lacking or ['images or classes'])[0]}"]
-    problems = []
-
-    def differ(what, theirs, ours, whose=f"{images.root}"):
-        if theirs != ours:
-            problems.append(f"{where}: labels of {what} {theirs}, {whose} has {ours}")
-
-    differ("the data set", manifest["dataset"], images.dataset)
-    theirs, ours = [c["folder"] for c in manifest["classes"]], list(images.folders)
-    if len(theirs) != len(ours):
-        differ("classes numbering", len(theirs), len(ours))
-    elif theirs != ours:
-        k = next(k for k in range(len(ours)) if theirs[k] != ours[k])
-        differ(f"class {k} =", theirs[k], ours[k])
-    differ("images numbering", of.get("count"), len(images.files))
-    differ("images of size", of.get("image_size"), images.image_size)
-    differ("the arm", of.get("arm"), images.arm)
-    if not problems:  # whatever differs above also changes the content
-        differ("images with the content", str(of.get("content"))[:12], images.content[:12])
-    facts = DATASETS[images.dataset]
-    differ(
-        "mean and std", [manifest.get("mean"), manifest.get("std")], [list(facts.mean), list(facts.std)], "this code"
-    )
-    for name in PROTOCOL:
-        if given.get(name) is None:
-            continue
-        if name == "epochs":
-            if given[name] > settings[name]:
-                problems.append(f"--epochs {given[name]}: {where[2:]} holds {settings[name]} epochs")
-        elif given[name] != settings[name]:
-            problems.append(f"--{name} {given[name]}: the labels of {where} were made with {settings[name]}")
-    if given.get("arch") not in (None, settings["arch"]):
-        problems.append(f"--arch {' '.join(given['arch'])}: the teacher of {where} is {' '.join(settings['arch'])}")
-    if given.get("use_fp16") not in (None, settings["use_fp16"]):
-        problems.append(f"--use_fp16 {given['use_fp16']}: the labels of {where} were made with {settings['use_fp16']}")
-    for checkpoint, digest in zip(given.get("teacher_checkpoint") or [], settings["teacher_sha256"]):
-        now = teacher_file_digest(checkpoint)
-        if now != digest:
-            problems.append(
-                f"--teacher_checkpoint {checkpoint}: has sha256 {now[:12]}, the teacher of {where} had {digest[:12]}"
-            )
-    return problems
-
-
-def teacher_file_digest(checkpoint):
-    path = Path(checkpoint)
-    path = path / "model.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        refuse(f"--teacher_checkpoint {checkpoint}: no such file")
-    return sha256(path)
+# ---- inputs
 
 
 def open_test(dataset, root, folders):
@@ -356,24 +256,81 @@ def open_test(dataset, root, folders):
     return split
 
 
-def student_name(labels, model, recipe, epochs, label_epochs, chunk, batch_size, args):
+SHORT = {
+    "optimizer": "opt",
+    "weight_decay": "wd",
+    "temperature": "T",
+    "cos_stretch": "stretch",
+    "step_factor": "factor",
+    "warmup_epochs": "warmup",
+    "ce_weight": "ce",
+    "bn_refresh": "bnrefresh",
+    "color_jitter": "jitter",
+}
+SEED_FILES = (("student_seed", "safetensors"), ("seed", "json"))
+
+
+def student_name(inputs, recipe, chunk, args):
     """`{labels}_{model}` plus what is not the default."""
     default = Recipe(loss="ce" if args.hard_label else "kl")
     if args.sgd:
-        default = default._replace(optimizer="adamw", lr=1.024, weight_decay=3e-5)
-    short = {
-        "optimizer": "opt", "weight_decay": "wd", "temperature": "T", "cos_stretch": "stretch",
-        "step_factor": "factor",
-        "warmup_epochs": "warmup", "ce_weight": "ce", "bn_refresh": "bnrefresh", "color_jitter": "jitter",
-    }  # fmt: skip
-    options = {"train": epochs, "bn": chunk}
-    defaults = {"train": label_epochs, "bn": batch_size}
+        default = default._replace(lr=1.024, weight_decay=3e-5)
+    options = {"train": inputs.protocol["epochs"], "bn": chunk}
+    defaults = {"train": inputs.label_epochs, "bn": inputs.protocol["batch_size"]}
     for name, value in recipe._asdict().items():
-        options[short.get(name, name)] = value
-        defaults[short.get(name, name)] = getattr(default, name)
+        options[SHORT.get(name, name)] = value
+        defaults[SHORT.get(name, name)] = getattr(default, name)
     options |= {"amp": args.amp, "seeds": args.seeds}
     defaults |= {"amp": "none", "seeds": [0]}
-    return output_name(f"{labels}_{model.replace(':', '-')}", options, defaults)
+    return output_name(f"{inputs.stem}_{args.model.replace(':', '-')}", options, defaults)
+
+
+class Inputs(NamedTuple):
+    """What a student learns from.
+
+    protocol   epochs, batch size, crops, mix ... of its batches; label_epochs: how many epochs are labelled
+    labels     (folder, {file: sha256}) of stored labels, else None; content: their digest
+    stem       name of the labels, stored or not, which names the result
+    """
+
+    images: ImageSet
+    arrays: list | None
+    protocol: dict
+    label_epochs: int
+    half: bool
+    labels: tuple | None
+    content: str | None
+    teachers: list
+    teacher_facts: list
+    stem: str
+
+
+def read_inputs(args, process):
+    """Images and labels (stored, or how they will be made) that fit each other; pixels only of a foreign folder."""
+    images, arrays = open_images("--train_dir", args.train_dir, args.dataset), None
+    if images.foreign:  # its content is known only from its pixels
+        arrays, images = load_pixels("--train_dir", images, args.num_workers)
+    if not (args.online or args.hard_label):
+        folder, manifest = open_labels(args.fkd_path, images, vars(args), args.verify)
+        settings = manifest["arguments"]
+        protocol = {name: settings[name] for name in PROTOCOL} | {"epochs": args.epochs or settings["epochs"]}
+        digests = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+        return Inputs(
+            images, arrays, protocol, settings["epochs"], settings["use_fp16"], (folder, digests),
+            manifest["content"], [], manifest["teacher"], folder.resolve().name,
+        )  # fmt: skip
+    protocol = protocol_of(vars(args), images.image_size or DATASETS[images.dataset].image_size)
+    half, teachers, facts = args.use_fp16 is not False, [], []
+    if args.online:
+        archs = args.arch or ["resnet18"]
+        teachers, facts = load_teachers(
+            archs, args.teacher_checkpoint, images.dataset, images.folders, protocol["input_size"], process.device
+        )
+        stem = labels_name(images.name, archs, protocol, images.image_size, name_extras(half, "none", False))
+        stem += "_online"
+    else:
+        stem = labels_name(images.name, ["hard"], protocol, images.image_size)
+    return Inputs(images, arrays, protocol, protocol["epochs"], half, None, None, teachers, facts, stem)
 
 
 # ---- main
@@ -385,42 +342,10 @@ def main(argv=None):
     forward = Forward(process.device, args.amp, args.channels_last, args.compile)
     if args.evaluate:
         return evaluate_checkpoint(args, process, forward)
-    given = vars(args)
-    images = open_images("--train_dir", args.train_dir, args.dataset)
-    facts = DATASETS[images.dataset]
-    arrays = None
-    if images.foreign:
-        arrays, images = load_pixels("--train_dir", images, args.num_workers)
-    labels, teachers = None, []
-    if args.online or args.hard_label:
-        protocol = protocol_of(given, images.image_size or facts.image_size)
-        label_epochs, half = protocol["epochs"], args.use_fp16 is not False
-    else:
-        folder, manifest = open_labels(args.fkd_path, images, given, args.verify)
-        protocol = {name: manifest["arguments"][name] for name in PROTOCOL}
-        label_epochs, half = protocol["epochs"], manifest["arguments"]["use_fp16"]
-        protocol["epochs"] = args.epochs or label_epochs
-        labels = folder, {name: entry["sha256"] for name, entry in manifest["files"].items()}
-        teacher_facts, labels_folder = manifest["teacher"], folder.resolve().name
-        if set(labels[1]) != {label_file(epoch) for epoch in range(label_epochs)}:
-            refuse(f"--fkd_path {folder}: its manifest lists {len(labels[1])} files for {label_epochs} epochs")
+    inputs = read_inputs(args, process)
+    images, protocol, recipe = inputs.images, inputs.protocol, recipe_of(args)
     test = open_test(images.dataset, args.val_dir, images.folders)
-    if args.online:
-        archs = args.arch or ["resnet18"]
-        teachers, teacher_facts = load_teachers(
-            archs, args.teacher_checkpoint, images.dataset, images.folders, protocol["input_size"], process.device
-        )
-        extras = name_extras(half, "none", False)
-        labels_folder = labels_name(images.name, archs, protocol, images.image_size, extras) + "_online"
-    elif args.hard_label:
-        teacher_facts = []
-        labels_folder = labels_name(images.name, ["hard"], protocol, images.image_size)
-    recipe = recipe_of(args)
     chunk = chunk_size(protocol["batch_size"], process.world, args.gradient_accumulation_steps, args.bn_batch)
-    chunk = min(chunk, protocol["batch_size"])
-    name = student_name(
-        labels_folder, args.model, recipe, protocol["epochs"], label_epochs, chunk, protocol["batch_size"], args
-    )
     settings = {
         "model": args.model,
         "labels": "online" if args.online else "hard" if args.hard_label else "stored",
@@ -433,61 +358,71 @@ def main(argv=None):
         "channels_last": args.channels_last,
         "compile": args.compile,
         "fused": args.fused,
-        "use_fp16": half,
+        "use_fp16": inputs.half,
         "dataset": images.dataset,
         "images": images.content,
-        "labels_content": manifest["content"] if labels else None,
-        "teacher": [[t["arch"], t["sha256"]] for t in teacher_facts],
+        "labels_content": inputs.content,
+        "teacher": [[t["arch"], t["sha256"]] for t in inputs.teacher_facts],
         "test_images": sum(map(len, test.items)),
     }
-    if arrays is None:
-        arrays, images = load_pixels("--train_dir", images, args.num_workers)
-    folder = Path(args.output_dir) / name
+    folder = Path(args.output_dir) / student_name(inputs, recipe, chunk, args)
     accelerator = join_processes(process, args.tracker, args.output_dir)
     with output_folder("--output_dir", folder, settings, process) as settings:
         if is_complete(folder):
             read_manifest("--output_dir", folder, "student")
             print(f"{folder}: already there")
-            return folder
-        watch = Stopwatch()
-        if accelerator and args.tracker:
-            accelerator.init_trackers("d4m", {k: str(v) for k, v in settings.items()})
-
-        def rows_of(count):
-            rows = rank_chunks(count, chunk, process.rank, process.world)[1]
-            return rows if not args.online else whole_blocks(rows, count)
-
-        feed = Feed(arrays, images, protocol, process.device, labels, rows_of if process.world > 1 else None)
-        pixels, targets = validation_pixels(test, protocol["input_size"], process.rank, process.world)
-
-        def test_model(model):
-            return evaluate(model, pixels, targets, forward, facts.mean, facts.std, process.world)
-
-        def log(seed, row):
-            if accelerator and args.tracker:
-                values = {f"seed{seed}/{k}": v for k, v in row.items() if k != "epoch"}
-                accelerator.log(values, step=row["epoch"])
-
-        job = Job(
-            args.model, recipe, protocol, len(images.folders), images.targets, chunk, half, teachers,
-            args.fused, args.eval_every, args.checkpoint_every,
-        )  # fmt: skip
-        units = train_students(job, args.seeds, folder, feed, process, forward, test_model, log, args.num_workers)
-        if process.is_main:
-            append_log(folder, event="run", rank=0, seconds=watch.seconds, units=units, **peak_memory(process.device))
-            results = write_results(folder, settings, images, teacher_facts, args.seeds)
-            files = ["results.json", *(f"student_seed{seed}.safetensors" for seed in args.seeds)]
-            files += [f"seed{seed}.json" for seed in args.seeds]
-            classes = [{"index": c, "folder": f} for c, f in enumerate(images.folders)]
-            student_facts = {"dataset": images.dataset, "classes": classes, "images": images.facts()}
-            write_manifest(folder, "student", settings, files, student_facts)
-            write_timing(folder)
-            top1 = results["summary"]["last"]["top1"]
-            spread = "" if top1["std"] is None else f" +- {top1['std']:.2f}"
-            print(f"{folder}: top-1 {top1['mean']:.2f}{spread} (n = {top1['n']}) in {watch.seconds:.0f} s")
+        else:
+            watch = Stopwatch()
+            units = train(args, inputs, test, recipe, chunk, folder, process, forward, accelerator)
+            if process.is_main:
+                append_log(
+                    folder, event="run", rank=0, seconds=watch.seconds, units=units, **peak_memory(process.device)
+                )
+                finish_folder(folder, settings, inputs, args.seeds, watch.seconds)
     if accelerator:
         accelerator.end_training()
     return folder
+
+
+def train(args, inputs, test, recipe, chunk, folder, process, forward, accelerator):
+    """Images to memory (or the device), then every seed; returns the number of epochs trained now."""
+    images, protocol, facts = inputs.images, inputs.protocol, DATASETS[inputs.images.dataset]
+    arrays = inputs.arrays or load_pixels("--train_dir", images, args.num_workers)[0]
+
+    def rows_of(count):
+        rows = rank_chunks(count, chunk, process.rank, process.world)[1]
+        return whole_blocks(rows, count) if args.online else rows
+
+    feed = Feed(arrays, images, protocol, process.device, inputs.labels, rows_of if process.world > 1 else None)
+    pixels, targets = validation_pixels(test, protocol["input_size"], process.rank, process.world, args.num_workers)
+
+    def test_model(model):
+        return evaluate(model, pixels, targets, forward, facts.mean, facts.std, process.world)
+
+    def track(seed, row):
+        if args.tracker:
+            accelerator.log({f"seed{seed}/{k}": v for k, v in row.items() if k != "epoch"}, step=row["epoch"])
+
+    if args.tracker:
+        accelerator.init_trackers("d4m", {"train_dir": args.train_dir, "model": args.model, **recipe._asdict()})
+    job = Job(
+        args.model, recipe, protocol, len(images.folders), images.targets, chunk, inputs.half, inputs.teachers,
+        args.fused, args.eval_every, args.checkpoint_every,
+    )  # fmt: skip
+    return train_students(job, args.seeds, folder, feed, process, forward, test_model, track, args.num_workers)
+
+
+def finish_folder(folder, settings, inputs, seeds, seconds):
+    """results.json and the manifest."""
+    images = inputs.images
+    top1 = write_results(folder, settings, images, inputs.teacher_facts, seeds)["summary"]["last"]["top1"]
+    files = ["results.json", *(f"{name}{seed}.{end}" for seed in seeds for name, end in SEED_FILES)]
+    classes = [{"index": c, "folder": f} for c, f in enumerate(images.folders)]
+    facts = {"dataset": images.dataset, "classes": classes, "images": images.facts()}
+    write_manifest(folder, "student", settings, files, facts)
+    write_timing(folder)
+    spread = "" if top1["std"] is None else f" +- {top1['std']:.2f}"
+    print(f"{folder}: top-1 {top1['mean']:.2f}{spread} (n = {top1['n']}) in {seconds:.0f} s")
 
 
 def whole_blocks(rows, count):
@@ -558,10 +493,10 @@ class Student:
         self.path.unlink(missing_ok=True)
 
 
-def train_students(job, seeds, folder, feed, process, forward, test_model, log, num_workers):
+def train_students(job, seeds, folder, feed, process, forward, test_model, track, num_workers):
     """One student a seed, one after the other, over one loader; returns the number of epochs trained now."""
     epochs, count = job.protocol["epochs"], len(job.targets)
-    batches = -(-count // job.protocol["batch_size"])
+    batches = batches_of(count, job.protocol["batch_size"])
     todo = []
     for seed in seeds:
         if (folder / f"seed{seed}.json").exists():
@@ -589,7 +524,7 @@ def train_students(job, seeds, folder, feed, process, forward, test_model, log, 
                     row |= test_model(student.tested)
                     bar.set_postfix(seed=seed, top1=f"{row['top1']:.2f}")
                 student.rows.append(row)
-                log(seed, row)
+                track(seed, row)
                 if process.is_main:
                     if last:
                         student.finish(folder)
@@ -731,7 +666,7 @@ def evaluate_checkpoint(args, process, forward):
     model = forward.place(model)
     accelerator = join_processes(process)
     test = open_test(dataset, args.val_dir, folders)
-    pixels, targets = validation_pixels(test, size, process.rank, process.world)
+    pixels, targets = validation_pixels(test, size, process.rank, process.world, args.num_workers)
     scores = evaluate(model, pixels, targets, forward, facts.mean, facts.std, process.world)
     if process.is_main:
         count = sum(map(len, test.items))

@@ -155,8 +155,8 @@ def draw_grid(rows, names, titles, size):
     label, side = 0.22, (PAGE - 0.22) / columns  # inches
     title = 0.2 if titles else 0.02
     height = title + side * len(rows)
-    figure = plt.figure(figsize=(PAGE, height))
-    gap, heads = 0.03, []
+    figure = plt.figure(figsize=(PAGE, height), dpi=100)
+    gap, heads, names_drawn = 0.03, [], []
     for r, (row, name) in enumerate(zip(rows, names)):
         for c, image in enumerate(row):
             box = (label + c * side) / PAGE, (height - title - (r + 1) * side + gap / 2) / height
@@ -167,12 +167,20 @@ def draw_grid(rows, names, titles, size):
             if r == 0 and titles:
                 heads.append(axes.set_title(titles[c], fontsize=8, pad=3))
         middle = (height - title - (r + 0.5) * side) / height
-        figure.text(label / 2 / PAGE, middle, name, rotation=90, ha="center", va="center", fontsize=9)
-    if heads:  # all of one size, the largest at which none runs into its neighbour
-        widest = max(head.get_window_extent().width for head in heads) / figure.dpi
-        for head in heads:
-            head.set_fontsize(max(4.5, min(8, 8 * (side - 0.05) / widest)))
+        names_drawn.append(
+            figure.text(label / 2 / PAGE, middle, name, rotation=90, ha="center", va="center", fontsize=9)
+        )
+    fit_text(names_drawn, side - 0.05, 9, tall=True)
+    fit_text(heads, side - 0.05, 8)
     return figure
+
+
+def fit_text(texts, room, largest, tall=False):
+    """Give all texts one size, the largest at which none is longer than `room` inches."""
+    boxes = [text.get_window_extent() for text in texts]
+    longest = max([(box.height if tall else box.width) for box in boxes], default=0) / 100
+    for text in texts if longest else []:
+        text.set_fontsize(max(4.5, min(largest, largest * room / longest)))
 
 
 def grid(args):

@@ -134,7 +134,10 @@ RECIPES = {
     "cda": {**_D4M, "batch_size": 128},
     "rded": {k: v for k, v in _RDED.items() if k not in ("batch_size", "lr")},
     "rd3": {**{k: v for k, v in _RDED.items() if k != "cos_stretch"}, "epochs": 400, "batch_size": 50},
-    "edc": {**_RDED, "batch_size": 100, "loss": "mse_ce", "ce_weight": 0.025, "ema": 0.99, "bn_refresh": False},
+    "edc": {
+        **{k: v for k, v in _RDED.items() if k != "temperature"}, "batch_size": 100, "loss": "mse_ce",
+        "ce_weight": 0.025, "ema": 0.99, "bn_refresh": False,
+    },
     "minimax-hard": {
         "batch_size": 64, "optimizer": "sgd", "lr": 0.01, "weight_decay": 5e-4, "schedule": "step", "step_factor": 0.2,
         "loss": "ce", "mix_type": "cutmix",

@@ -87,10 +87,11 @@ class Site(NamedTuple):
 # Tiny-ImageNet's ResNets.
 CIFAR_TEACHER = {
     "epochs": 200, "batch_size": 128, "learning_rate": 0.1, "weight_decay": 5e-4, "warmup_epochs": 0,
-    "augment": "pad_crop",
+    "augment": "pad_crop", "flip": 0.5,
 }  # fmt: skip
 TINY_TEACHER = {
     "epochs": 200, "batch_size": 256, "learning_rate": 0.2, "weight_decay": 1e-4, "warmup_epochs": 5, "augment": "rrc",
+    "flip": 0.5,
 }  # fmt: skip
 SMALL = {"epochs": 500, "batch": 100, "accumulation": 1, "bn_batch": None, "seeds": (0, 1, 2, 3, 4)}
 FULL = {
@@ -105,6 +106,7 @@ SMOKE = {
 }  # fmt: skip
 SMOKE_TEACHER = {
     "epochs": 2, "batch_size": 8, "learning_rate": 0.01, "weight_decay": 1e-4, "warmup_epochs": 0, "augment": "none",
+    "flip": 0,
 }  # fmt: skip
 SMOKE_IPC = 2
 SMOKE_CLASSES = ("0", "1", "2", "3")
@@ -352,7 +354,7 @@ def labels_step(dataset, site, images, ipc, arch):
 def student_step(dataset, site, images, ipc, model, labels=None, arch=None, amp="none"):
     """Stage 4 on stored labels; with `arch` instead, labelled while it trains; with neither, on hard labels."""
     from matching.soft_labels import PROTOCOL, labels_name, protocol_of
-    from validate.train_FKD import recipe_of, student_name
+    from validate.train_FKD import Inputs, recipe_of, student_name
 
     source = {"fkd_path": labels and labels.folder, "temperature": 20}
     if arch:
@@ -375,7 +377,9 @@ def student_step(dataset, site, images, ipc, model, labels=None, arch=None, amp=
             "_online" if arch else ""
         )
     chunk = min(site.bn_batch or -(-site.batch // site.accumulation), site.batch)
-    name = student_name(stem, model, recipe_of(args), site.epochs, site.epochs, chunk, site.batch, args)
+    inputs = dict.fromkeys(Inputs._fields) | {"stem": stem, "label_epochs": site.epochs}
+    inputs["protocol"] = {"epochs": site.epochs, "batch_size": site.batch}
+    name = student_name(Inputs(**inputs), recipe_of(args), chunk, args)
     cost = Estimate(dataset, site).student(ipc, model, len(site.seeds))
     return Step("student", "validate.train_FKD", argv, Path(site.out) / "students" / name, **cost)
 

@@ -1,0 +1,364 @@
+"""The right cell gets the right number, every D4M cell has its command, and --smoke runs the same commands."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from matching import generate_soft_label
+from validate import paper_tables, run_table
+from validate.paper_tables import TABLES, images_name, paper_cells, paper_recipe, paper_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def plan(table, *flags):
+    return run_table.plan_of(run_table.get_args(["--table", str(table), *flags]))
+
+
+# ---- the published numbers and their commands
+
+
+def test_every_published_number_is_there():
+    rows = paper_rows()
+    assert len(rows) == 127
+    assert [len(paper_cells(table)) for table in TABLES] == [4, 24, 18, 12, 15, 2]
+    d4m = {(c.dataset, c.ipc): c.paper["top1"] for c in paper_cells(2) if c.student == "resnet18" and c.arm == "d4m"}
+    assert d4m == {
+        ("imagenet", 10): 27.9, ("imagenet", 50): 55.2, ("imagenet", 100): 59.3, ("imagenet", 200): 62.6,
+        ("tiny_imagenet", 50): 46.2, ("tiny_imagenet", 100): 51.4,
+    }  # fmt: skip
+    assert {(c.teacher, c.student) for c in paper_cells(5)} == {
+        (t, s)
+        for t in ("resnet18", "mobilenet_v2", "swin_t")
+        for s in ("resnet18", "mobilenet_v2", "efficientnet_b0", "swin_t", "vit_b_16")
+    }
+
+
+def test_every_cells_command_makes_that_cell_alone(capsys):
+    paper_tables.main(["--list"])
+    lines = capsys.readouterr().out.splitlines()
+    cells = paper_cells()
+    assert len(lines) == len(cells) == 75 and len(set(lines)) == 75
+    for line, cell in zip(lines, cells):
+        words = shlex.split(line.split("#")[0])
+        assert words[:2] == ["sh", f"validate/table{cell.table}.sh"] and (ROOT / words[1]).is_file()
+        chosen = [c for c, _, _ in plan(cell.table, *words[2:])]
+        assert [c for c in chosen if c.arm != "text"] == [cell]
+        assert (cell.arm == "noise") == any(c.arm == "text" for c in chosen)
+
+
+def test_the_table_launchers_start_the_runner(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\nfor a in "$@"; do printf "%s\\0" "$a"; done\n')
+    stub.chmod(0o755)
+    clean = {"PATH": os.environ["PATH"], "PYTHON": str(stub)}
+    for table in TABLES:
+        run = ["sh", f"table{table}.sh", "--smoke"]
+        for environment in (clean, {**clean, "OUT": "x y", "DIFFUSION_CHECKPOINT": "my model", "NUM_GPUS": "8"}):
+            out = subprocess.run(
+                run, cwd=ROOT / "validate", env=environment, check=True, capture_output=True, text=True
+            )
+            argv = out.stdout.split("\0")[:-1]
+            assert argv[:2] == ["-m", "validate.run_table"]
+            args = run_table.get_args(argv[2:])
+            assert args.table == table and args.smoke
+            assert args.out == environment.get("OUT", "output") and args.jobs == int(environment.get("NUM_GPUS", 1))
+            assert args.diffusion_checkpoints_path == environment.get("DIFFUSION_CHECKPOINT", "misc/tiny-sd-digits")
+
+
+# ---- --smoke changes values of flags, never flags
+
+
+def shape(step):
+    """(module, its flags without their values) of a command."""
+    return step.module, tuple(word for word in step.argv if re.match(r"--[a-z]", word))
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("more", [[], ["--online"], ["--baseline", "none"]])
+def test_smoke_runs_the_same_commands(table, more):
+    full, smoke = plan(table, *more), plan(table, "--smoke", *more)
+    assert [c for c, _, _ in full] == [c for c, _, _ in smoke]
+    for (cell, steps, folders), (_, toy, toy_folders) in zip(full, smoke):
+        # the one addition: stand-ins for the teachers that torchvision would send
+        extra = [step for step in toy if step.kind == "stand-in"]
+        assert not [step for step in steps if step.kind == "stand-in"]
+        assert bool(extra) == (cell.dataset == "imagenet" and table != 6)
+        assert [shape(s) for s in toy if s.kind != "stand-in"] == [shape(s) for s in steps], cell.command
+        assert list(folders) == list(toy_folders)
+        networks = [[(s.kind, w) for w in s.argv if w in paper_tables.MODEL_TITLES] for s in steps]
+        assert [n for n, s in zip(networks, steps)] == [
+            [(s.kind, w) for w in s.argv if w in paper_tables.MODEL_TITLES] for s in toy if s.kind != "stand-in"
+        ]
+
+
+def test_the_recorded_commands_are_these(capsys):
+    run_table.main(["--table", "1", "--smoke", "--commands"])
+    lines = capsys.readouterr().out.splitlines()
+    steps = [step for _, own, _ in plan(1, "--smoke") for step in own]
+    assert [line for line in lines if not line.startswith("#")] == [step.line() for step in steps]
+    run_table.main(["--table", "1", "--commands", "--jobs", "8", "--dataset", "cifar10", "--ipc", "10"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("torchrun --standalone --nproc_per_node 8 -m distillation.gen_syn") for line in lines)
+    assert all(line.startswith("python -m") for line in lines if "validate.train_FKD" in line)
+
+
+# ---- the commands are the launchers', and name their output as the stages do
+
+
+def launcher_args(path, module, tmp_path, **variables):
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\nfor a in "$@"; do printf "%s\\0" "$a"; done\n')
+    stub.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(stub), **variables}
+    out = subprocess.run(["sh", str(ROOT / path)], env=environment, check=True, capture_output=True, text=True).stdout
+    argv = out.split("\0")[:-1]
+    assert argv[1] == module
+    return vars(run_table.parsed(module, argv[2:]))
+
+
+@pytest.mark.parametrize(
+    "dataset, stem, teacher",
+    [("imagenet", "imgnt", "resnet18"), ("tiny_imagenet", "tnimgnt", "resnet18"), ("cifar10", "cf10", "convnet_w128")],
+)
+def test_a_cell_has_the_launchers_values(dataset, stem, teacher, tmp_path):
+    """The same stages by hand, IPC=50 sh gen_prototype_... and so on, make the same cell."""
+    table = 1 if dataset == "cifar10" else 2
+    [(_, steps, _)] = plan(
+        table, "--dataset", dataset, "--ipc", "50", "--student", teacher, "--method", "d4m", "--baseline", "none"
+    )
+    own = "" if dataset == "imagenet" else f"_{stem}"
+    launchers = {
+        "teacher": f"matching/train_teacher_{stem}.sh",
+        "prototypes": f"distillation/gen_prototype_{stem}.sh",
+        "images": f"distillation/gen_syn_image_{stem}.sh",
+        "labels": f"matching/matching{own}.sh",
+        "student": f"validate/train_FKD{own}.sh",
+    }
+    free = {"seeds", "latent_cache", "num_workers"}  # of no consequence, or the table's own
+    for step in steps:
+        by_hand = launcher_args(launchers[step.kind], step.module, tmp_path, IPC="50")
+        ours = vars(run_table.parsed(step.module, step.argv))
+        # values that a launcher leaves to their defaults
+        for args in (ours, by_hand):
+            args["teacher_checkpoint"] = [
+                c for c in args.get("teacher_checkpoint") or [] if c != "torchvision"
+            ] or None
+            args["image_size"] = args.get("image_size") or run_table.FULL[dataset].get("image_size", 224)
+            if step.kind == "student":
+                args |= {"input_size": None, "min_scale_crops": None, "max_scale_crops": None}
+                args |= {"cutmix": None, "fkd_seed": None}
+        assert {k: v for k, v in ours.items() if k not in free} == {k: v for k, v in by_hand.items() if k not in free}
+
+
+def test_cells_find_their_images_by_the_stages_own_names():
+    for table in (1, 2, 3, 4, 5):
+        for cell, steps, folders in plan(table):
+            made = [s.folder.name for s in steps if s.kind in ("images", "stm", "taken", "random")]
+            assert images_name(cell.dataset, cell.ipc, cell.arm) in made, cell.command
+            assert images_name(cell.dataset, cell.ipc, "random") in made
+            assert set(folders) == {"result", "random", "hard"}
+
+
+def test_plan_counts_each_shared_command_once(capsys):
+    run_table.main(["--table", "5", "--plan"])
+    head, *lines = capsys.readouterr().out.splitlines()
+    # stages 1 and 2, random images; labels of 2 image sets by 3 teachers; 15 + 15 + 5 students
+    assert "15 cells, 44 commands, 0 on disk" in head and len(lines) == 15
+    assert all(re.search(r"of \d+ commands on disk; .+ on one H200, \d+ GB if run alone", line) for line in lines)
+
+
+def test_choosing_nothing_is_refused(refused):
+    refused(run_table.main, ["--table", "2", "--dataset", "cifar10"], "--table 2", "ImageNet-1K")
+    refused(run_table.main, ["--table", "2", "--student", "resnet81"], "resnet81")
+
+
+# ---- the right cell gets the right number
+
+
+def fake(root, name, dataset, ipc, arm, images, student, teacher, mean, labels="stored", n=3, **changed):
+    """A results.json as stage 4 writes it, with top-1 values around `mean`."""
+    from validate.paper_tables import RECIPES
+
+    arguments = {**RECIPES[paper_recipe(dataset)], "model": student, "labels": labels, "dataset": dataset}
+    if labels == "hard":
+        arguments |= {"loss": "ce", "temperature": 3.0}
+        teacher = None
+    values = [mean + (i - (n - 1) / 2) for i in range(n)]
+    std = (sum((v - mean) ** 2 for v in values) / (n - 1)) ** 0.5 if n > 1 else None
+    top1 = {"mean": mean, "std": std, "n": n, "values": values}
+    results = {
+        "arguments": {**arguments, **changed},
+        "images": {"name": images, "arm": arm, "ipc": ipc, "classes": 10},
+        "teacher": [{"arch": teacher, "weights": "x", "sha256": "y"}] if teacher else [],
+        "summary": {"last": {"top1": top1, "top5": top1}, "best": {"top1": {**top1, "mean": mean + 0.5}}},
+        "seeds": [],
+    }
+    folder = root / "students" / name
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def value_of(cell, which):
+    """A number that no other cell, baseline or decoy has."""
+    key = (cell.dataset, cell.ipc, cell.arm if which != "random" else "random", cell.student)
+    key += (cell.teacher if which != "hard" else None, which == "hard")
+    return VALUES.setdefault(key, 1 + 0.1 * len(VALUES))
+
+
+VALUES = {}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Results of every cell and baseline of every table, among decoys that differ in one thing each."""
+    root, made = tmp_path_factory.mktemp("output"), set()
+    cells = [cell for table in (1, 2, 3, 4, 5) for cell in run_table.table_cells(table)]
+    for cell in cells:
+        for which, arm, labels in (
+            ("result", cell.arm, "stored"),
+            ("random", "random", "stored"),
+            ("hard", cell.arm, "hard"),
+        ):
+            mean, name = value_of(cell, which), images_name(cell.dataset, cell.ipc, arm)
+            if mean in made:
+                continue
+            made.add(mean)
+            own = (cell.dataset, cell.ipc, "d4m-g" if arm == "d4m-g" else arm, name, cell.student, cell.teacher)
+            fake(root, f"{len(made):03d}", *own, mean, labels)
+            if which == "result" and cell.table in (1, 2):
+                decoy = 90 + len(made) / 100
+                fake(root, f"{len(made):03d}a", *own, decoy, labels, batch_size=7, n=9)  # another recipe
+                fake(root, f"{len(made):03d}b", *own, decoy, labels, n=1)  # fewer seeds
+                other = own[:3] + (name.replace("s0.7", "s0.5") + "_seed1",) + own[4:]
+                fake(root, f"{len(made):03d}c", *other, decoy, labels, n=9)  # other images
+                fake(root, f"{len(made):03d}d", *own[:5], "vgg11", decoy, labels, n=9)  # another teacher
+    return root
+
+
+@pytest.mark.parametrize("table", (1, 2, 3, 4, 5))
+def test_the_right_cell_gets_the_right_number(results, table):
+    found = paper_tables.find_results(results)
+    rows = paper_tables.table_rows(table, lambda cell: paper_tables.match_all(cell, found))
+    ours = [row for row in rows if row["ours"]]
+    cells = run_table.table_cells(table)
+    assert len(ours) == len(cells)
+    for row, cell in zip(ours, cells):
+        for which in ("result", "random", "hard"):
+            assert row[which]["last"]["mean"] == pytest.approx(value_of(cell, which)), (cell.command, which)
+        assert row["result"]["last"]["n"] == 3 and row["result"]["last"]["std"] == pytest.approx(1)
+        assert row["paper"] == cell.paper["top1"]
+    others = [row for row in rows if not row["ours"]]
+    assert not [row for row in others if row.get("result") or row.get("random") or row.get("hard")]
+
+
+def test_markdown_latex_and_json_agree(results, tmp_path, capsys):
+    for form in ("markdown", "latex", "json"):
+        paper_tables.main(["--output_root", str(results), "--format", form, "--output", str(tmp_path)])
+    capsys.readouterr()
+    for table in (1, 2, 3, 4, 5):
+        text = (tmp_path / f"table{table}.md").read_text()
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        assert len({len(line.split("|")) for line in lines}) == 1
+        data = json.loads((tmp_path / f"table{table}.json").read_text())
+        tex = (tmp_path / f"table{table}.tex").read_text()
+        body = [line for line in tex.splitlines() if line.endswith("\\\\")]
+        assert len(body) == len(data["rows"]) + 1 == len(lines) - 1
+        assert len({line.count(" & ") for line in body}) == 1 and tex.count("\\toprule") == 1
+        assert not re.search(r"(?<!\\)[%#_](?!\\usepackage)", tex.replace("% \\usepackage", ""))
+        for row in data["rows"]:
+            if row["ours"]:
+                mean = f"{row['result']['last']['mean']:.1f}"
+                assert any(f" {mean} ± 1.0 " in line for line in lines)
+                assert any(f" {mean} $\\pm$ 1.0 " in line for line in body)
+                assert Path(row["result"]["path"]).is_file()
+
+
+def test_what_was_not_run_is_blank(tmp_path, capsys):
+    paper_tables.main(["--output_root", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert text.count("### Table") == 6
+    numbers = {
+        f"{row[key]:.1f}" for row in paper_rows() for key in ("top1", "std", "sec_per_image", "gpu_gb") if key in row
+    }
+    cells = [word.strip() for line in text.splitlines() if line.startswith("|") for word in line.split("|")]
+    shown = {part for word in cells for part in re.findall(r"\d+\.\d+", word) if "T" not in word}
+    assert shown == numbers
+    paper_tables.main(["--output_root", str(tmp_path), "--format", "json", "--output", str(tmp_path)])
+    for table in TABLES:
+        for row in json.loads((tmp_path / f"table{table}.json").read_text())["rows"]:
+            assert not any(row.get(name) for name in ("result", "random", "hard", "one", "batch"))
+
+
+def test_a_missing_root_is_refused(tmp_path, refused):
+    refused(paper_tables.main, ["--output_root", tmp_path / "nowhere"], "--output_root")
+
+
+# ---- a whole cell, end to end, at toy scale
+
+
+def test_smoke_cell_end_to_end(tiny_sd, tmp_path, capsys, monkeypatch):
+    argv = ["--table", "1", "--smoke", "--dataset", "cifar10", "--ipc", "10", "--out", str(tmp_path)]
+    argv += ["--diffusion_checkpoints_path", str(tiny_sd)]
+    run_table.main(argv)
+    out = capsys.readouterr().out
+    assert "SMOKE TEST" in out
+    [line] = [
+        line for line in out.splitlines() if line.startswith("| CIFAR-10 ") and "| D4M " in line and "| 10 " in line
+    ]
+    words = [word.strip() for word in line.split("|")[1:-1]]
+    assert words[5] == "56.2 ± 0.4" and all("±" in words[n] for n in (6, 7, 9, 10)) and words[8] == "2"
+    rows = json.loads((tmp_path / "smoke" / "tables" / "table1.json").read_text())["rows"]
+    [row] = [row for row in rows if row.get("result")]
+    for which, labels in (("result", "stored"), ("random", "stored"), ("hard", "hard")):
+        found = json.loads(Path(row[which]["path"]).read_text())
+        assert found["arguments"]["labels"] == labels and found["summary"]["last"]["top1"] == row[which]["last"]
+        assert found["images"]["arm"] == ("random" if which == "random" else "d4m")
+    # the same command again finds all on disk
+    monkeypatch.setattr(run_table, "run_here", lambda step: pytest.fail(step.line()))
+    run_table.main(argv)
+    assert "9 on disk" in capsys.readouterr().out
+
+
+def test_smoke_cost_end_to_end(tiny_sd, tmp_path, capsys):
+    argv = ["--table", "6", "--smoke", "--dataset", "imagenet", "--out", str(tmp_path)]
+    run_table.main([*argv, "--diffusion_checkpoints_path", str(tiny_sd)])
+    capsys.readouterr()
+    rows = json.loads((tmp_path / "smoke" / "tables" / "table6.json").read_text())["rows"]
+    [row] = [row for row in rows if row["one"]]
+    assert row["method"] == "D4M" and row["paper"] == 2.7 and row["one"]["count"] == row["batch"]["count"] == 8
+    assert row["one"]["sec_per_image"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("3", "--method", "stm", "--teacher", "resnet18", "--student", "resnet18"),
+        ("2", "--method", "d4m-g", "--ipc", "50", "--student", "resnet18"),
+        ("4", "--dataset", "imagenet", "--method", "noise", "--student", "resnet18", "--online"),
+    ],
+)
+def test_smoke_cells_end_to_end(flags, tiny_sd, tmp_path, capsys):
+    argv = ["--table", *flags, "--smoke", "--out", str(tmp_path), "--diffusion_checkpoints_path", str(tiny_sd)]
+    run_table.main(argv)
+    rows = json.loads((tmp_path / "smoke" / "tables" / f"table{flags[0]}.json").read_text())["rows"]
+    assert [row for row in rows if row.get("result") and row.get("random") and row.get("hard")]
+
+
+def test_torchvisions_teacher_can_be_named(monkeypatch, tmp_path):
+    """--teacher_checkpoint torchvision, as the tables say it, is the default."""
+    from matching import models
+
+    asked = []
+    monkeypatch.setattr(
+        models, "_public_weights", lambda name, size: asked.append(name) or pytest.skip("as it should")
+    )
+    with pytest.raises(pytest.skip.Exception):
+        generate_soft_label.load_teachers(["resnet18"], ["torchvision"], "imagenet", ["n01440764"], 224, "cpu")
+    assert asked == ["resnet18"]

@@ -442,12 +442,12 @@ def crop_on_cpu(arrays, index, crop, flip, size):
     """
     out = np.empty((len(index), size, size, 3), np.uint8)
     for k, (i, (top, left, h, w), mirrored) in enumerate(zip(index.tolist(), crop.tolist(), flip.tolist())):
-        piece = Image.fromarray(arrays[i][top : top + h, left : left + w])
-        pixels = np.asarray(resize_exact(piece, size))
-        out[k] = pixels[:, ::-1] if mirrored else pixels
+        piece = resize_exact(Image.fromarray(arrays[i][top : top + h, left : left + w]), size)
+        out[k] = np.asarray(piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else piece)
     return torch.from_numpy(out)
 
 
+CACHED = 2**17  # elements that stay in a core's cache over a few operations
 PRECISION_BITS = 22  # Pillow: 32 bits, less 8 of the pixel, less 2 of head-room
 
 
@@ -513,10 +513,18 @@ def _weighted_sum(gather, weights):
     return (total >> PRECISION_BITS).clamp_(0, 255).to(torch.uint8)
 
 
-def normalise(pixels, mean, std):
-    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32, as torchvision's ToTensor and Normalize (same bits)."""
-    x = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(255)
-    return x.sub_(_per_channel(tuple(mean), x.device)).div_(_per_channel(tuple(std), x.device))
+def normalise(pixels, mean, std, out=None):
+    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32, as torchvision's ToTensor and Normalize (same bits).
+
+    out   float32 memory of at least that size to write to; fresh memory costs a CPU more than the arithmetic
+    """
+    b, h, w, _ = pixels.shape
+    x = torch.empty((b, 3, h, w), device=pixels.device) if out is None else out[:b]
+    mean, std = _per_channel(tuple(mean), x.device), _per_channel(tuple(std), x.device)
+    rows = max(1, CACHED // (3 * h * w)) if x.device.type == "cpu" else max(b, 1)
+    for y, part in zip(x.split(rows), pixels.split(rows)):
+        y.copy_(part.permute(0, 3, 1, 2)).div_(255).sub_(mean).div_(std)
+    return x
 
 
 @lru_cache(maxsize=32)
@@ -526,25 +534,22 @@ def _per_channel(values, device):
 
 
 def mix(x, batch, mix_type, rows=None, held=None):
-    """Mix each image with its partner: (B, 3, S, S) normalised -> rows of the mixed batch.
+    """Mix each image with its partner: (B, 3, S, S) normalised (CutMix: or bytes) -> rows of the mixed batch.
 
     rows   which rows of the batch are wanted (None: all); held: which rows `x` holds, sorted (None: all)
     """
-    partner = batch.partner.to(x.device)
-    if rows is None:
-        own, other = x, x[partner] if mix_type != "none" else None
-    else:
-        where = torch.full((len(batch.partner),), -1, device=x.device)
+    partner, own = batch.partner.to(x.device), x
+    if rows is not None:
+        where = torch.full((len(partner),), -1, device=x.device)
         where[held.to(x.device)] = torch.arange(len(held), device=x.device)
         rows = rows.to(x.device)
-        own = x[where[rows]]
-        other = x[where[partner[rows]]] if mix_type != "none" else None
+        own, partner = x[where[rows]], where[partner[rows]]
     if mix_type == "mixup":
-        return own.mul(batch.lam).add_(other, alpha=1 - batch.lam)
+        return own.mul(batch.lam).add_(x[partner], alpha=1 - batch.lam)
     if mix_type == "cutmix":
         top, left, bottom, right = batch.box.tolist()
-        own = own.clone()
-        own[:, :, top:bottom, left:right] = other[:, :, top:bottom, left:right]
+        own = own.clone() if rows is None else own
+        own[:, :, top:bottom, left:right] = x[:, :, top:bottom, left:right][partner]
     return own
 
 
@@ -707,6 +712,7 @@ class Feed(torch.utils.data.Dataset):
         self.sizes = torch.tensor([array.shape[:2] for array in arrays])
         self.facts = DATASETS[images.dataset]
         self.order = self.open = (None, None)  # of the last epoch asked for
+        self.out = None  # memory of `mixed`
         self.kept = {}  # replayed batches of a small set, for the next seed
         self.resident = self._on_device()
 
@@ -781,20 +787,35 @@ class Feed(torch.utils.data.Dataset):
                 self.kept[item.epoch, item.number] = item
             yield item
 
+    def _pixels(self, item):
+        """The held rows of an item, cropped, on the device: (n, S, S, 3) uint8."""
+        if item.pixels is not None:
+            return item.pixels.to(self.device, non_blocking=True)
+        batch, which = item.batch, slice(None) if item.held is None else item.held
+        index = batch.index[which].to(self.device, non_blocking=True)
+        return resized_crop_batch(
+            self.resident[index], batch.crop[which], batch.flip[which], self.protocol["input_size"]
+        )
+
     def unmixed(self, item):
         """The held rows of an item, cropped and normalised, on the device: (n, 3, S, S) float32."""
-        pixels = item.pixels
-        if pixels is None:
-            batch, which = item.batch, slice(None) if item.held is None else item.held
-            index = batch.index[which].to(self.device, non_blocking=True)
-            pixels = resized_crop_batch(
-                self.resident[index], batch.crop[which], batch.flip[which], self.protocol["input_size"]
-            )
-        return normalise(pixels.to(self.device, non_blocking=True), self.facts.mean, self.facts.std)
+        return normalise(self._pixels(item), self.facts.mean, self.facts.std)
 
     def mixed(self, item):
-        """The wanted rows of an item, cropped, normalised and mixed, on the device: (n, 3, S, S) float32."""
-        return mix(self.unmixed(item), item.batch, self.protocol["mix_type"], item.rows, item.held)
+        """The wanted rows of an item, cropped, normalised and mixed, on the device: (n, 3, S, S) float32.
+
+        Without mixup, on a CPU, the same memory at the next call.
+        """
+        mix_type = self.protocol["mix_type"]
+        if mix_type == "mixup":
+            return mix(self.unmixed(item), item.batch, mix_type, item.rows, item.held)
+        pixels = self._pixels(item).permute(
+            0, 3, 1, 2
+        )  # mixed as bytes, then normalised: the same bits, a quarter moved
+        pixels = mix(pixels, item.batch, mix_type, item.rows, item.held).permute(0, 2, 3, 1)
+        if self.device.type == "cpu" and (self.out is None or len(self.out) < len(pixels)):
+            self.out = torch.empty((len(pixels), 3, *pixels.shape[1:3]))
+        return normalise(pixels, self.facts.mean, self.facts.std, self.out)
 
 
 # ---- teachers

@@ -362,6 +362,7 @@ def main(argv=None):
         args.revision,
         args.variant,
         vae_only=True,
+        config=args.single_file_config,
     )
     settings = prototype_settings(args, split, precision, weights_hash(pipeline.vae))
     settings["prototype_format"] = args.prototype_format

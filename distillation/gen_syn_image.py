@@ -453,6 +453,7 @@ def load_synthesis(args, process):
         args.revision,
         args.variant,
         safety_checker=args.safety_checker == "on",
+        config=args.single_file_config,
     )
     hashes = {f"{name}_sha256": weights_hash(getattr(pipeline, name)) for name in ("vae", "unet", "text_encoder")}
     hashes |= {

@@ -9,6 +9,10 @@ import torch
 from scripts.runtime import refuse
 
 DEFAULT_CHECKPOINT = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+HUB_HINT = (
+    ". Offline, gated or misspelt? Where there is internet: hf download {0} --local-dir DIR (after accepting its "
+    "licence on the hub), then --diffusion_checkpoints_path DIR"
+)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -21,6 +25,8 @@ def add_checkpoint_flags(parser):
         help="a hub id, a folder in diffusers format, or a single .safetensors file",
     )
     group.add_argument("--revision", default=None, help="a branch, tag or commit of the hub id")
+    group.add_argument("--single_file_config", default=None, metavar="DIR",
+                       help="with a single file and no internet: a folder in diffusers format that has its configuration")
     group.add_argument("--variant", default=None, help="load weight files of this variant, such as fp16")
     group.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: fp16 on CUDA, fp32 elsewhere")
     group.add_argument("--channels_last", action="store_true", help="memory format; changes the last bits")
@@ -37,10 +43,11 @@ def resolve_dtype(name, device):
     return ("fp16" if device.type == "cuda" else "fp32") if name == "auto" else name
 
 
-def load_pipeline(cls, checkpoint, device, dtype, revision=None, variant=None, vae_only=False, safety_checker=False):
+def load_pipeline(cls, checkpoint, device, dtype, revision=None, variant=None, vae_only=False, safety_checker=False, config=None):
     """Load `cls` (one of our two pipelines) onto `device` in `dtype` ("fp16", "bf16", "fp32").
 
     vae_only        load nothing but the VAE (stage 1): 0.3 GB instead of 4 GB
+    config          for a single file: where its configuration is, if not on the hub
     safety_checker  keep the checkpoint's safety checker (it replaces flagged images by black ones)
     Refuses, in one line, a checkpoint that is missing, gated, or not a Stable Diffusion. Reads safetensors only.
     """
@@ -62,18 +69,13 @@ def load_pipeline(cls, checkpoint, device, dtype, revision=None, variant=None, v
         refuse(f"{flag}: this folder has no model_index.json, so it is no pipeline in diffusers format")
     try:
         if path.is_file():
-            pipeline = cls.from_single_file(str(path), **arguments)
+            pipeline = cls.from_single_file(str(path), config=config, **arguments)
         else:
             pipeline = cls.from_pretrained(checkpoint, revision=revision, variant=variant, **arguments)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        hint = (
-            ""
-            if path.exists()
-            else (
-                f". Offline, gated or misspelt? Where there is internet: hf download {checkpoint} --local-dir DIR "
-                "(after accepting its licence on the hub), then --diffusion_checkpoints_path DIR"
-            )
-        )
+        hint = "" if path.exists() else HUB_HINT.format(checkpoint)
+        if path.is_file() and config is None:
+            hint = ". Without internet its configuration has to be named: --single_file_config DIR"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         refuse(f"{flag}: cannot be loaded: {reason}{hint}")
     pipeline.set_progress_bar_config(disable=True)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from ldm import single_file
+from safetensors.torch import save_file
 
 from scripts.checkpoints import load_pipeline, weights_hash
 from scripts.pipeline_stable_diffusion_gen_latents import StableDiffusionGenLatentsPipeline
@@ -114,6 +116,23 @@ def test_stage_1_loads_only_the_vae(encoder, synthesis):
     assert [name for name, part in encoder.components.items() if part is not None] == ["vae"]
     assert weights_hash(encoder.vae) == weights_hash(synthesis.vae)
     assert synthesis.safety_checker is None
+
+
+def test_a_single_file_gives_the_same_networks_as_the_folder(synthesis, tiny_sd, tmp_path, refused):
+    path = tmp_path / "v1.safetensors"
+    save_file(single_file(synthesis), path)
+    for cls, names in (
+        (StableDiffusionLatents2ImgPipeline, ["vae", "unet", "text_encoder"]),
+        (StableDiffusionGenLatentsPipeline, ["vae"]),
+    ):
+        loaded = load_pipeline(cls, str(path), CPU, "fp32", vae_only=len(names) == 1, config=str(tiny_sd))
+        for name in names:
+            assert weights_hash(getattr(loaded, name)) == weights_hash(getattr(synthesis, name))
+        assert (loaded.unet is None) == (len(names) == 1)
+    latents = torch.randn(1, 4, 8, 8, generator=generator(1))
+    loaded = load_pipeline(StableDiffusionLatents2ImgPipeline, str(path), CPU, "fp32", config=str(tiny_sd))
+    images = [pipe("two", latents, generator=generator(3), **SETTINGS).images for pipe in (loaded, synthesis)]
+    assert torch.equal(*images)
 
 
 def test_weights_hash_sees_values_and_not_precision(encoder):

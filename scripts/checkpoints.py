@@ -25,8 +25,12 @@ def add_checkpoint_flags(parser):
         help="a hub id, a folder in diffusers format, or a single .safetensors file",
     )
     group.add_argument("--revision", default=None, help="a branch, tag or commit of the hub id")
-    group.add_argument("--single_file_config", default=None, metavar="DIR",
-                       help="with a single file and no internet: a folder in diffusers format that has its configuration")
+    group.add_argument(
+        "--single_file_config",
+        default=None,
+        metavar="DIR",
+        help="with a single file and no internet: a folder in diffusers format that has its configuration",
+    )
     group.add_argument("--variant", default=None, help="load weight files of this variant, such as fp16")
     group.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: fp16 on CUDA, fp32 elsewhere")
     group.add_argument("--channels_last", action="store_true", help="memory format; changes the last bits")
@@ -43,7 +47,9 @@ def resolve_dtype(name, device):
     return ("fp16" if device.type == "cuda" else "fp32") if name == "auto" else name
 
 
-def load_pipeline(cls, checkpoint, device, dtype, revision=None, variant=None, vae_only=False, safety_checker=False, config=None):
+def load_pipeline(
+    cls, checkpoint, device, dtype, revision=None, variant=None, vae_only=False, safety_checker=False, config=None
+):
     """Load `cls` (one of our two pipelines) onto `device` in `dtype` ("fp16", "bf16", "fp32").
 
     vae_only        load nothing but the VAE (stage 1): 0.3 GB instead of 4 GB

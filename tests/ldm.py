@@ -16,17 +16,28 @@ def single_file(pipeline):
     attended = [i for i, kind in enumerate(unet.up_block_types) if kind.startswith("CrossAttn")]
     levels = len(pipeline.vae.config.block_out_channels)
     return {
-        **{f"first_stage_model.{k}": v for k, v in map(lambda kv: _vae(*kv, levels), pipeline.vae.state_dict().items())},
+        **{
+            f"first_stage_model.{k}": v
+            for k, v in map(lambda kv: _vae(*kv, levels), pipeline.vae.state_dict().items())
+        },
         **{f"model.diffusion_model.{_unet(k, layers, attended)}": v for k, v in pipeline.unet.state_dict().items()},
-        **{f"cond_stage_model.transformer.text_model.{k.removeprefix('text_model.')}": v
-           for k, v in pipeline.text_encoder.state_dict().items()},
+        **{
+            f"cond_stage_model.transformer.text_model.{k.removeprefix('text_model.')}": v
+            for k, v in pipeline.text_encoder.state_dict().items()
+        },
     }
 
 
 def _vae(name, tensor, levels):
     name = re.sub(r"decoder\.up_blocks\.(\d+)", lambda m: f"decoder.up.{levels - 1 - int(m[1])}", name)
-    for ours, theirs in (("down_blocks", "down"), (".resnets.", ".block."), ("conv_shortcut", "nin_shortcut"),
-                         ("downsamplers.0", "downsample"), ("upsamplers.0", "upsample"), ("conv_norm_out", "norm_out")):
+    for ours, theirs in (
+        ("down_blocks", "down"),
+        (".resnets.", ".block."),
+        ("conv_shortcut", "nin_shortcut"),
+        ("downsamplers.0", "downsample"),
+        ("upsamplers.0", "upsample"),
+        ("conv_norm_out", "norm_out"),
+    ):
         name = name.replace(ours, theirs)
     name = re.sub(r"mid_block\.block\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
     if "mid_block.attentions.0" in name:
@@ -57,5 +68,9 @@ def _unet(name, layers, attended):
         return f"input_blocks.{(block + 1) * (layers + 1)}.0.op.{rest.removeprefix('conv.')}"
     if kind == "upsamplers":
         return f"output_blocks.{block * (layers + 1) + layers}.{2 if block in attended else 1}.{rest}"
-    at = f"input_blocks.{1 + block * (layers + 1) + i}" if side == "down" else f"output_blocks.{block * (layers + 1) + i}"
+    at = (
+        f"input_blocks.{1 + block * (layers + 1) + i}"
+        if side == "down"
+        else f"output_blocks.{block * (layers + 1) + i}"
+    )
     return f"{at}.0.{_resnet(rest)}" if kind == "resnets" else f"{at}.1.{rest}"

@@ -1,12 +1,13 @@
 """Kill test: stop each stage at random instants, run the same command again, compare with the run that was let alone.
 
-    python -m misc.kill_test --kills 200                       # SIGKILL over the four stages, about 10 minutes on 2 cores
+    python -m misc.kill_test --kills 200            # SIGKILL over the four stages, about 10 minutes on 2 cores
     python -m misc.kill_test --kills 50 --signal TERM --ranks 2
 
-Digits and a tiny model on the CPU. Every run is forked from this process, in which everything is imported already; else
-imports would be all that is hit. A kill counts if it falls between the first unit's file and the manifest. After each,
-every file must be whole; the command is run again (and perhaps killed again) until it ends; then the tree, timing and
-logs aside, must be that of the uninterrupted run, and only what was missing may have been made. Exit status 1 if not.
+Digits and a tiny model on the CPU. Every run is forked from this process, in which everything is imported already;
+else imports would be all that is hit. A kill counts if it falls between the first unit's file and the manifest. After
+each, every file must be whole; the command is run again (and perhaps killed again) until it ends; then the tree, timing
+and logs aside, must be that of the uninterrupted run, and only what was missing may have been made. Exit status 1 if
+not.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found

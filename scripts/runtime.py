@@ -159,7 +159,9 @@ def this_process(device="auto", shard="0/1") -> Process:
 
     Shard i of n of a job of w processes holds ranks i*w .. i*w + w - 1 of n*w: shards and processes compose.
     Refuses a WORLD_SIZE that nobody gave this process a rank in, which would do all the work in every process.
+    From here on a stop signal leaves with status 75.
     """
+    _leave_at_once()
     world, rank, local_rank = _environment("WORLD_SIZE", 1), _environment("RANK", 0), _environment("LOCAL_RANK", 0)
     if world > 1 and not ("RANK" in os.environ and "MASTER_ADDR" in os.environ):
         refuse(
@@ -235,14 +237,33 @@ def generator(*key) -> torch.Generator:
 # ---- stop signals
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm's and torchrun's warnings
+
+
+def _leave_at_once():
+    """While nothing is at hand - loading, or writing the manifest - a stop signal ends the process, with status 75."""
+    owner = os.getpid()
+
+    def leave(number, _frame):
+        if os.getpid() != owner:  # a reading process that inherited this
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        os.write(2, f"\n{signal.Signals(number).name}: left at once; run the same command to go on\n".encode())
+        raise SystemExit(EXIT_STOPPED)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            signal.signal(number, leave)
+
+
 class StopSignals:
-    """Turns SIGTERM and SIGUSR1 (Slurm's warnings) into a flag that the loops read between two units."""
+    """Turns SIGTERM and SIGUSR1 into a flag that the loops read between two units."""
 
     def __init__(self):
         self.name = None
 
     def __enter__(self):
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        self._before = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_):

@@ -1,0 +1,334 @@
+"""Several processes, shards, jobs and nodes: the same bytes, one writer a folder, a full disk, a rank that dies."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tree
+from reliability import STAGE_1, STAGE_2
+
+from distillation import distill, gen_prototype, gen_syn_image, random_real
+from matching import generate_soft_label, train_teacher
+from misc.kill_test import Forked, forked, rank_environment
+from scripts import files
+from scripts.files import MANIFEST, atomic, output_folder, write_manifest
+from scripts.runtime import Process
+from validate import train_FKD
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def slowly(main, seconds):
+    """A stage that takes `seconds` longer for every batch that goes through the VAE or the UNet."""
+
+    def run(argv):
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+
+        for network, name in ((AutoencoderKL, "encode"), (UNet2DConditionModel, "forward")):
+            original = getattr(network, name)
+
+            def wait(self, *args, _original=original, **kwargs):
+                time.sleep(seconds)
+                return _original(self, *args, **kwargs)
+
+            setattr(network, name, wait)
+        main(argv)
+
+    return run
+
+
+def stage_1(model, *more):
+    return [*STAGE_1, *model, *more]
+
+
+def stage_2(model, made, *more):
+    return [*STAGE_2, *model, "--prototype_path", str(made[0]), *more]
+
+
+# ---- the same bytes for any number of processes
+
+
+def at_once(main, argv, world):
+    """All ranks of `main` at the same time, in forked processes; returns how they ended."""
+    runs = [Forked(main, argv, environment=rank_environment(rank, world)) for rank in range(world)]
+    return [run.wait() for run in runs]
+
+
+@pytest.mark.parametrize(
+    "world", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)]
+)
+def test_ranks_at_the_same_time_make_the_same_bytes(world, made, model):
+    """Three classes, and three batches of images: 2 ranks get uneven parts, 4 and 7 are more than there are units."""
+    assert [end.status for end in at_once(gen_prototype.main, stage_1(model), world)] == [0] * world
+    assert [end.status for end in at_once(gen_syn_image.main, stage_2(model, made), world)] == [0] * world
+    assert tree(Path("output/prototypes") / made[0].name) == tree(made[0])
+    assert tree(Path("output/images") / made[1].name) == tree(made[1])
+
+
+def test_two_independent_shards_make_the_same_bytes_and_either_may_finish(made, model):
+    for shard in ("1/2", "0/2"):
+        gen_prototype.main(stage_1(model, "--shard", shard))
+        gen_syn_image.main(stage_2(model, made, "--shard", shard))
+    assert tree(Path("output/prototypes") / made[0].name) == tree(made[0])
+    assert tree(Path("output/images") / made[1].name) == tree(made[1])
+    second = [
+        Forked(gen_prototype.main, stage_1(model, "--shard", f"{i}/2", "--save_prototype_path", "b")) for i in (0, 1)
+    ]
+    assert [run.wait().status for run in second] == [0, 0]
+    assert tree(Path("b") / made[0].name) == tree(made[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_stages_1_to_3_under_torchrun_make_the_same_bytes(processes, made, model, tmp_path):
+    small = "--classes 0-2 --arch convnet_mini --epochs 1 --max_images_per_class 12 --num_workers 0"
+    teacher = train_teacher.main(["--dataset", "digits", *small.split()])
+    stage_3 = f"--data {made[1]} --arch convnet_mini --teacher_checkpoint {teacher} --epochs 5 --batch_size 4".split()
+    stage_3 += ["--device", "cpu", "--num_workers", "0"]
+    alone = generate_soft_label.main([*stage_3, "--fkd_path", "alone"])[0]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for module, argv in (
+        ("distillation.gen_prototype", stage_1(model)),
+        ("distillation.gen_syn_image", stage_2(model, made)),
+        ("matching.generate_soft_label", stage_3),
+    ):
+        subprocess.run([*launch, module, *argv], check=True, env=environment, capture_output=True, timeout=300)
+    assert tree(Path("output/prototypes") / made[0].name) == tree(made[0])
+    assert tree(Path("output/images") / made[1].name) == tree(made[1])
+    assert tree(Path("output/labels") / alone.name) == tree(alone)
+
+
+@pytest.mark.parametrize(
+    "module", [gen_prototype, gen_syn_image, distill, random_real, generate_soft_label, train_teacher, train_FKD]
+)
+def test_a_world_size_that_only_one_process_knows_is_refused_by_every_stage(module, made, model, refused, monkeypatch):
+    """Doing all the work in each of two processes would be silent doubling."""
+    argv = {
+        gen_syn_image: stage_2(model, made),
+        generate_soft_label: ["--data", str(made[1])],
+        train_FKD: ["--train_dir", str(made[1]), "--fkd_path", "labels"],
+        train_teacher: ["--dataset", "digits"],
+        random_real: ["--dataset", "digits"],
+    }.get(module, stage_1(model))
+    for name in ("RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(module.main, argv, "WORLD_SIZE=2, but this process has no RANK")
+    for text in ("two", "-1", ""):
+        monkeypatch.setenv("WORLD_SIZE", text)
+        refused(module.main, argv, f"WORLD_SIZE={text}: expected a number")
+
+
+@pytest.mark.parametrize("shard", ["2/2", "1", "a/b", "-1/2", "1/0", "0/", "٣/٤"])
+def test_odd_shards_are_refused(shard, model, refused):
+    refused(gen_prototype.main, stage_1(model, f"--shard={shard}"), f"--shard {shard}: expected I/N")
+
+
+def rank_dies(rounds, made, model, seed):
+    """SIGKILL to one of two ranks at random: the other ends its part, all files are whole, a rerun completes."""
+    rng = random.Random(seed)
+    for _ in range(rounds):
+        shutil.rmtree("output", ignore_errors=True)
+        folder = Path("output/prototypes") / made[0].name
+        main = slowly(gen_prototype.main, 0.02)
+        runs = [Forked(main, stage_1(model), environment=rank_environment(rank, 2)) for rank in (0, 1)]
+        while not list(folder.glob("0*.json")) and runs[0].running():
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.2)
+        victim = rng.randrange(2)
+        runs[victim].send(signal.SIGKILL)
+        ends = [run.wait() for run in runs]
+        assert ends[1 - victim].status == 0
+        found = {name: data for name, data in tree(folder).items() if not name.startswith(".")}
+        assert found.items() <= tree(made[0]).items()
+        assert set(found) >= {"args.json", *(("0000_0.json", "0002_2.json") if victim else ("0001_1.json",))}
+        assert [end.status for end in at_once(gen_prototype.main, stage_1(model), 2)] == [0, 0]
+        assert tree(folder) == tree(made[0])
+
+
+def test_a_dying_rank_leaves_whole_files_and_a_rerun_completes(made, model):
+    rank_dies(2, made, model, seed=0)
+
+
+@pytest.mark.slow
+def test_10_kills_of_one_of_two_ranks(made, model):
+    rank_dies(10, made, model, seed=1)
+
+
+# ---- one writer
+
+
+def two_jobs(rounds, made, model):
+    """Two jobs started at once in one folder: one works, the other says who holds it."""
+    for n in range(rounds):
+        argv = stage_1(model, "--save_prototype_path", f"out{n}")
+        runs = [Forked(slowly(gen_prototype.main, 0.1), argv) for _ in range(2)]
+        ends = [run.wait() for run in runs]
+        assert sorted(end.status for end in ends) == [0, 2], [end.err for end in ends]
+        loser = 0 if ends[0].status else 1
+        [line] = ends[loser].errors
+        assert f"out{n}" in line and f"process {runs[1 - loser].pid} on" in line and "is writing there" in line
+        assert tree(Path(f"out{n}") / made[0].name) == tree(made[0])
+
+
+def test_of_two_jobs_in_one_folder_one_works_and_one_says_who_holds_it(made, model):
+    two_jobs(2, made, model)
+
+
+@pytest.mark.slow
+def test_20_starts_of_two_jobs(made, model):
+    two_jobs(20, made, model)
+
+
+def test_a_job_at_another_number_of_processes_is_kept_out_too(made, model):
+    run = Forked(slowly(gen_prototype.main, 0.1), stage_1(model, "--shard", "0/2"))
+    folder = Path("output/prototypes") / made[0].name
+    while not (folder / "args.json").exists():
+        time.sleep(0.01)
+    end = forked(gen_prototype.main, stage_1(model))
+    assert end.status == 2 and f"process {run.pid} on" in end.errors[0]
+    assert run.wait().status == 0
+
+
+def test_the_lock_of_a_killed_job_holds_nobody_up_even_if_its_readers_live_on():
+    def job(_):
+        with output_folder("--out", "out", {"a": 1}, Process(0, 1, CPU)):
+            if not os.fork():  # a reading process, which inherits every open file
+                time.sleep(5)
+                os._exit(0)
+            time.sleep(60)
+
+    run = Forked(job, None)
+    while not Path("out/.lock-0-of-1").exists() or not Path("out/args.json").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    run.send(signal.SIGKILL)
+    run.wait()
+    with output_folder("--out", "out", {"a": 1}, Process(0, 1, CPU)):
+        pass
+
+
+def test_a_finishing_process_takes_no_file_from_one_that_is_still_writing():
+    """The sweep at the end removes the temporary files of the dead, not those of another rank at work."""
+    with output_folder("--out", "out", {"a": 1}, Process(0, 2, CPU)):
+        Path("out/unit").write_text("x")
+        Path("out/.gone.another-host.1.tmp").write_text("half")
+
+        def other(_):
+            with output_folder("--out", "out", {"a": 1}, Process(1, 2, CPU)), atomic(Path("out/second")) as temporary:
+                temporary.write_text("whole")
+                Path("begun").touch()
+                while not Path("written").exists():
+                    time.sleep(0.01)
+
+        run = Forked(other, None)
+        while not Path("begun").exists():
+            time.sleep(0.01)
+        assert write_manifest("out", "images", {"a": 1}, ["unit"], {}) == []
+        Path("written").touch()
+        assert run.wait().status == 0 and Path("out/second").read_text() == "whole"
+    with output_folder("--out", "out", {"a": 1}, Process(0, 2, CPU)):
+        assert not list(Path("out").glob(".*.tmp"))
+
+
+# ---- a full disk
+
+
+def limited(main, size):
+    """A stage that cannot write a file beyond `size` bytes, as on a full disk."""
+
+    def run(argv):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        main(argv)
+
+    return run
+
+
+def disk_full(sizes, main, argv, folder, reference):
+    """At each size: one line that names the path, no truncated file under a final name; then the rerun completes."""
+    wanted = tree(reference)
+    for size in sizes:
+        shutil.rmtree(folder, ignore_errors=True)
+        end = forked(limited(main, size), argv)
+        assert end.status == 2, f"{size} bytes: {end.err[-300:]}"
+        assert len(end.errors) == 1 and f"cannot write {folder}" in end.errors[0], (size, end.errors)
+        assert "Traceback" not in end.err
+        found = {name: data for name, data in tree(folder).items() if not name.startswith(".")}
+        assert found.items() <= wanted.items(), f"{size} bytes left a truncated file"
+        assert not [name for name in tree(folder) if name.endswith(".tmp")]
+    assert forked(main, argv).status == 0
+    assert tree(folder) == wanted
+
+
+def sizes_below(reference, count):
+    """`count` sizes from one byte up to just below the largest file."""
+    largest = max(len(data) for data in tree(reference).values())
+    return sorted({1, largest - 1, *(int(largest ** (n / count)) for n in range(1, count))})
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_full_disk_leaves_no_truncated_file(count, made, model):
+    """10 sizes for each of stages 1 and 2 in the long version."""
+    for argv, main, reference, root in (
+        (stage_1(model), gen_prototype.main, made[0], "output/prototypes"),
+        (stage_2(model, made), gen_syn_image.main, made[1], "output/images"),
+    ):
+        sizes = sizes_below(reference, count)
+        assert len(sizes) >= min(count, 10)
+        disk_full(sizes, main, argv, Path(root) / reference.name, reference)
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_made(made, model, refused, monkeypatch):
+    monkeypatch.setattr(files, "free_space", lambda folder: 1000)
+    refused(gen_prototype.main, stage_1(model), "--save_prototype_path", "needs about", "MiB are free there")
+    refused(gen_syn_image.main, stage_2(model, made), "--save_init_image_path", "needs about")
+    assert not Path("output").exists()
+
+
+# ---- stop signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_signal_finishes_the_unit_and_says_how_to_go_on(number, made, model):
+    for main, argv, pattern, reference, root in (
+        (gen_prototype.main, stage_1(model), "0*.json", made[0], "output/prototypes"),
+        (gen_syn_image.main, stage_2(model, made), "*/*.png", made[1], "output/images"),
+    ):
+        folder = Path(root) / reference.name
+        run = Forked(slowly(main, 0.05), argv)
+        while not list(folder.glob(pattern)) and run.running():
+            time.sleep(0.002)
+        run.send(number)
+        end = run.wait()
+        assert end.status == 75 and end.err.count("run the same command to go on") == 1
+        assert not (folder / MANIFEST).exists() and not list(folder.rglob(".*"))
+        assert tree(folder).items() <= tree(reference).items()
+        main(argv)
+        assert tree(folder) == tree(reference)
+
+
+def test_a_stop_signal_while_loading_leaves_at_once(model):
+    def loading(argv):
+        gen_prototype.load_pipeline = lambda *a, **k: time.sleep(30)
+        gen_prototype.main(argv)
+
+    run, begin = Forked(loading, stage_1(model)), time.monotonic()
+    time.sleep(1)
+    run.send(signal.SIGTERM)
+    end = run.wait()
+    assert end.status == 75 and "run the same command to go on" in end.err and time.monotonic() - begin < 20

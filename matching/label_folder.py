@@ -8,10 +8,27 @@ Everything in the labels' manifest is compared with the images' and with the com
 from pathlib import Path
 
 from distillation.datasets import DATASETS
-from matching.soft_labels import PROTOCOL, label_file
+from matching.soft_labels import PROTOCOL, label_file, wrong_field
 from scripts.files import ARGS, MANIFEST, is_complete, read_json, read_manifest, sha256
 from scripts.runtime import refuse
 
+NUMBER = (int, float)
+ARGUMENTS = {
+    "epochs": int,
+    "batch_size": int,
+    "input_size": int,
+    "min_scale_crops": NUMBER,
+    "max_scale_crops": NUMBER,
+    "flip": NUMBER,
+    "mix_type": str,
+    "mixup": NUMBER,
+    "cutmix": NUMBER,
+    "fkd_seed": int,
+    "use_fp16": bool,
+    "arch": list,
+    "teacher_sha256": list,
+}
+TEACHER = {"arch": str, "weights": str, "sha256": str}
 HASHED_AT_START = 2**29  # bytes of labels: about a second
 
 
@@ -58,9 +75,18 @@ def mismatches(folder, manifest, images, given):
     settings, of = manifest["arguments"], manifest.get("images")
     if (folder / ARGS).exists() and read_json(folder / ARGS) != settings:
         return [f"{where}: its {MANIFEST} and its {ARGS} disagree: one of them was edited"]
-    lacking = [k for k in (*PROTOCOL, "arch", "teacher_sha256", "use_fp16") if k not in settings]
-    if lacking or not isinstance(of, dict) or not isinstance(manifest.get("classes"), list):
-        return [f"{where}: its {MANIFEST} lacks {(lacking or ['images or classes'])[0]}"]
+    odd = (
+        wrong_field(settings, ARGUMENTS)
+        or wrong_field(manifest, {"dataset": str, "images": dict, "classes": list, "teacher": list})
+        or next((wrong_field(t, TEACHER) for t in manifest["teacher"] if wrong_field(t, TEACHER)), None)
+    )
+    if odd or not all(isinstance(c, dict) and isinstance(c.get("folder"), str) for c in manifest["classes"]):
+        return [f"{where}: its {MANIFEST} does not say {odd or 'classes'}"]
+    counts = (len(settings["arch"]), len(settings["teacher_sha256"]), len(manifest["teacher"]))
+    if min(settings[name] for name in ("epochs", "batch_size", "input_size")) < 1 or len(set(counts)) > 1:
+        return [f"{where}: its {MANIFEST} has no epochs, an empty batch, no input size or no teachers"]
+    if settings["mix_type"] not in ("mixup", "cutmix", "none"):
+        return [f"{where}: its {MANIFEST} says mix_type {settings['mix_type']!r}"]
     if set(manifest["files"]) != {label_file(epoch) for epoch in range(settings["epochs"])}:
         return [f"{where}: its {MANIFEST} lists {len(manifest['files'])} files for {settings['epochs']} epochs"]
     problems = []
@@ -97,7 +123,12 @@ def mismatches(folder, manifest, images, given):
         problems.append(f"--arch {' '.join(given['arch'])}: the teacher of {where} is {' '.join(settings['arch'])}")
     if given.get("use_fp16") not in (None, settings["use_fp16"]):
         problems.append(f"--use_fp16 {given['use_fp16']}: the labels of {where} were made with {settings['use_fp16']}")
-    for checkpoint, digest in zip(given.get("teacher_checkpoint") or [], settings["teacher_sha256"]):
+    checkpoints = given.get("teacher_checkpoint") or []
+    if checkpoints and len(checkpoints) != len(settings["arch"]):
+        problems.append(
+            f"--teacher_checkpoint: {len(checkpoints)} paths, {where} has {len(settings['arch'])} teachers"
+        )
+    for checkpoint, digest in zip(checkpoints, settings["teacher_sha256"]):
         now = teacher_file_digest(checkpoint)
         if now != digest:
             problems.append(

@@ -284,6 +284,10 @@ def _public_weights(name, image_size):
 def _teacher_folder(name, folder, dataset, image_size, flag):
     """(state dict, weights name, sha256, class folders) of an output of train_teacher."""
     manifest = read_manifest(flag, folder, "teacher")
+    kinds = {"dataset": str, "arch": str, "image_size": int, "mean": list, "std": list, "classes": list}
+    odd = next((name for name, kind in kinds.items() if not isinstance(manifest.get(name), kind)), None)
+    if odd or not all(isinstance(c, dict) and isinstance(c.get("folder"), str) for c in manifest["classes"]):
+        refuse(f"{flag} {folder}: its manifest does not say {odd or 'classes'}")
     facts = DATASETS[dataset]
     wnids = all(WNID.match(c["folder"]) for c in manifest["classes"])
     for what, theirs, ours in (
@@ -295,8 +299,8 @@ def _teacher_folder(name, folder, dataset, image_size, flag):
         if theirs != ours:
             refuse(f"{flag} {folder}: its {what} is {theirs}, here it is {ours}")
     path = folder / "model.safetensors"
-    digest = sha256(path)
-    if digest != manifest["files"]["model.safetensors"]["sha256"]:
+    digest = sha256(path) if path.is_file() else None
+    if digest is None or digest != manifest["files"].get(path.name, {}).get("sha256"):
         refuse(f"{flag} {folder}: model.safetensors is not what its manifest says: changed since it was made")
     return read_state_dict(path, flag), "train_teacher", digest, [c["folder"] for c in manifest["classes"]]
 

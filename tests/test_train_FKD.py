@@ -547,6 +547,19 @@ def test_a_mismatch_is_refused_in_one_line(base, tmp_path, refused, what):
     assert not list(tmp_path.glob("out/*/student*")) and not list(tmp_path.glob("out/*/checkpoint*"))
 
 
+@pytest.mark.parametrize("name", ["classes", "images", "teacher", "dataset", "arguments"])
+@pytest.mark.parametrize("value", [None, 3, "x", [], [1], {}, {"epochs": True}])
+def test_odd_manifests_are_one_line(base, tmp_path, refused, name, value):
+    labels = copy(base.labels, tmp_path)
+    redo_manifest(labels, **{name: value})
+    (labels / "args.json").unlink()
+    refused(lambda argv: train(base, tmp_path / "out", labels=labels), [], "--fkd_path")
+    if name in ("classes", "dataset"):
+        images = copy(base.images, tmp_path)
+        redo_manifest(images, **{name: value})
+        refused(lambda argv: train(base, tmp_path / "out", images=images), [], "--train_dir")
+
+
 def test_untouched_copies_are_taken(base, tmp_path):
     assert train(base, tmp_path / "out", images=copy(base.images, tmp_path), labels=copy(base.labels, tmp_path))
 

@@ -17,6 +17,7 @@ if __name__ == "__main__" and not __package__:  # run by path, our packages woul
     raise SystemExit("run it from the repository root: python -m misc.train_tiny_sd")
 
 import functools
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -58,13 +59,13 @@ PRESETS = {
         text_width=64, ema_decay=0.995, kl_weight=1e-5, flip=False,
     ),
     "cpu": dict(
-        vae_factor=2, vae_channels=[32, 32], vae_layers=1, vae_steps=2500, vae_batch_size=32, vae_lr=4e-3,
-        unet_channels=[64, 96, 128], unet_layers=1, unet_steps=5000, unet_batch_size=64, unet_lr=1e-3,
-        text_width=64, ema_decay=0.999, kl_weight=1e-5, flip=True,
+        vae_factor=2, vae_channels=[32, 32], vae_layers=1, vae_steps=1500, vae_batch_size=32, vae_lr=4e-3,
+        unet_channels=[32, 64, 96], unet_layers=1, unet_steps=2000, unet_batch_size=64, unet_lr=1e-3,
+        text_width=64, ema_decay=0.998, kl_weight=1e-5, flip=True,
     ),
     "gpu": dict(
-        vae_factor=2, vae_channels=[64, 128], vae_layers=2, vae_steps=12000, vae_batch_size=256, vae_lr=1e-3,
-        unet_channels=[128, 256, 256], unet_layers=2, unet_steps=40000, unet_batch_size=256, unet_lr=5e-4,
+        vae_factor=2, vae_channels=[64, 128], vae_layers=2, vae_steps=8000, vae_batch_size=256, vae_lr=1e-3,
+        unet_channels=[128, 256, 256], unet_layers=2, unet_steps=28000, unet_batch_size=256, unet_lr=5e-4,
         text_width=128, ema_decay=0.9995, kl_weight=1e-5, flip=True,
     ),
 }  # fmt: skip
@@ -258,16 +259,17 @@ class Training:
         self.checkpoint_every, self.sample_every = checkpoint_every, sample_every
         self.stop_after, self.signals, self.steps_here = stop_after, signals, 0
         self.memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        self.state = {"done": {}, "steps": {}}  # weights of finished stages, number of steps a stage
+        # weights of finished stages, number of steps a stage, and the stage at hand
+        self.state = {"done": {}, "steps": {}, "current": None}
         if (folder / CHECKPOINT).exists():
             self.state = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
-    def save(self, **current):
+    def save(self):
         with atomic(self.folder / CHECKPOINT) as temporary:
-            torch.save({**self.state, **current}, temporary)
+            torch.save(self.state, temporary)
 
     def fit(self, name, modules, loss_at, sample):
         """Minimise `loss_at(step) -> (loss, figures)` over `modules`, with AdamW, a warm-up and a cosine to 0.
@@ -286,13 +288,14 @@ class Training:
         optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
         ema = EMAModel(parameters, decay=self.options["ema_decay"], use_ema_warmup=True, power=3 / 4, foreach=True)
         start = 0
-        if self.state.get("name") == name:
+        if self.state["current"]:
+            current = self.state["current"]
             for key, module in modules.items():
-                module.load_state_dict(self.state["modules"][key])
-            optimizer.load_state_dict(self.state["optimizer"])
-            ema.load_state_dict(self.state["ema"])
+                module.load_state_dict(current["modules"][key])
+            optimizer.load_state_dict(current["optimizer"])
+            ema.load_state_dict(current["ema"])
             ema.to(self.device)
-            start = self.state["step"]
+            start = current["step"]
         if name not in self.state["steps"]:
             minutes = self.minutes[name]
             self.state["steps"][name] = steps_within(minutes, loss_at, parameters, self.autocast) if minutes else steps
@@ -322,13 +325,13 @@ class Training:
                 append_log(self.folder, stage=name, step=done, images_per_second=rate, **figures)
             leaving = self.signals.name or (self.stop_after and self.steps_here >= self.stop_after)
             if done < steps and (done % self.checkpoint_every == 0 or leaving):
-                self.save(
-                    name=name,
-                    step=done,
-                    modules={key: module.state_dict() for key, module in modules.items()},
-                    optimizer=optimizer.state_dict(),
-                    ema=ema.state_dict(),
-                )
+                self.state["current"] = {
+                    "step": done,
+                    "modules": {key: module.state_dict() for key, module in modules.items()},
+                    "optimizer": optimizer.state_dict(),
+                    "ema": ema.state_dict(),
+                }
+                self.save()
                 self.signals.leave_if_asked()
                 if leaving:
                     print(f"left after --stop_after {self.stop_after} steps; run the same command to go on")
@@ -340,6 +343,7 @@ class Training:
                 ema.restore(parameters)
         ema.copy_to(parameters)
         self.state["done"][name] = {key: module.state_dict() for key, module in modules.items()}
+        self.state["current"] = None
         self.save()
 
 
@@ -525,7 +529,12 @@ def get_args(argv=None):
         default=None,
         help="default: digits for the digits, else gpu with CUDA and cpu without",
     )
-    group.add_argument("--vae_factor", type=int, choices=[1, 2, 4, 8], help="pixels a latent position, a side")
+    group.add_argument(
+        "--vae_factor",
+        type=int,
+        choices=[1, 2, 4, 8],
+        help="pixels a latent position, a side; default: the preset's, 4 above 32 px, 8 above 64 px",
+    )
     group.add_argument("--vae_channels", type=positive_int, nargs="+", help="one a level; factor 2 has two levels")
     group.add_argument("--vae_layers", type=positive_int)
     group.add_argument("--unet_channels", type=positive_int, nargs="+", help="one a level, multiples of 16")
@@ -574,8 +583,10 @@ def resolve(args, device):
     name = args.preset or ("digits" if args.dataset == "digits" else "gpu" if device.type == "cuda" else "cpu")
     values = {key: value if getattr(args, key) is None else getattr(args, key) for key, value in PRESETS[name].items()}
     size = args.image_size or DATASETS[args.dataset].image_size
+    if args.vae_factor is None and size > 32:  # keeps the latent at 8 to 32 positions a side up to 256 px
+        values["vae_factor"] = 4 if size <= 64 else 8
     factor = values["vae_factor"]
-    if args.vae_factor and args.vae_channels is None:  # the preset's widths, for another number of levels
+    if args.vae_channels is None:  # the preset's widths, for this number of levels
         widths = values["vae_channels"]
         values["vae_channels"] = (widths + widths[-1:] * 3)[: factor.bit_length()]
     if 2 ** (len(values["vae_channels"]) - 1) != factor:
@@ -753,6 +764,7 @@ def main(argv=None):
     for flag in ("vae_batch_size", "unet_batch_size"):
         if count < options[flag]:
             refuse(f"--{flag} {options[flag]}: there are only {count} training images")
+    require_memory(count, size, options)
     perceptual, perceptual_facts = None, None
     if args.perceptual_checkpoint and args.perceptual_weight:
         network, perceptual_facts = load_perceptual(args.perceptual_checkpoint, args.perceptual_arch, split, size)
@@ -829,10 +841,20 @@ def main(argv=None):
 
 
 def has_test_images(dataset, root):
-    """Whether a held-out split is there to measure on; an imagefolder may have none."""
-    if dataset == "digits":
-        return True
-    return dataset in ("cifar10", "cifar100") or (Path(root) / "val").is_dir()
+    """Whether a held-out split is there to measure on."""
+    places = ("val", "cifar-10-batches-py", "cifar-100-python")
+    return dataset == "digits" or any((Path(root) / place).is_dir() for place in places)
+
+
+def require_memory(count, size, options):
+    """Refuse what does not fit: all images, as uint8, and the posteriors of their latents are kept in memory."""
+    latents = 2 * 4 * (size // options["vae_factor"]) ** 2 * 2 * (1 + options["flip"])  # mean and std in fp16
+    needed, memory = count * (3 * size**2 + latents), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > 0.8 * memory:
+        refuse(
+            f"--image_size {size}: {count} images need {needed / 2**30:.0f} GiB, this machine has "
+            f"{memory / 2**30:.0f} GiB; use a smaller size or --max_images_per_class"
+        )
 
 
 if __name__ == "__main__":

@@ -299,6 +299,74 @@ def test_a_missing_root_is_refused(tmp_path, refused):
     refused(paper_tables.main, ["--output_root", tmp_path / "nowhere"], "--output_root")
 
 
+# ---- running
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """started(status_of) -> a list that grows by (step, processes) as steps are run; each makes its manifest."""
+
+    def replace(status_of=lambda step: 0):
+        ran = []
+
+        def run(self, step, processes, device=None):
+            ran.append((step, processes))
+            if status_of(step) == 0:
+                step.folder.mkdir(parents=True)
+                (step.folder / "manifest.json").write_text("{}")
+            return status_of(step)
+
+        monkeypatch.setattr(run_table.Children, "run", run)
+        return ran
+
+    return replace
+
+
+def table_one(tmp_path):
+    return run_table.unique([s for _, steps, _ in plan(1, "--out", str(tmp_path)) for s in steps])
+
+
+def test_steps_run_in_order_and_once(started, tmp_path):
+    ran, steps = started(), table_one(tmp_path)
+    run_table.run_steps(steps, 1, False)
+    assert ran == [(step, 1) for step in steps] and len({step.folder for step in steps}) == len(steps)
+    run_table.run_steps(steps, 1, False)  # all is on disk
+    assert len(ran) == len(steps)
+
+
+def test_jobs_give_stages_1_to_3_all_gpus_and_a_student_one(started, tmp_path):
+    ran, steps = started(), table_one(tmp_path)
+    run_table.run_steps(steps, 4, False)
+    wide = [step for step in steps if step.kind != "student"]
+    assert ran[: len(wide)] == [(step, 4) for step in wide]
+    students = [step for step in steps if step.kind == "student"]
+    assert sorted(ran[len(wide) :]) == sorted((step, 1) for step in students)
+
+
+@pytest.mark.parametrize(
+    "status, left", [(2, 2), (run_table.EXIT_STOPPED, run_table.EXIT_STOPPED), (-15, 75), (-9, 1)]
+)
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_step_that_fails_ends_the_run(started, tmp_path, capsys, status, left, jobs):
+    steps = table_one(tmp_path)
+    bad = next(step for step in steps if step.kind == "student")
+    ran = started(lambda step: status if step == bad else 0)
+    with pytest.raises(SystemExit) as leaving:
+        run_table.run_steps(steps, jobs, False)
+    assert leaving.value.code == left
+    assert ("run the same command" if left == 75 else bad.line()) in capsys.readouterr().err
+    assert len(ran) == (steps.index(bad) + 1 if jobs == 1 else len(steps))  # other students finish all the same
+
+
+def test_a_real_step_that_refuses_ends_the_run(tmp_path, capfd):
+    argv = ["--table", "6", "--dataset", "imagenet", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as leaving:
+        run_table.main([*argv, "--imagenet_dir", str(tmp_path / "nowhere")])
+    assert leaving.value.code == 2
+    err = capfd.readouterr().err
+    assert "no such folder" in err and "left with status 2: python -m distillation.gen_prototype" in err
+
+
 # ---- a whole cell, end to end, at toy scale
 
 

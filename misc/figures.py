@@ -6,7 +6,7 @@
     python -m misc.figures ipc     --output_root output --dataset imagenet
     python -m misc.figures tsne    --images output/images/A --data_dir data/imagenet --arch resnet18 --classes 0-9
     python -m misc.figures time    --output_root output --dataset imagenet
-    python -m misc.figures latents --latent_cache data/latents/NAME --prototype_path output/prototypes/NAME --classes
+    python -m misc.figures latents --latent_cache output/latents --prototype_path output/prototypes/NAME --classes
     0-5
 
 grid is figure 4 (methods as rows, classes as columns), row figure 5 (one class), ipc figure 6 (accuracy over images a

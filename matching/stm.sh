@@ -1,0 +1,28 @@
+#!/bin/sh
+# Table 3's synthesis-time matching on ImageNet-1K: SRe2L's recover step by its published numbers, from the D4M images on.
+# 100 batches of 100 images at IPC 10. One H200: some 50 min (estimate). Then: IMAGES=..._stm sh matching/matching.sh
+set -eu
+cd "$(dirname "$0")/.."
+. scripts/launch.sh
+
+IPC="${IPC:-10}"
+KM_EXPAND="${KM_EXPAND:-1}"
+STRENGTH="${STRENGTH:-0.7}"
+GUIDANCE="${GUIDANCE:-8}"
+OUT="${OUT:-output}"
+IMAGES="${IMAGES:-imagenet_ipc${IPC}_s${STRENGTH}_g${GUIDANCE}_kmexpand${KM_EXPAND}}"
+TEACHER="${TEACHER:-resnet18}"
+
+exec $RUN -m matching.stm \
+    --image_path "$OUT/images/$IMAGES" \
+    --arch "$TEACHER" \
+    --teacher_checkpoint torchvision \
+    --iterations 4000 \
+    --batch_size 100 \
+    --lr 0.25 \
+    --r_bn 0.01 \
+    --first_bn_multiplier 10 \
+    --jitter 32 \
+    --num_workers 8 \
+    --save_init_image_path "$OUT/images" \
+    "$@"

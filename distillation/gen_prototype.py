@@ -65,6 +65,16 @@ class SquashedImages:
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
+def gather(images):
+    """A batch of `SquashedImages` -> ((B, 3, S, S) uint8 or None, {place: BadImage's text}, thumbnails).
+
+    In the reading process, so that a batch is one piece of shared memory.
+    """
+    bad = {n: image for n, image in enumerate(images) if isinstance(image, str)}
+    good = [image for image in images if not isinstance(image, str)]
+    return (torch.stack(good) if good else None), bad, {thumbnail(image) for image in good}
+
+
 def class_order(split, position, seed):
     """The seeded shuffle of one class's images: k-means sees them in this order."""
     return torch.randperm(len(split.items[position]), generator=generator(seed, split.class_ids[position])).tolist()
@@ -74,7 +84,7 @@ def thumbnail(image):
     """Equal for equal pictures: a hash of about 64 x 64 pixels of a (3, S, S) uint8 tensor.   Latents of equal
     pictures differ, each is a sample of its own."""
     step = max(1, image.shape[-1] // 64)
-    return hash(image[:, ::step, ::step].numpy().tobytes())
+    return hashlib.sha256(image[:, ::step, ::step].numpy().tobytes()).digest()
 
 
 def encode_batch(pipeline, images, keys, names):
@@ -112,25 +122,24 @@ def encode_classes(pipeline, split, positions, size, batch_size, seed, num_worke
         SquashedImages(split, size),
         batch_sampler=chunks,
         num_workers=num_workers,
-        collate_fn=list,
+        collate_fn=gather,
         prefetch_factor=4 if num_workers else None,
     )
     waiting, latents, skipped, seen = {p: len(split.items[p]) for p in positions}, [], [], set()
     with tqdm(total=sum(waiting.values()), desc="encode", unit="image") as bar:
-        for chunk, images in zip(chunks, loader):
+        for chunk, (images, bad, thumbnails) in zip(chunks, loader):
             position = chunk[0][0]
             items = [split.items[position][i] for _, i in chunk]
-            bad = [n for n, image in enumerate(images) if isinstance(image, str)]
-            for n in bad:
+            for n, text in bad.items():
                 if not skip_bad:
-                    refuse(f"{images[n]} (--on_bad_image skip leaves such images out)")
+                    refuse(f"{text} (--on_bad_image skip leaves such images out)")
                 skipped.append(split.describe(items[n]))
             good = [n for n in range(len(chunk)) if n not in bad]
-            seen |= {thumbnail(images[n]) for n in good}
+            seen |= thumbnails
             if good:
                 keys = [(seed, split.class_ids[position], chunk[n][1]) for n in good]
                 names = [split.describe(items[n]) for n in good]
-                latents.append(encode_batch(pipeline, torch.stack([images[n] for n in good]), keys, names))
+                latents.append(encode_batch(pipeline, images, keys, names))
             bar.update(len(chunk))
             waiting[position] -= len(chunk)
             if not waiting[position]:
@@ -162,21 +171,28 @@ class LatentCache:
     def _names(self, position):
         return self.split.fingerprint([position])
 
+    def __contains__(self, position):
+        """Whether the class is cached and its images are the same; reads no latents."""
+        return self._path(position).exists() and self._read(position, "names") == self._names(position)
+
     def load(self, position):
-        """(latents, skipped), or None if the class is not cached or its images changed since."""
+        """(latents, skipped) of a class that is cached."""
+        return self._read(position, "latents")
+
+    def _read(self, position, what):
         from safetensors import safe_open
 
-        if not self._path(position).exists():
-            return None
         try:
             with safe_open(self._path(position), "numpy") as file:
-                facts, latents = json.loads(file.metadata()["facts"]), file.get_tensor("latents")
-            fits = facts["names"] == self._names(position)
+                facts = json.loads(file.metadata()["facts"])
+                if what == "names":
+                    return facts["names"]
+                latents = file.get_tensor("latents")
             if latents.dtype != np.float16 or len(latents) + len(facts["skipped"]) != len(self.split.items[position]):
                 raise ValueError(f"latents of type {latents.dtype} and shape {latents.shape}")
         except Exception as error:  # whatever is wrong inside somebody's file
             refuse(f"--latent_cache {self._path(position)}: cannot be read: {error}; remove this file")
-        return (latents, facts["skipped"]) if fits else None
+        return latents, facts["skipped"]
 
     def save(self, position, latents, skipped):
         from safetensors.numpy import save
@@ -189,7 +205,7 @@ class LatentCache:
 
 def class_latents(pipeline, split, positions, size, batch_size, seed, num_workers=0, skip_bad=False, cache=None):
     """`encode_classes`, in order of `positions`, taking from the cache what is there and adding what is not."""
-    cached = {p for p in positions if cache and cache.load(p) is not None}
+    cached = {p for p in positions if cache and p in cache}
     encoder = encode_classes(
         pipeline, split, [p for p in positions if p not in cached], size, batch_size, seed, num_workers, skip_bad
     )

@@ -72,7 +72,15 @@ from scripts.runtime import (
 )
 
 ARMS = ("d4m", "decoded", "noise", "text")
-STAGE_1_NAMES = ("size", "seed", "kmeans", "classes", "max_images_per_class", "dtype")  # what prototype_suffix reads
+STAGE_1_NAMES = (
+    "dataset",
+    "size",
+    "seed",
+    "kmeans",
+    "classes",
+    "max_images_per_class",
+    "dtype",
+)  # what prototype_suffix reads
 NOISE_STREAM = 1  # key of the second draw of an image, where an arm starts from noise instead of a prototype
 REDRAWS = 3  # how often a flat (black) image is drawn again with another seed
 

@@ -5,9 +5,9 @@
 
 Digits and a tiny model on the CPU. Every run is forked from this process, in which everything is imported already;
 else imports would be all that is hit. A kill counts if it falls between the first unit's file and the manifest. After
-each, every file must be whole; the command is run again (and perhaps killed again) until it ends; then the tree, timing
-and logs aside, must be that of the uninterrupted run, and only what was missing may have been made. Exit status 1 if
-not.
+each, every file must be whole; the command is run again (and perhaps killed again) until it ends; then the tree, logs
+and timing aside, must be that of the uninterrupted run, and only what was missing may have been made. Exit status 1
+if not.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found

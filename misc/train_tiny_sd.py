@@ -56,17 +56,17 @@ PRESETS = {
     "digits": dict(
         vae_factor=4, vae_channels=[16, 16, 32], vae_layers=1, vae_steps=500, vae_batch_size=32, vae_lr=4e-3,
         unet_channels=[32, 64], unet_layers=1, unet_steps=1200, unet_batch_size=64, unet_lr=2e-3,
-        text_width=64, ema_decay=0.995, kl_weight=1e-5, flip=False,
+        text_width=64, ema_decay=0.995, kl_weight=1e-5, flip="off",
     ),
     "cpu": dict(
         vae_factor=2, vae_channels=[32, 32], vae_layers=1, vae_steps=1500, vae_batch_size=32, vae_lr=4e-3,
         unet_channels=[32, 64, 96], unet_layers=1, unet_steps=2000, unet_batch_size=64, unet_lr=1e-3,
-        text_width=64, ema_decay=0.998, kl_weight=1e-5, flip=True,
+        text_width=64, ema_decay=0.998, kl_weight=1e-5, flip="on",
     ),
     "gpu": dict(
         vae_factor=2, vae_channels=[64, 128], vae_layers=2, vae_steps=8000, vae_batch_size=256, vae_lr=1e-3,
         unet_channels=[128, 256, 256], unet_layers=2, unet_steps=28000, unet_batch_size=256, unet_lr=5e-4,
-        text_width=128, ema_decay=0.9995, kl_weight=1e-5, flip=True,
+        text_width=128, ema_decay=0.9995, kl_weight=1e-5, flip="on",
     ),
 }  # fmt: skip
 
@@ -301,6 +301,7 @@ class Training:
             self.state["steps"][name] = steps_within(minutes, loss_at, parameters, self.autocast) if minutes else steps
         steps = self.state["steps"][name]
         warmup = min(100, steps // 10 + 1)
+        sample_every = max(1, steps // 4) if self.sample_every is None else self.sample_every
         bar = tqdm(range(start, steps), name, total=steps, initial=start, unit="step", mininterval=0.5)
         watch = Stopwatch()
         for step in bar:
@@ -336,7 +337,7 @@ class Training:
                 if leaving:
                     print(f"left after --stop_after {self.stop_after} steps; run the same command to go on")
                     raise SystemExit(EXIT_STOPPED)
-            if self.sample_every and done % self.sample_every == 0 and done < steps:
+            if sample_every and done % sample_every == 0 and done < steps:
                 ema.store(parameters)
                 ema.copy_to(parameters)
                 sample(done)
@@ -549,9 +550,7 @@ def get_args(argv=None):
     group.add_argument("--vae_lr", type=float)
     group.add_argument("--unet_lr", type=float)
     group.add_argument("--ema_decay", type=float)
-    group.add_argument(
-        "--flip", type=lambda text: {"on": True, "off": False}[text], metavar="{on,off}", help="mirrored images too"
-    )
+    group.add_argument("--flip", choices=["on", "off"], help="mirrored images too")
     group.add_argument("--kl_weight", type=float, help="of the KL divergence, averaged over a latent's elements")
     group.add_argument(
         "--prompt_dropout",
@@ -567,10 +566,15 @@ def get_args(argv=None):
     )
     group.add_argument("--perceptual_arch", default=None, help="its architecture, where the checkpoint is a bare file")
     group.add_argument("--perceptual_weight", type=float, default=0.1, help="0 switches it off")
-    group = parser.add_argument_group("how it goes (changes no result)")
-    group.add_argument("--compile", action="store_true", help="torch.compile the UNet; changes the last bits")
+    group = parser.add_argument_group("how it goes (changes nothing in the model, except --compile its last bits)")
+    group.add_argument("--compile", action="store_true", help="torch.compile the UNet")
     group.add_argument("--checkpoint_every", type=positive_int, default=500, help="steps")
-    group.add_argument("--sample_every", type=int, default=2000, help="steps between sample grids; 0: only the last")
+    group.add_argument(
+        "--sample_every",
+        type=int,
+        default=None,
+        help="steps between sample grids; default: a quarter of the stage; 0: only the last",
+    )
     group.add_argument("--sample_guidance", type=float, default=3.0, help="guidance scale of the sample grids")
     group.add_argument(
         "--stop_after", type=int, default=0, help="leave after so many steps, as if interrupted; 0: never"
@@ -601,7 +605,7 @@ def resolve(args, device):
         for width in values[flag]:
             if width % 16:
                 refuse(f"--{flag} {width}: not a multiple of 16, the number of groups of the normalisation")
-    return {"preset": name, "image_size": size, **values}
+    return {"preset": name, "image_size": size, **values, "flip": values["flip"] == "on"}
 
 
 def load_perceptual(checkpoint, arch, split, size):
@@ -686,7 +690,7 @@ def train_unet(training, vae, images, labels, prompts, options, seed, prompt_dro
         return loss, {"mse": loss.detach()}
 
     def pictures(step):
-        made = text_samples(models, prompts[:10], 8, seed, device, sample_guidance)
+        made = text_samples(models, prompts[:10], 4, seed, device, sample_guidance)
         save_grid(training.folder / "samples" / f"unet_{step:06d}.png", made)
 
     trained = {"unet": unet, "text_encoder": text_encoder}
@@ -811,10 +815,8 @@ def main(argv=None):
             args.sample_guidance, args.compile,
         )  # fmt: skip
         made = text_samples(models, split.prompts[:10], 6, args.seed, device, args.sample_guidance)
-        first = torch.cat([(labels == c).nonzero()[:3, 0] for c in range(len(made))])
-        real = images[first].float().cpu() / 255
-        decoded = reconstructions(vae, images[first], device).cpu()
-        rows = [[*real[3 * c : 3 * c + 3], *decoded[3 * c : 3 * c + 3], *made[c]] for c in range(len(made))]
+        first = [images[labels == c][:3] for c in range(len(made))]
+        rows = [[*(real / 255), *reconstructions(vae, real, device), *row] for real, row in zip(first, made)]
         save_grid(folder / "samples.png", rows)
         facts = {
             "dataset": split.dataset,

@@ -1,0 +1,155 @@
+"""The preflight: every problem in one go, launchers started with stand-ins, and nothing written."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from reliability import STAGE_1, STAGE_2, everything, image_folder
+
+from misc import check
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def preflight(capsys):
+    """preflight(*argv) -> (status, its problems, its plan)"""
+
+    def run(*argv):
+        capsys.readouterr()
+        status = 0
+        try:
+            check.main([str(a) for a in argv])
+        except SystemExit as leaving:
+            status = leaving.code
+        out, err = capsys.readouterr()
+        problems = [line.removeprefix("problem: ") for line in err.splitlines()]
+        assert all(line.startswith("problem: ") for line in err.splitlines()), err
+        assert (status == 2) == bool(problems) and status in (0, 2)
+        return status, problems, out
+
+    return run
+
+
+def test_a_run_that_will_work_gets_a_plan_with_estimates(preflight, made, model, tmp_path):
+    before = everything(tmp_path)
+    for argv in (
+        ["distillation.gen_prototype", *STAGE_1, *model],
+        ["distillation/gen_syn_image.py", *STAGE_2, *model, "--prototype_path", made[0]],
+        ["distillation.distill", *STAGE_1, *model],
+        ["distillation.random_real", "--dataset", "digits", "--ipc", "3"],
+        ["matching.train_teacher", "--dataset", "digits", "--arch", "convnet_mini", "--device", "cpu"],
+        ["validate.train_FKD", "--train_dir", made[1], "--hard_label", "--model", "convnet_mini", "--device", "cpu"],
+    ):
+        status, problems, plan = preflight(*argv)
+        assert status == 0, problems
+        assert "disk: " in plan and "time: " in plan and plan.count("(estimate") >= 2 and "no problem found" in plan
+    assert everything(tmp_path) == before
+
+
+def test_every_problem_is_said_not_only_the_first(preflight, tmp_path):
+    image_folder("data", ["good"], count=5)
+    image_folder("data", ["small"], count=2)
+    Path("data/train/void").mkdir()
+    Path("data/train/good/zz.jpg").write_bytes(b"<html>")
+    Path("labels.txt").write_text("good\n\nvoid\n")
+    Path("output").write_text("a file where the folder should be")
+    Path("cache").mkdir()
+    status, problems, _ = preflight(
+        "distillation.gen_prototype", "--dataset", "imagefolder", "--data_dir", "data", "--ipc", "3",
+        "--label_file_path", "labels.txt", "--diffusion_checkpoints_path", "no/such/model", "--device", "cuda:99",
+    )  # fmt: skip
+    assert status == 2
+    for words in (
+        "--ipc 3: class small has only 2 images",
+        "class void has no images",
+        "zz.jpg: not an image",
+        "labels.txt, line 2: is blank",
+        "--diffusion_checkpoints_path no/such/model",
+        "--device cuda:99",
+        "output/prototypes: cannot be made",
+    ):
+        assert sum(words in problem for problem in problems) == 1, (words, problems)
+    assert len(problems) == 7
+
+
+def test_weights_are_read_as_far_as_their_headers(preflight, model):
+    broken = Path(shutil.copytree(model[1], "broken"))
+    weights = broken / "vae/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    shutil.rmtree(broken / "unet")
+    flags = ["--diffusion_checkpoints_path", "broken", "--device", "cpu"]
+    _, problems, _ = preflight("distillation.distill", *STAGE_1, *flags)
+    assert any("its header says" in problem for problem in problems)
+    assert any("unet/ holds no .safetensors" in problem for problem in problems)
+
+
+def test_disk_is_summed_over_the_outputs(preflight, model, monkeypatch):
+    monkeypatch.setattr(check, "free_space", lambda folder: 1000)
+    _, problems, _ = preflight("distillation.gen_prototype", *STAGE_1, *model, "--latent_cache", "cache")
+    [line] = problems
+    assert "--latent_cache --save_prototype_path" in line and "1000 B are free" in line
+
+
+def test_what_does_not_fit_the_prototypes_is_found_before_the_unet_is_loaded(preflight, made, model, tmp_path):
+    from conftest import build_tiny_sd
+
+    stage_2 = ["distillation.gen_syn_image", *STAGE_2, "--device", "cpu", "--prototype_path", made[0]]
+    other = build_tiny_sd(tmp_path, seed=1)
+    _, problems, _ = preflight(*stage_2, "--diffusion_checkpoints_path", other, "--ipc", "3")
+    assert any("holds 2 a class" in p for p in problems) and any("made with the VAE" in p for p in problems)
+
+
+def test_labels_that_are_missing_or_do_not_fit(preflight, made):
+    flags = ["validate.train_FKD", "--model", "convnet_mini", "--device", "cpu", "--fkd_path", "labels"]
+    _, problems, _ = preflight(*flags, "--train_dir", made[1])
+    assert any("--fkd_path labels: no such folder" in problem for problem in problems)
+    _, problems, _ = preflight(*flags, "--train_dir", "nowhere", "--val_dir", "void")
+    assert len(problems) == 3
+    _, problems, _ = preflight("matching.generate_soft_label", "--data", made[1], "--teacher_checkpoint", "gone")
+    assert any("gone" in problem for problem in problems)
+
+
+LAUNCHERS = ["distillation/gen_prototype_cf10.sh", "distillation/distill_nette.sh", "matching/matching_cf10.sh"]
+LAUNCHERS += ["validate/train_FKD_rded.sh", "matching/train_teacher_tnimgnt.sh"]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_are_read_by_running_them_with_stand_ins(launcher, preflight, monkeypatch):
+    monkeypatch.setenv("OUT", os.path.abspath("out"))
+    monkeypatch.setenv("DATA_DIR", os.path.abspath("no-data"))
+    status, problems, plan = preflight(ROOT / launcher)
+    assert status == 2 and any("no such folder" in problem for problem in problems)
+    assert not Path("out").exists()
+
+
+def test_a_launcher_takes_overriding_flags_and_processes(preflight, monkeypatch, model):
+    monkeypatch.setenv("OUT", os.path.abspath("out"))
+    monkeypatch.setenv("NUM_GPUS", "4")
+    Path("labels.txt").write_text("\n".join("zero one two three four five six seven eight nine".split()))
+    flags = ["--dataset", "digits", "--size", "32", "--label_file_path", os.path.abspath("labels.txt"), *model]
+    status, problems, plan = preflight(ROOT / "distillation/gen_prototype_cf10.sh", *flags)
+    assert "distillation.gen_prototype, 4 processes" in plan and "1,352 train images" in plan
+    assert not problems
+
+
+def test_steps_that_follow_from_each_other_are_not_problems(preflight):
+    status, problems, plan = preflight(ROOT / "scripts/demo.sh")
+    assert status == 0, problems
+    assert plan.count("an earlier command will make it") >= 3
+
+
+@pytest.mark.parametrize("what", ["no/such/launcher.sh", "misc.report", "--help-me"])
+def test_what_is_no_stage_is_one_problem(what, preflight, capsys):
+    try:
+        status, problems, _ = preflight(what)
+    except AssertionError:
+        status, problems = 2, [what]
+    assert status == 2 and len(problems) == 1

@@ -1,0 +1,42 @@
+# Sourced by the sbatch files, from the repository root. POSIX sh.
+#
+# run COMMAND ...   starts it and passes Slurm's warnings on to it as SIGTERM; the stage then finishes its unit of work
+#                   and leaves. The job is put back into the queue if there is more to do: the same command goes on
+#                   where it stopped. Slurm itself puts it back after a preemption or a node's failure (--requeue).
+# shard             "I/N" of this element of a job array, for stages 1-3
+
+shard() {
+    if [ "${SLURM_ARRAY_TASK_MIN:-0}" -ne 0 ] && [ -z "${SHARDS:-}" ]; then
+        echo "the array begins at ${SLURM_ARRAY_TASK_MIN}: set SHARDS to the number of shards of the whole run" >&2
+        exit 2
+    fi
+    echo "${SLURM_ARRAY_TASK_ID:-0}/${SHARDS:-${SLURM_ARRAY_TASK_COUNT:-1}}"
+}
+
+run() {
+    stopped=""
+    "$@" &
+    child=$!
+    trap 'stopped=yes; kill -TERM "$child" 2>/dev/null || true' USR1 TERM
+    status=0
+    wait "$child" || status=$?
+    while kill -0 "$child" 2>/dev/null; do # a signal ends the wait, not the child
+        status=0
+        wait "$child" || status=$?
+    done
+    trap - USR1 TERM
+    if [ "$status" -eq 0 ]; then
+        return 0
+    fi
+    # 75: left after a finished unit. torchrun reports a failure of its own instead, so our own signal counts as well
+    if [ "$status" -eq 75 ] || [ -n "$stopped" ]; then
+        job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"
+        job="${job:-${SLURM_JOB_ID:-}}"
+        echo "stopped with status $status; back into the queue" >&2
+        if [ -n "$job" ]; then
+            scontrol requeue "$job"
+        fi
+        exit 75
+    fi
+    exit "$status"
+}

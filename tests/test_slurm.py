@@ -1,0 +1,100 @@
+"""The sbatch files, run by sh with stand-ins for Slurm: shards, a warning passed on, a job put back into the queue."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SBATCH = sorted((ROOT / "scripts/slurm").glob("*.sbatch"))
+PYTHON = """#!/bin/sh
+echo "$0" "$@" >> "$RECORD"
+[ -n "${SLEEP:-}" ] || exit "${STATUS:-0}"
+trap 'echo TERM >> "$RECORD"; sleep 0.2; exit 75' TERM
+touch "$RECORD.started"
+while :; do sleep 0.05; done
+"""
+SCONTROL = """#!/bin/sh
+echo scontrol "$@" >> "$RECORD"
+[ "$1" != show ] || echo node17
+"""
+SRUN = '#!/bin/sh\nshift\nexec "$@"\n'
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """slurm(file, **variables) -> a running sbatch script; its record grows at tmp_path/record."""
+    stand_ins = (("python", PYTHON), ("torchrun", PYTHON), ("scontrol", SCONTROL), ("srun", SRUN))
+    for name, text in stand_ins:
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "PYTHON", "TORCHRUN", "NUM_GPUS"))}
+
+    def start(file, *flags, **variables):
+        environment = {
+            **clean, "PATH": f"{tmp_path}:{os.environ['PATH']}", "RECORD": str(tmp_path / "record"),
+            "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node[17-18]", **variables,
+        }  # fmt: skip
+        return subprocess.Popen(["sh", str(file), *flags], env=environment, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+ARRAY = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "4"}
+
+
+def is_array(file):
+    return "#SBATCH --array=0-" in file.read_text()
+
+
+@pytest.mark.parametrize("file", SBATCH, ids=lambda f: f.stem)
+def test_a_finished_job_is_not_put_back(file, slurm, tmp_path):
+    job = slurm(file, "--seed", "1", **ARRAY)
+    assert job.wait(20) == 0, job.stderr.read()
+    [line] = [line for line in (tmp_path / "record").read_text().splitlines() if not line.startswith("scontrol show")]
+    module = {"matching": "matching.generate_soft_label", "train_FKD": "validate.train_FKD"}.get(
+        file.stem, f"distillation.{file.stem}"
+    )
+    assert f"-m {module} " in line
+    if is_array(file):
+        assert line.startswith(f"{tmp_path}/python") and line.endswith("--shard 2/4 --seed 1")
+    else:
+        assert f"{tmp_path}/torchrun --nnodes 1 --nproc_per_node 8" in line and "node17:29500" in line
+        assert line.endswith("--seed 1")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("file", SBATCH, ids=lambda f: f.stem)
+def test_a_warning_reaches_the_stage_and_the_job_goes_back_into_the_queue(file, number, slurm, tmp_path):
+    job = slurm(file, SLEEP="1", **ARRAY)
+    while not (tmp_path / "record.started").exists() and job.poll() is None:
+        time.sleep(0.02)
+    job.send_signal(number)
+    assert job.wait(20) == 75
+    lines = (tmp_path / "record").read_text().splitlines()
+    assert lines[-2:] == ["TERM", "scontrol requeue 40_2"]
+
+
+def test_a_failed_job_stays_out_of_the_queue(slurm, tmp_path):
+    job = slurm(SBATCH[0], STATUS="2")
+    assert job.wait(20) == 2 and "requeue" not in (tmp_path / "record").read_text()
+
+
+def test_an_array_that_does_not_begin_at_zero_needs_the_number_of_shards(slurm, tmp_path):
+    late = {**ARRAY, "SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_COUNT": "1"}
+    job = slurm(SBATCH[0], **late)
+    assert job.wait(20) == 2 and "set SHARDS" in job.stderr.read()
+    assert slurm(SBATCH[0], SHARDS="4", **late).wait(20) == 0
+    assert (tmp_path / "record").read_text().rstrip().endswith("--shard 2/4")
+
+
+@pytest.mark.parametrize("file", SBATCH, ids=lambda f: f.stem)
+def test_every_file_asks_to_be_put_back_after_preemption(file):
+    text = file.read_text()
+    options = re.findall(r"^#SBATCH (--[a-z-]+)", text, re.MULTILINE)
+    assert {"--requeue", "--open-mode", "--signal", "--time", "--gres", "--output"} <= set(options)
+    assert len(SBATCH) == 4 and max(map(len, text.splitlines())) <= 119

@@ -265,12 +265,15 @@ def main(argv=None):
         "compile": args.compile,
         "fused": args.fused,
         "train_images": sum(map(len, train.items)),
+        "images_sha256": train.fingerprint(),
         "val_images": sum(map(len, val.items)),
     }
     accelerator = join_processes(process)
     with output_folder("--output_dir", folder, settings, process) as settings:
         if is_complete(folder):
             read_manifest("--output_dir", folder, "teacher")
+            if process.is_main:
+                checkpoint_path(folder, args.seed).unlink(missing_ok=True)
             print(f"{folder}: already there")
             return folder
         watch = Stopwatch()
@@ -289,8 +292,9 @@ def main(argv=None):
                 "train_sha256": train.digest() if train.arrays is not None else None,
             }
             append_log(folder, event="run", rank=0, seconds=watch.seconds, units=units, **peak_memory(process.device))
-            checkpoint_path(folder, args.seed).unlink(missing_ok=True)
             write_manifest(folder, "teacher", settings, ["model.safetensors", "results.json"], manifest_facts)
+            # after the manifest: killed in between, the run goes on from here and not from the beginning
+            checkpoint_path(folder, args.seed).unlink(missing_ok=True)
             write_timing(folder)
             last = result["last"]
             print(f"{folder}: top-1 {last['top1']:.2f}, top-5 {last['top5']:.2f} in {watch.seconds:.0f} s")

@@ -17,16 +17,18 @@ from scripts.runtime import generator
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Two real images of each digit in stage 2's form, 32 px."""
+    """Two real images of four digits in stage 2's form, 32 px."""
     root = tmp_path_factory.mktemp("images")
-    return random_real.main(["--dataset", "digits", "--ipc", "2", "--save_init_image_path", str(root)])
+    return random_real.main(
+        ["--dataset", "digits", "--classes", "0-3", "--ipc", "2", "--save_init_image_path", str(root)]
+    )
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A ResNet-18 with random weights whose running statistics are those of some noise."""
     torch.manual_seed(0)
-    model = create_model("resnet18", 10, 32).train()
+    model = create_model("resnet18", 4, 32).train()
     with torch.no_grad():
         for _ in range(3):
             model(torch.randn(8, 3, 32, 32))
@@ -37,22 +39,22 @@ def weights(tmp_path_factory):
 
 def arguments(images, weights, out, *more):
     argv = ["--image_path", images, "--teacher_checkpoint", weights, "--save_init_image_path", out]
-    argv += ["--iterations", 2, "--batch_size", 8, "--device", "cpu", "--num_workers", 0, *more]
+    argv += ["--iterations", 2, "--batch_size", 3, "--device", "cpu", "--num_workers", 0, *more]
     return [str(a) for a in argv]
 
 
 def test_stm_resumes_to_the_same_bytes(images, weights, tmp_path):
     whole = stm.main(arguments(images, weights, tmp_path / "a"))
-    assert whole.name == "digits_ipc2_random_stm_it2_b8"
+    assert whole.name == f"{images.name}_stm_it2_b3"
     manifest = json.loads((whole / "manifest.json").read_text())
-    assert manifest["arm"] == "stm" and manifest["count"] == 20 and manifest["image_size"] == 32
+    assert manifest["arm"] == "stm" and manifest["count"] == 8 and manifest["image_size"] == 32
     assert len(json.loads((whole / "images.jsonl").read_text().splitlines()[0])["source"]) > 0
     with Image.open(whole / "3" / "3_0001.png") as made, Image.open(images / "3" / "3_0001.png") as source:
         assert made.size == (32, 32) and made.tobytes() != source.tobytes()
     # two shards, one after the other
     again = tmp_path / "b" / whole.name
     stm.main(arguments(images, weights, tmp_path / "b", "--shard", "0/2"))
-    assert not (again / "manifest.json").exists() and len(list(again.rglob("*.png"))) == 16
+    assert not (again / "manifest.json").exists() and len(list(again.rglob("*.png"))) == 6
     stm.main(arguments(images, weights, tmp_path / "b", "--shard", "1/2"))
     assert tree(again) == tree(whole)
 
@@ -85,11 +87,11 @@ def test_batchnorm_distance_is_the_formula(weights):
 def test_matching_lowers_both_losses(weights):
     from matching.models import load_teacher
 
-    teacher, _ = load_teacher("resnet18", weights, "digits", [str(c) for c in range(10)], 32)
-    x, targets = generator_images(4), torch.arange(4)
+    teacher, _ = load_teacher("resnet18", weights, "digits", [str(c) for c in range(4)], 32)
+    x, targets = generator_images(2), torch.arange(2)
     options = dict(mean=(0.5,) * 3, std=(0.5,) * 3, lr=0.05, r_bn=0.01, first_bn_multiplier=10.0, jitter=0)
     first, before = stm.match_batch(teacher, x, targets, generator(0), iterations=1, **options)
-    last, after = stm.match_batch(teacher, x, targets, generator(0), iterations=12, **options)
+    last, after = stm.match_batch(teacher, x, targets, generator(0), iterations=8, **options)
     assert after["ce"] + 0.01 * after["bn"] < before["ce"] + 0.01 * before["bn"]
     assert first.shape == x.shape and last.abs().max() <= 1
 
@@ -112,14 +114,14 @@ def test_schedule_and_batches_are_sre2ls():
 
 
 def test_take_classes_by_name(images, tmp_path, monkeypatch, refused):
-    monkeypatch.setattr(take_classes, "known_prompts", lambda dataset: {"3": "three", "7": "seven"})
+    monkeypatch.setattr(take_classes, "known_prompts", lambda dataset: {"1": "one", "3": "three"})
     argv = ["--image_path", str(images), "--dataset", "digits", "--image_size", "16", "--save_init_image_path"]
     folder = take_classes.main([*argv, str(tmp_path)])
-    assert folder.name == "digits_ipc2_from_digits_ipc2_random_imagesize16"
+    assert folder.name == f"digits_ipc2_from_{images.name}_imagesize16"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["arm"] == "random-g"
-    assert [(c["index"], c["folder"]) for c in manifest["classes"]] == [(0, "3"), (1, "7")]
-    with Image.open(folder / "7" / "7_0001.png") as image, Image.open(images / "7" / "7_0001.png") as source:
+    assert [(c["index"], c["folder"]) for c in manifest["classes"]] == [(0, "1"), (1, "3")]
+    with Image.open(folder / "3" / "3_0001.png") as image, Image.open(images / "3" / "3_0001.png") as source:
         assert image.size == (16, 16) and image.tobytes() == source.resize((16, 16)).tobytes()
     monkeypatch.setattr(take_classes, "known_prompts", lambda dataset: {"3": "three", "n01": "eleven"})
     refused(take_classes.main, [*argv, tmp_path / "x"], "digits", "n01")

@@ -29,7 +29,7 @@ from distillation.prototypes import (
     write_class,
 )
 from scripts.checkpoints import add_checkpoint_flags, load_pipeline, model_name, resolve_dtype, speed_up, weights_hash
-from scripts.files import output_folder, require_space, write_bytes, write_manifest, write_timing
+from scripts.files import output_folder, require_space, sweep, write_bytes, write_manifest, write_timing
 from scripts.runtime import (
     Parser,
     StopSignals,
@@ -164,6 +164,7 @@ class LatentCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             refuse(f"--latent_cache {root}: cannot make a folder there: {error.strerror}")
+        sweep(self.folder, locked=False)
 
     def _path(self, position):
         return self.folder / f"{self.split.class_ids[position]:04d}_{self.split.folders[position]}.safetensors"
@@ -190,6 +191,8 @@ class LatentCache:
                 latents = file.get_tensor("latents")
             if latents.dtype != np.float16 or len(latents) + len(facts["skipped"]) != len(self.split.items[position]):
                 raise ValueError(f"latents of type {latents.dtype} and shape {latents.shape}")
+            if hashlib.sha256(latents).hexdigest() != facts["sha256"]:
+                raise ValueError("its latents are not those that were written")
         except Exception as error:  # whatever is wrong inside somebody's file
             refuse(f"--latent_cache {self._path(position)}: cannot be read: {error}; remove this file")
         return latents, facts["skipped"]
@@ -197,10 +200,10 @@ class LatentCache:
     def save(self, position, latents, skipped):
         from safetensors.numpy import save
 
-        facts = {"names": self._names(position), "skipped": skipped}
-        write_bytes(
-            self._path(position), save({"latents": np.ascontiguousarray(latents)}, {"facts": json.dumps(facts)})
-        )
+        latents = np.ascontiguousarray(latents)
+        digest = hashlib.sha256(latents).hexdigest()
+        facts = {"names": self._names(position), "skipped": skipped, "sha256": digest}
+        write_bytes(self._path(position), save({"latents": latents}, {"facts": json.dumps(facts)}))
 
 
 def class_latents(pipeline, split, positions, size, batch_size, seed, num_workers=0, skip_bad=False, cache=None):

@@ -333,12 +333,12 @@ def _alone(folder):
     return True
 
 
-def sweep(folder):
+def sweep(folder, locked=True):
     """Remove what killed processes left half-written: once nobody else works in `folder`, every temporary file.
 
-    Called with the guard held. Where locks do not work, only those of dead processes of this machine.
+    Called with the guard held. Where locks do not work or are not used, only those of dead processes of this machine.
     """
-    alone = _alone(folder)
+    alone = _alone(folder) if locked else None
     if alone is False:
         return
     for path in Path(folder).rglob(".*.tmp"):

@@ -155,6 +155,26 @@ def test_a_finished_folder_is_never_signed_again(made, model, refused):
     refused(gen_prototype.main, [*STAGE_1, *model], "0001_1.json", "changed since it was made")
 
 
+def test_cached_latents_are_those_of_these_images_or_none(made, model, refused, counted):
+    """A cached class whose images changed is encoded again; a damaged cache file is refused, not used."""
+    image_folder("data", ["cat", "dog"])
+    argv = ["--dataset", "imagefolder", "--data_dir", "data", "--ipc", "2", "--size", "32", "--num_workers", "0"]
+    argv += [*model, "--latent_cache", "cache", "--save_prototype_path"]
+    encoded = counted(AutoencoderKL, "encode")
+    gen_prototype.main([*argv, "a"])
+    assert sum(encoded) == 6
+    Image.open("data/train/dog/0.png").rotate(90).save("data/train/dog/0.png")
+    gen_prototype.main([*argv, "b"])
+    assert sum(encoded) == 6 + 3
+    [path] = Path("cache").rglob("*_cat.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    refused(gen_prototype.main, [*argv, "c"], "--latent_cache", "_cat.safetensors", "not those that were written")
+    path.write_bytes(data[:-3])
+    refused(gen_prototype.main, [*argv, "d"], "--latent_cache", "_cat.safetensors", "remove this file")
+
+
 # ---- class sizes
 
 

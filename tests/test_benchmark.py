@@ -1,0 +1,93 @@
+"""The benchmark runs whole on a CPU, its outputs agree, and its tables say what was measured."""
+
+import pytest
+import torch
+from conftest import tree
+
+from misc import benchmark
+from scripts.files import read_json
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    out = tmp_path_factory.mktemp("benchmark")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("D4M_TEST_DATA", raising=False)
+        path = benchmark.main(["--device", "cpu", "--quick", "--profile", "--out", str(out)])
+    return read_json(path), path
+
+
+def test_every_stage_is_there_and_its_outputs_agree(result):
+    rows = result[0]["rows"]
+    assert [r["stage"] for r in rows] == sorted(r["stage"] for r in rows) and {r["stage"] for r in rows} == {
+        1,
+        2,
+        3,
+        4,
+    }
+    for row in rows:
+        assert row["release"] > 0 and row["ours"] > 0 and row["ratio"] > 0, row["what"]
+        assert "DIFFERENT" not in row["same"], row["what"]
+        if "differ by" in row["same"] and "bf16" not in row["what"]:
+            off = row["same"].split("differ by ")[1].split()[0]
+            assert float(off) <= (1 if "pixels" in row["same"] else 1e-3), row["what"]
+    assert any("0 of" in row["same"] for row in rows)  # crops
+    assert result[0]["facts"]["crop_bytes_that_differ"] == {"224": 0, "64": 0, "32": 0}
+
+
+def test_its_tables_say_what_the_json_says(result):
+    found, path = result
+    text = path.with_suffix(".md").read_text()
+    for row in found["rows"]:
+        assert row["what"] in text and row["same"] in text
+    assert "Top costs" in text and found["command"] in text and "NOT MET" in text  # nothing is met by 8 images
+
+
+def test_operation_counts_are_those_of_the_real_configuration(result):
+    flops = result[0]["flops"]
+    assert flops["vae_encode"] == pytest.approx(1.117e12, rel=0.01)
+    assert flops["unet_step"] == pytest.approx(0.803e12, rel=0.01)
+    assert flops["vae_decode"] == pytest.approx(2.515e12, rel=0.01)
+    assert flops["synthesis"] == pytest.approx(60.4e12, rel=0.01)
+    assert flops["resnet18_forward"] == pytest.approx(3.6e9, rel=0.02)
+
+
+def test_the_real_networks_have_the_known_sizes():
+    with torch.device("meta"):
+        vae, unet, text = benchmark.networks(True, 512)
+    millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (vae, unet, text)]
+    assert millions == pytest.approx([83.65, 859.52, 123.06], abs=0.01)
+
+
+def test_memory_of_stage_2_is_that_of_one_class(tmp_path):
+    small = benchmark.sparse_prototypes(tmp_path, 3, 50, "safetensors")
+    folder, size = small
+    assert size > 3 * 50 * 4 * 64 * 64 * 2
+    assert sum(p.stat().st_blocks * 512 for p in folder.glob("*.safetensors")) < size / 10  # holes
+    assert len(tree(folder)) == 3 + 2
+
+
+def test_costs_are_marked_and_prefer_a_gpu(result, tmp_path):
+    text = benchmark.costs([result[0]])
+    assert "Rates of a GPU: estimated" in text
+    cells = [
+        c.strip()
+        for line in text.splitlines()
+        if line.startswith("| ") and "IPC" not in line
+        for c in line.split("|")[2:-1]
+    ]
+    assert cells and all(cell[-2:] in (" m", " c", " e") for cell in cells)
+    rows = [{"what": what, "ours": 100.0} for what in benchmark.GPU_ROWS.values()]
+    gpu = {"machine": {"gpu": "Some GPU"}, "rows": rows, "facts": {}}
+    text = benchmark.costs([result[0], gpu])
+    assert "measured on Some GPU" in text and "| 2 synthesis | 100 s c |" in text
+
+
+def test_a_row_knows_whether_its_target_is_met():
+    times = {"release": [(4.0, 2.0), (4.0, 2.0)], "ours": [(1.0, 1.0), (1.0, 0.5)]}
+    facts = {"same": "same", "target": 2.5}
+    counts = {"release": 100, "ours": 100}
+    row = benchmark.compare(3, "feeding", "image", times, counts, torch.device("cpu"), **facts)
+    assert row["ratios"] == [2, 4] and row["ratio"] == 3 and row["ours"] == 150 and row["met"]
+    assert not benchmark.compare(3, "x", "image", times, counts, torch.device("cpu"), least=1000, **facts)["met"]
+    assert "2.5x: met" in benchmark.table([row])

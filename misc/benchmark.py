@@ -388,9 +388,8 @@ def release_synthesis(pipeline, jobs, prototypes, folder, options):
     """Stage 2: one image at a time, both prompts encoded for each, resized and saved before the next."""
     for job in jobs:
         latents = torch.from_numpy(prototypes[job.position].latents[job.prototype : job.prototype + 1])
-        image = pipeline(
-            [job.prompt], latents, negative_prompt=[NEGATIVE], generator=[generator(0, job.class_id, job.i)], **options
-        ).images[0]
+        noise = generator(*gen_syn_image.image_key(0, job, 0))
+        image = pipeline([job.prompt], latents, negative_prompt=[NEGATIVE], generator=[noise], **options).images[0]
         (folder / job.folder).mkdir(parents=True, exist_ok=True)
         image.resize((224, 224)).save(folder / job.file)
 
@@ -577,10 +576,10 @@ def stage_1(bench):
     def release():
         return release_latents(pipeline, text, split, side, 10, size.workers, size.ipc)
 
-    def ours(pipeline=pipeline, cache=None):
+    def ours(pipeline=pipeline):
         with ThreadPoolExecutor(1) as background:
             for _, latents, _ in gen_prototype.class_latents(
-                pipeline, split, [0], side, 32, 0, size.workers, False, cache
+                pipeline, split, [0], side, 32, 0, num_workers=size.workers
             ):
                 kmeans = gen_prototype.resolve_kmeans_device("auto", device)
                 result = background.submit(class_prototypes, latents, size.ipc, size.ipc, "minibatch", kmeans)
@@ -925,7 +924,7 @@ class Bench:
                 if name in ("release", "ours")
             }
         self.rows.append(row)
-        self.log(table([row], head=len(self.rows) == 1))
+        self.log(table([row], head=len(self.rows) == 1), flush=True)
 
     def network_set(self):
         """The images and labels on which networks run, made once."""

@@ -73,7 +73,7 @@ class Site(NamedTuple):
     epochs: int = 300
     batch: int = 1024
     accumulation: int = 2
-    bn_batch: int | None = 73  # the release: 1024 / 7 GPUs / 2 accumulation steps
+    bn_batch: int = 73  # the release: 1024 / 7 GPUs / 2 accumulation steps
     seeds: tuple = (0, 1, 2)
     eval_every: int = 50
     stm_iterations: int = 4000
@@ -93,7 +93,7 @@ TINY_TEACHER = {
     "epochs": 200, "batch_size": 256, "learning_rate": 0.2, "weight_decay": 1e-4, "warmup_epochs": 5, "augment": "rrc",
     "flip": 0.5,
 }  # fmt: skip
-SMALL = {"epochs": 500, "batch": 100, "accumulation": 1, "bn_batch": None, "seeds": (0, 1, 2, 3, 4)}
+SMALL = {"epochs": 500, "batch": 100, "accumulation": 1, "bn_batch": 100, "seeds": (0, 1, 2, 3, 4)}
 FULL = {
     "imagenet": {},
     "tiny_imagenet": {"image_size": 64, "teacher": TINY_TEACHER},
@@ -102,7 +102,7 @@ FULL = {
 }
 SMOKE = {
     "size": 32, "image_size": 32, "sd_batch": 8, "cost_classes": "0-2", "workers": 0, "epochs": 2, "batch": 8,
-    "accumulation": 1, "eval_every": 2, "stm_iterations": 2, "stm_batch": 4, "smoke": True,
+    "bn_batch": 8, "accumulation": 1, "eval_every": 2, "stm_iterations": 2, "stm_batch": 4, "smoke": True,
 }  # fmt: skip
 SMOKE_TEACHER = {
     "epochs": 2, "batch_size": 8, "learning_rate": 0.01, "weight_decay": 1e-4, "warmup_epochs": 0, "augment": "none",
@@ -123,10 +123,9 @@ def open_site(dataset, args):
         return Site(dataset, *places, **{**full, "seeds": seeds})
     data = f"{args.out}/smoke/data"
     teacher = SMOKE_TEACHER if full.get("teacher") else None
-    bn = None if "bn_batch" in full else SMOKE["batch"]
     seeds = tuple(args.seeds or (0, 1))[: 2 if dataset.startswith("cifar") else 1]  # two where they cost little
     places = (data, f"{data}/prompts.txt", args.diffusion_checkpoints_path, f"{args.out}/smoke/{dataset}")
-    return Site("imagefolder", *places, **{**SMOKE, "teacher": teacher, "bn_batch": bn, "seeds": seeds})
+    return Site("imagefolder", *places, **{**SMOKE, "teacher": teacher, "seeds": seeds})
 
 
 # ---- steps
@@ -309,7 +308,9 @@ def teacher_step(dataset, site, arch):
     """Train a teacher that nobody publishes; in --smoke also a stand-in for torchvision's."""
     from matching.train_teacher import recipe_of, teacher_name
 
-    recipe = site.teacher or SMOKE_TEACHER
+    recipe = dict(site.teacher or SMOKE_TEACHER)
+    if arch.startswith("convnet"):  # at 0.1 they stay at chance
+        recipe["learning_rate"] = min(recipe["learning_rate"], 0.01)
     argv = flags(
         dataset=site.dataset, data_dir=site.data_dir, arch=arch, input_size=site.image_size, **recipe, eval_every=10,
         num_workers=site.workers, output_dir=f"{site.out}/teachers",
@@ -376,7 +377,7 @@ def student_step(dataset, site, images, ipc, model, labels=None, arch=None, amp=
         stem = labels_name(images.folder.name, [arch or "hard"], protocol, site.image_size) + (
             "_online" if arch else ""
         )
-    chunk = min(site.bn_batch or -(-site.batch // site.accumulation), site.batch)
+    chunk = min(site.bn_batch, site.batch)
     inputs = dict.fromkeys(Inputs._fields) | {"stem": stem, "label_epochs": site.epochs}
     inputs["protocol"] = {"epochs": site.epochs, "batch_size": site.batch}
     name = student_name(Inputs(**inputs), recipe_of(args), chunk, args)

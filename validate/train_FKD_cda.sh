@@ -28,6 +28,7 @@ exec $RUN -m validate.train_FKD \
     --model "$STUDENT" \
     --epochs "$EPOCHS" \
     --batch_size "$BATCH_SIZE" \
+    --bn_batch "$BATCH_SIZE" \
     --input_size "$INPUT_SIZE" \
     --min_scale_crops 0.08 \
     --max_scale_crops 1 \

@@ -29,6 +29,7 @@ exec $RUN -m validate.train_FKD \
     --model "$STUDENT" \
     --epochs 300 \
     --batch_size 100 \
+    --bn_batch 100 \
     --input_size "$INPUT_SIZE" \
     --min_scale_crops 0.5 \
     --max_scale_crops 1 \

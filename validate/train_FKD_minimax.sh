@@ -30,6 +30,7 @@ exec $RUN -m validate.train_FKD \
     --model "$STUDENT" \
     --epochs "$EPOCHS" \
     --batch_size 64 \
+    --bn_batch 64 \
     --input_size "$INPUT_SIZE" \
     --min_scale_crops 0.5 \
     --max_scale_crops 1 \

@@ -32,6 +32,7 @@ exec $RUN -m validate.train_FKD \
     --model "$STUDENT" \
     --epochs 400 \
     --batch_size 50 \
+    --bn_batch 50 \
     --input_size "$INPUT_SIZE" \
     --min_scale_crops 0.5 \
     --max_scale_crops 1 \

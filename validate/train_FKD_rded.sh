@@ -37,6 +37,7 @@ exec $RUN -m validate.train_FKD \
     --model "$STUDENT" \
     --epochs 300 \
     --batch_size "$BATCH_SIZE" \
+    --bn_batch "$BATCH_SIZE" \
     --input_size "$INPUT_SIZE" \
     --min_scale_crops 0.5 \
     --max_scale_crops 1 \

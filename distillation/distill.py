@@ -13,6 +13,7 @@ from distillation.gen_prototype import (
     check_size,
     class_latents,
     class_table,
+    encoding,
     latent_cache,
     open_training_split,
     prototype_settings,
@@ -42,6 +43,7 @@ def main(argv=None):
         )
     check_steps(["d4m"], args.strength, args.num_inference_steps)
     process = this_process(args.device, args.shard)
+    kmeans_device = resolve_kmeans_device(args.kmeans_device, process.device)
     split = open_training_split(args)
     pipeline, precision, hashes = load_synthesis(args, process)
     from scripts.pipeline_stable_diffusion_gen_latents import StableDiffusionGenLatentsPipeline
@@ -49,21 +51,12 @@ def main(argv=None):
     encoder = StableDiffusionGenLatentsPipeline(**pipeline.components, requires_safety_checker=False)
     settings = prototype_settings(args, split, precision, hashes["vae_sha256"])
     check_size(settings["size"], encoder)
-    cache = latent_cache(args.latent_cache, split, settings)
-    kmeans_device = resolve_kmeans_device(args.kmeans_device, process.device)
 
-    def stream(positions):
+    def stream(positions, batch_size):
         """Prototypes of the classes that are still needed, made as synthesis gets to them."""
+        cache = latent_cache(args.latent_cache, split, {**settings, "batch_size": batch_size})
         latents = class_latents(
-            encoder,
-            split,
-            positions,
-            settings["size"],
-            args.batch_size,
-            args.seed,
-            args.num_workers,
-            args.on_bad_image == "skip",
-            cache,
+            encoder, split, positions, settings["size"], batch_size, args.seed, cache, **encoding(args, process)
         )
         for position, rows, _ in latents:
             yield (
@@ -79,7 +72,7 @@ def main(argv=None):
                 ),
             )
 
-    origin = {"prototype_arguments": settings, "prototypes": None, "prompts": None}
+    origin = {"prototype_arguments": {**settings, "batch_size": None}, "prototypes": None, "prompts": None}
     return synthesize_arms(args, ["d4m"], process, pipeline, precision, hashes, class_table(split), stream, origin)
 
 

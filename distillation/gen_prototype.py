@@ -28,9 +28,12 @@ from distillation.prototypes import (
     prototype_folder_name,
     write_class,
 )
-from scripts.checkpoints import add_checkpoint_flags, load_pipeline, model_name, resolve_dtype, speed_up, weights_hash
+from scripts.checkpoints import add_checkpoint_flags, cast, load_pipeline, model_name, resolve_dtype, speed_up
 from scripts.files import output_folder, require_space, sweep, write_bytes, write_manifest, write_timing
 from scripts.runtime import (
+    POSTERIOR,
+    SHUFFLE,
+    MemoryLimit,
     Parser,
     StopSignals,
     Stopwatch,
@@ -77,7 +80,9 @@ def gather(images):
 
 def class_order(split, position, seed):
     """The seeded shuffle of one class's images: k-means sees them in this order."""
-    return torch.randperm(len(split.items[position]), generator=generator(seed, split.class_ids[position])).tolist()
+    return torch.randperm(
+        len(split.items[position]), generator=generator(seed, SHUFFLE, split.class_ids[position])
+    ).tolist()
 
 
 def thumbnail(image):
@@ -87,7 +92,7 @@ def thumbnail(image):
     return hashlib.sha256(image[:, ::step, ::step].numpy().tobytes()).digest()
 
 
-def encode_batch(pipeline, images, keys, names):
+def encode_batch(pipeline, images, keys, names, limit):
     """(B, 3, S, S) uint8 -> (B, 4, S/8, S/8) float16 latents; image i's noise comes from generator(*keys[i])."""
 
     def encode(rows):
@@ -96,24 +101,25 @@ def encode_batch(pipeline, images, keys, names):
         return latents.to(torch.float16).cpu().contiguous()  # the VAE may answer in channels_last
 
     rows = list(range(len(images)))
-    latents = torch.cat(in_parts(encode, rows))
+    latents = torch.cat(in_parts(encode, rows, limit))
     for i in (~latents.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
         dtype = pipeline.vae.dtype
-        pipeline.vae.to(torch.float32)
+        cast(pipeline, torch.float32)
         latents[i] = encode([i])[0]
-        pipeline.vae.to(dtype)
+        cast(pipeline, dtype)
         if not latents[i].isfinite().all():
             refuse(f"{names[i]}: its latent holds NaN or infinity, in fp32 too")
         warn(f"{names[i]}: its latent held NaN or infinity in {dtype}; encoded again in fp32")
     return latents
 
 
-def encode_classes(pipeline, split, positions, size, batch_size, seed, num_workers=0, skip_bad=False):
+def encode_classes(pipeline, split, positions, size, batch_size, seed, num_workers=0, skip_bad=False, quiet=False):
     """Yield (class position, (N, 4, h, w) float16 latents in the class's shuffled order, names of skipped images).
 
     Images are read ahead by workers that live for the whole run; a batch holds images of one class only, so that a
     class is the same bytes whichever process encodes it.
     """
+    limit = MemoryLimit(batch_size)
     chunks = []
     for position in positions:
         order = class_order(split, position, seed)
@@ -126,7 +132,7 @@ def encode_classes(pipeline, split, positions, size, batch_size, seed, num_worke
         prefetch_factor=4 if num_workers else None,
     )
     waiting, latents, skipped, seen = {p: len(split.items[p]) for p in positions}, [], [], set()
-    with tqdm(total=sum(waiting.values()), desc="encode", unit="image") as bar:
+    with tqdm(total=sum(waiting.values()), desc="encode", unit="image", disable=quiet) as bar:
         for chunk, (images, bad, thumbnails) in zip(chunks, loader):
             position = chunk[0][0]
             items = [split.items[position][i] for _, i in chunk]
@@ -137,9 +143,9 @@ def encode_classes(pipeline, split, positions, size, batch_size, seed, num_worke
             good = [n for n in range(len(chunk)) if n not in bad]
             seen |= thumbnails
             if good:
-                keys = [(seed, split.class_ids[position], chunk[n][1]) for n in good]
+                keys = [(seed, POSTERIOR, split.class_ids[position], chunk[n][1]) for n in good]
                 names = [split.describe(items[n]) for n in good]
-                latents.append(encode_batch(pipeline, images, keys, names))
+                latents.append(encode_batch(pipeline, images, keys, names, limit))
             bar.update(len(chunk))
             waiting[position] -= len(chunk)
             if not waiting[position]:
@@ -206,12 +212,10 @@ class LatentCache:
         write_bytes(self._path(position), save({"latents": latents}, {"facts": json.dumps(facts)}))
 
 
-def class_latents(pipeline, split, positions, size, batch_size, seed, num_workers=0, skip_bad=False, cache=None):
+def class_latents(pipeline, split, positions, size, batch_size, seed, cache=None, **how):
     """`encode_classes`, in order of `positions`, taking from the cache what is there and adding what is not."""
     cached = {p for p in positions if cache and p in cache}
-    encoder = encode_classes(
-        pipeline, split, [p for p in positions if p not in cached], size, batch_size, seed, num_workers, skip_bad
-    )
+    encoder = encode_classes(pipeline, split, [p for p in positions if p not in cached], size, batch_size, seed, **how)
     for position in positions:
         if position in cached:
             yield position, *cache.load(position)
@@ -247,10 +251,23 @@ def prototypes_or_repeats(latents, ipc, km_expand, method, device, on_small_clas
 
 def resolve_kmeans_device(name, device):
     """--kmeans_device: the GPU if encoding runs on one (k-means never stalls it there), else the CPU."""
-    return torch.device(device if name == "auto" and device.type == "cuda" else "cpu" if name == "auto" else name)
+    if name == "cpu" or device.type != "cuda":
+        if name == "cuda":
+            refuse(f"--kmeans_device cuda: encoding runs on {device}; k-means can use the GPU only beside it")
+        return torch.device("cpu")
+    return device
 
 
 # ---- main
+
+
+def encoding(args, process):
+    """The arguments of `encode_classes` that change no byte."""
+    return {
+        "num_workers": args.num_workers,
+        "skip_bad": args.on_bad_image == "skip",
+        "quiet": not process.is_main,
+    }
 
 
 def add_prototype_flags(parser):
@@ -271,7 +288,10 @@ def add_prototype_flags(parser):
         help="minibatch: the paper's; full: Lloyd's algorithm on all latents of a class",
     )
     group.add_argument(
-        "--kmeans_device", default="auto", help="auto: the GPU if there is one, else the CPU; minibatch only"
+        "--kmeans_device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="auto: the GPU if there is one, else the CPU; minibatch only",
     )
     group.add_argument(
         "--on_small_class",
@@ -367,13 +387,14 @@ def class_table(split):
 def main(argv=None):
     args = get_args(argv)
     process = this_process(args.device, args.shard)
+    kmeans_device = resolve_kmeans_device(args.kmeans_device, process.device)
     split = open_training_split(args)
     from scripts.pipeline_stable_diffusion_gen_latents import (
         StableDiffusionGenLatentsPipeline,
     )  # diffusers: seconds to import
 
     precision = resolve_dtype(args.dtype, process.device)
-    pipeline = load_pipeline(
+    pipeline, hashes = load_pipeline(
         StableDiffusionGenLatentsPipeline,
         args.diffusion_checkpoints_path,
         process.device,
@@ -383,7 +404,7 @@ def main(argv=None):
         vae_only=True,
         config=args.single_file_config,
     )
-    settings = prototype_settings(args, split, precision, weights_hash(pipeline.vae))
+    settings = prototype_settings(args, split, precision, hashes["vae_sha256"])
     settings["prototype_format"] = args.prototype_format
     speed_up(pipeline, args.channels_last, args.compile)
     size = settings["size"]
@@ -402,7 +423,6 @@ def main(argv=None):
         files = [class_file(n, f, args.prototype_format) for n, f in enumerate(split.folders)]
         mine = range(process.rank, len(files), process.world)
         todo = [n for n in mine if not (folder / files[n]).exists()]
-        kmeans_device = resolve_kmeans_device(args.kmeans_device, process.device)
 
         def finish_class(position, latents, skipped):
             name = split.folders[position]
@@ -422,15 +442,7 @@ def main(argv=None):
         with ThreadPoolExecutor(1) as background:
             pending = None
             for unit in class_latents(
-                pipeline,
-                split,
-                todo,
-                size,
-                settings["batch_size"],
-                args.seed,
-                args.num_workers,
-                args.on_bad_image == "skip",
-                cache,
+                pipeline, split, todo, size, settings["batch_size"], args.seed, cache, **encoding(args, process)
             ):
                 if pending:
                     result_of(pending)

@@ -19,8 +19,9 @@ if __name__ == "__main__" and not __package__:  # run by path, our packages woul
     raise SystemExit("run it from the repository root: python -m distillation.gen_syn_image")
 
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,12 +35,12 @@ from distillation.datasets import DATASETS, dataset_name, known_prompts, read_la
 from distillation.prototypes import open_prototypes, prototype_suffix
 from scripts.checkpoints import (
     add_checkpoint_flags,
+    cast,
     config_hash,
     load_pipeline,
     model_name,
     resolve_dtype,
     speed_up,
-    weights_hash,
 )
 from scripts.files import (
     atomic,
@@ -52,6 +53,9 @@ from scripts.files import (
     write_timing,
 )
 from scripts.runtime import (
+    START,
+    SYNTHESIS,
+    MemoryLimit,
     Parser,
     StopSignals,
     Stopwatch,
@@ -81,7 +85,6 @@ STAGE_1_NAMES = (
     "max_images_per_class",
     "dtype",
 )  # what prototype_suffix reads
-NOISE_STREAM = 1  # key of the second draw of an image, where an arm starts from noise instead of a prototype
 REDRAWS = 3  # how often a flat (black) image is drawn again with another seed
 
 
@@ -124,10 +127,10 @@ class Synthesizer:
     """
 
     def __init__(self, pipeline, arm, seed, strength, guidance_scale, num_inference_steps, negative_prompt):
-        self.pipeline, self.arm, self.seed = pipeline, arm, seed
-        # differs from the release: text is encoded once a class, not once an image
+        self.pipeline, self.arm, self.seed, self.limit = pipeline, arm, seed, MemoryLimit(sys.maxsize)
         self.strength = 1.0 if arm == "text" else strength
         self.options = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, "eta": 0.0}
+        # differs from the release: text is encoded once a class, not once an image
         self.embed = lru_cache(maxsize=64)(self._embed)
         self.negative_prompt = negative_prompt
 
@@ -145,12 +148,12 @@ class Synthesizer:
         prototype = torch.from_numpy(prototypes[job.position].latents[job.prototype])
         if self.arm in ("d4m", "decoded"):
             return prototype
-        draw = generator(self.seed, job.class_id, job.i, attempt, NOISE_STREAM)
+        draw = generator(self.seed, START, job.class_id, job.i, attempt)
         return torch.randn(prototype.shape, generator=draw).to(torch.float16)
 
     def __call__(self, jobs, prototypes, attempt=0):
         """jobs -> (B, H, W, 3) uint8 numpy array."""
-        return np.concatenate(in_parts(lambda part: self._pictures(part, prototypes, attempt), jobs))
+        return np.concatenate(in_parts(lambda part: self._pictures(part, prototypes, attempt), jobs, self.limit))
 
     @torch.no_grad()
     def _pictures(self, jobs, prototypes, attempt):
@@ -160,13 +163,13 @@ class Synthesizer:
         broken = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         if broken:
             dtype = pipe.unet.dtype
-            pipe.to(torch.float32)
+            cast(pipe, torch.float32)
             for n in broken:
                 warn(f"{jobs[n].file}: NaN or infinity in {dtype}; made again in fp32")
                 images[n] = self._run(pipe, [jobs[n]], latents[n : n + 1], attempt)[0].to(images)
                 if not images[n].isfinite().all():
                     refuse(f"{jobs[n].file}: NaN or infinity, in fp32 too")
-            pipe.to(dtype)
+            cast(pipe, dtype)
         return (images.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu().numpy()
 
     def facts(self, job, prototypes, attempt):
@@ -200,8 +203,8 @@ class Synthesizer:
 
 
 def image_key(seed, job, attempt):
-    """What seeds an image's noise; the attempt enters only from the first redraw on."""
-    return (seed, job.class_id, job.i, attempt) if attempt else (seed, job.class_id, job.i)
+    """What seeds an image's noise."""
+    return seed, SYNTHESIS, job.class_id, job.i, attempt
 
 
 def draw_batch(synthesizer, jobs, prototypes):
@@ -241,7 +244,7 @@ def read_facts(path):
         refuse(f"{path}: is no image of this stage ({type(error).__name__}: {error}); remove it to have it made again")
 
 
-def make_images(folder, batches, synthesizer, stream, image_size, signals):
+def make_images(folder, batches, synthesizer, stream, image_size, signals, quiet=False):
     """Make every batch that is not wholly on disk; returns the number of images made. PNGs are written in the
     background.
 
@@ -252,7 +255,7 @@ def make_images(folder, batches, synthesizer, stream, image_size, signals):
     classes = stream(sorted({job.position for batch in todo for job in batch}))
     with ThreadPoolExecutor(2) as background:
         at_hand, writes = {}, []
-        with tqdm(total=sum(map(len, todo)), desc=synthesizer.arm, unit="image") as bar:
+        with tqdm(total=sum(map(len, todo)), desc=synthesizer.arm, unit="image", disable=quiet) as bar:
             for batch in todo:
                 at_hand = {position: p for position, p in at_hand.items() if position >= batch[0].position}
                 while not all(job.position in at_hand for job in batch):
@@ -453,7 +456,7 @@ def load_synthesis(args, process):
     )  # diffusers: slow to import
 
     precision = resolve_dtype(args.dtype, process.device)
-    pipeline = load_pipeline(
+    pipeline, hashes = load_pipeline(
         StableDiffusionLatents2ImgPipeline,
         args.diffusion_checkpoints_path,
         process.device,
@@ -463,7 +466,7 @@ def load_synthesis(args, process):
         safety_checker=args.safety_checker == "on",
         config=args.single_file_config,
     )
-    hashes = {f"{name}_sha256": weights_hash(getattr(pipeline, name)) for name in ("vae", "unet", "text_encoder")}
+    hashes = {name: hashes[name] for name in ("vae_sha256", "unet_sha256", "text_encoder_sha256")}
     hashes |= {
         "scheduler_sha256": config_hash(pipeline.scheduler),
         "tokenizer_sha256": config_hash(pipeline.tokenizer),
@@ -506,7 +509,11 @@ def check_steps(arms, strength, steps):
 
 
 def synthesize_arms(args, arms, process, pipeline, precision, hashes, classes, stream, origin):
-    """Make the image folder of every arm; `stream` as for make_images, `origin` says where the prototypes are from."""
+    """Make the image folder of every arm.
+
+    stream    (positions, batch_size) -> iterator of (position, Prototypes); batch_size: of the encoder, if it has one
+    origin    {flag: value} of where the prototypes are from
+    """
     folders = []
     for arm in arms:
         watch = Stopwatch()
@@ -531,7 +538,13 @@ def synthesize_arms(args, arms, process, pipeline, precision, hashes, classes, s
             batches = np.array_split(np.arange(-(-len(jobs) // settings["batch_size"])), process.world)[process.rank]
             cuts = cut(jobs, settings["batch_size"])
             made = make_images(
-                folder, [cuts[n] for n in batches], synthesizer, stream, settings["image_size"], signals
+                folder,
+                [cuts[n] for n in batches],
+                synthesizer,
+                partial(stream, batch_size=settings["batch_size"]),
+                settings["image_size"],
+                signals,
+                quiet=not process.is_main,
             )
             append_log(
                 folder,
@@ -568,7 +581,11 @@ def main(argv=None):
         "prototypes": source.content,
         "prompts": [c["prompt"] for c in classes] if args.label_file_path else None,
     }
-    return synthesize_arms(args, args.arm, process, pipeline, precision, hashes, classes, source.stream, origin)
+
+    def stream(positions, batch_size):
+        return source.stream(positions)
+
+    return synthesize_arms(args, args.arm, process, pipeline, precision, hashes, classes, stream, origin)
 
 
 if __name__ == "__main__":

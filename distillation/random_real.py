@@ -21,6 +21,7 @@ from distillation.gen_prototype import check_class_sizes, class_table
 from distillation.gen_syn_image import finish_folder, list_jobs, save_png
 from scripts.files import output_folder, output_name, require_space, write_timing
 from scripts.runtime import (
+    CHOICE,
     Parser,
     StopSignals,
     Stopwatch,
@@ -33,8 +34,6 @@ from scripts.runtime import (
     refuse,
     this_process,
 )
-
-CHOICE_STREAM = 2  # key of the draw that chooses, apart from the shuffles of stage 1
 
 
 def centre_crop(image, size):
@@ -94,7 +93,7 @@ def main(argv=None):
         todo = [job for job in jobs[process.rank :: process.world] if not (folder / job.file).exists()]
         for job in tqdm(todo, desc="random", unit="image"):
             items = split.items[job.position]
-            order = torch.randperm(len(items), generator=generator(args.seed, job.class_id, CHOICE_STREAM))
+            order = torch.randperm(len(items), generator=generator(args.seed, CHOICE, job.class_id))
             item = items[order[job.i]]
             try:
                 picture = np.array(centre_crop(split.read(item), size))

@@ -30,7 +30,7 @@ from scripts.files import (
     sha256,
     write_bytes,
 )
-from scripts.runtime import finite, generator, natural, positive_int, refuse, unit_interval, warn
+from scripts.runtime import BATCH, ORDER, finite, generator, natural, positive_int, refuse, unit_interval, warn
 
 # differs from the release: one input size for both stages (its stage 4 always crops to 224)
 # The release's ImageNet protocol; `cutmix` is what its launcher asks for with --mix_type.
@@ -367,7 +367,7 @@ def batches_of(count, batch_size):
 
 def epoch_batches(seed, epoch, count, batch_size):
     """Image indices of each batch of an epoch: a permutation of `count`, cut; the last batch is shorter."""
-    order = torch.randperm(count, generator=generator(seed, epoch, 0))
+    order = torch.randperm(count, generator=generator(seed, ORDER, epoch))
     return order.tensor_split(cuts(count, batch_size)[1:-1])
 
 
@@ -376,7 +376,7 @@ def draw_batch(seed, epoch, number, index, sizes, input_size, protocol):
 
     index   (B,) int64; sizes (B, 2) int64, height and width of those images
     """
-    g = generator(seed, epoch, 1 + number)
+    g = generator(seed, BATCH, epoch, number)
     count = len(index)
     crop = draw_crops(sizes, (protocol["min_scale_crops"], protocol["max_scale_crops"]), g)
     flip = torch.rand(count, generator=g, dtype=torch.float64) < protocol["flip"]

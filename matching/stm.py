@@ -28,6 +28,7 @@ from matching.models import load_teacher, model_name
 from matching.soft_labels import draw_crops, load_pixels, normalise, open_images
 from scripts.files import output_folder, output_name, read_manifest, require_space, write_timing
 from scripts.runtime import (
+    STM,
     Parser,
     StopSignals,
     Stopwatch,
@@ -217,7 +218,7 @@ def main(argv=None):
                 rows = torch.stack([torch.from_numpy(pixels[position[job.file]].copy()) for job in batch])
                 x = normalise(rows.to(process.device), mean, std)  # (B, 3, S, S)
                 targets = torch.tensor([job.position for job in batch], device=process.device)
-                g = generator(args.seed, number)
+                g = generator(args.seed, STM, number)
                 x, losses = match_batch(teacher, x, targets, g, mean, std, bar=bar, **options)
                 if not x.isfinite().all():
                     refuse(f"--lr {args.lr}: batch {number} became NaN or infinite; use a smaller one")

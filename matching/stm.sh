@@ -10,7 +10,7 @@ KM_EXPAND="${KM_EXPAND:-1}"
 STRENGTH="${STRENGTH:-0.7}"
 GUIDANCE="${GUIDANCE:-8}"
 OUT="${OUT:-output}"
-IMAGES="${IMAGES:-imagenet_ipc${IPC}_s${STRENGTH}_g${GUIDANCE}_kmexpand${KM_EXPAND}}"
+IMAGES="${IMAGES:-imagenet_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
 TEACHER="${TEACHER:-resnet18}"
 
 exec $RUN -m matching.stm \

@@ -54,6 +54,9 @@ from scripts.files import (
     write_timing,
 )
 from scripts.runtime import (
+    AUGMENT,
+    DROPOUT,
+    WEIGHTS,
     Parser,
     StopSignals,
     Stopwatch,
@@ -133,7 +136,7 @@ class TrainingImages(Dataset):
         rows = rank_chunks(len(index), self.chunk, self.rank, self.world)[1]
         pixels = np.empty((len(rows), self.size, self.size, 3), np.uint8)
         for k, i in enumerate(index[rows].tolist()):
-            pixels[k] = self._augmented(i, generator(self.seed, epoch, 1 + i))
+            pixels[k] = self._augmented(i, generator(self.seed, AUGMENT, epoch, i))
         return epoch, number, len(index), torch.from_numpy(pixels), self.targets[index[rows]]
 
     def _augmented(self, i, g):
@@ -315,7 +318,7 @@ def train_teacher(args, recipe, settings, folder, train, val, process, forward):
     """The training loop; returns ({"last", "best", "rows", "parameters"}, epochs trained now)."""
     facts, size, device = DATASETS[args.dataset], settings["input_size"], process.device
     classes = len(train.folders)
-    with seeded(args.seed):
+    with seeded(args.seed, WEIGHTS):
         model = create_model(args.arch, classes, size)
     model = forward.place(model)
     optimizer = make_optimizer(model, True, recipe.learning_rate, recipe.weight_decay, args.momentum, args.fused)
@@ -362,7 +365,7 @@ def train_teacher(args, recipe, settings, folder, train, val, process, forward):
                         outputs, labels[rows], reduction="sum", label_smoothing=args.label_smoothing
                     )
 
-                key = (args.seed, epoch, number) if random else None
+                key = (args.seed, DROPOUT, epoch, number) if random else None
                 total += train_step(model, optimizer, chunks, count, loss_of, process.world, key)
                 steps, seen = steps + 1, seen + len(chunks)
                 bar.update(count)

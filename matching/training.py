@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from distillation.datasets import DATASETS, BadImage, squash
-from matching.soft_labels import cuts, in_threads, normalise
+from matching.soft_labels import in_threads, normalise
 from scripts.files import atomic
 from scripts.runtime import positive_int, refuse, seed_of
 
@@ -131,8 +131,15 @@ def chunk_size(batch_size, world, accumulation_steps, bn_batch):
 
 
 def chunks_of(count, size):
-    """(first, end) of each chunk of a batch of `count`; a last chunk of one image joins its neighbour (BatchNorm)."""
-    ends = cuts(count, size)
+    """(first, end) of each chunk of a batch of `count`: pieces of equal length, to one image, of about `size`.
+
+    A remainder of few images would get a BatchNorm of its own: 1024 in chunks of 73 are 12 of 73 and 2 of 74, as in
+    the release, not 14 of 73 and one of 2. A chunk may for that be a twentieth longer than `size`.
+    """
+    pieces = math.ceil(count / (1.05 * size))
+    if size > 1:
+        pieces = max(1, min(pieces, count // 2))  # BatchNorm cannot train on a single image
+    ends = [round(n * count / pieces) for n in range(pieces + 1)]
     return list(zip(ends[:-1], ends[1:]))
 
 

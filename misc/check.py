@@ -267,17 +267,17 @@ def check_vae(plan, source, args):
     """The prototypes' VAE against the checkpoint's: loads only the VAE, on the CPU."""
     if not Path(args.diffusion_checkpoints_path).exists() or not source.vae_sha256:
         return
-    from scripts.checkpoints import load_pipeline, weights_hash
+    from scripts.checkpoints import load_pipeline
     from scripts.pipeline_stable_diffusion_gen_latents import StableDiffusionGenLatentsPipeline
 
-    pipeline = plan.try_to(
+    loaded = plan.try_to(
         load_pipeline, StableDiffusionGenLatentsPipeline, args.diffusion_checkpoints_path, torch.device("cpu"), "fp32",
-        args.revision, args.variant, vae_only=True,
+        args.revision, args.variant, vae_only=True, config=args.single_file_config,
     )  # fmt: skip
-    if pipeline is not None and weights_hash(pipeline.vae) != source.vae_sha256:
+    if loaded is not None and loaded[1]["vae_sha256"] != source.vae_sha256:
         plan.problem(
             f"--prototype_path {args.prototype_path}: made with the VAE {source.vae_sha256[:12]}, "
-            f"this checkpoint's is {weights_hash(pipeline.vae)[:12]}"
+            f"this checkpoint's is {loaded[1]['vae_sha256'][:12]}"
         )
 
 

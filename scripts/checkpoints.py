@@ -50,7 +50,9 @@ def resolve_dtype(name, device):
 def load_pipeline(
     cls, checkpoint, device, dtype, revision=None, variant=None, vae_only=False, safety_checker=False, config=None
 ):
-    """Load `cls` (one of our two pipelines) onto `device` in `dtype` ("fp16", "bf16", "fp32").
+    """(pipeline, {"vae_sha256": ...}): `cls`, one of our two, on `device` in `dtype` ("fp16", "bf16", "fp32").
+
+    Weights are read in fp32 and hashed before they are cast, so that one checkpoint has one hash in every precision.
 
     vae_only        load nothing but the VAE (stage 1): 0.3 GB instead of 4 GB
     config          for a single file: where its configuration is, if not on the hub
@@ -63,7 +65,7 @@ def load_pipeline(
             ("safety_checker", "feature_extractor", "text_encoder", "tokenizer", "unet", "scheduler")
         )
     path = Path(checkpoint)
-    arguments = {"dtype": DTYPES[dtype], "use_safetensors": True, "requires_safety_checker": safety_checker, **absent}
+    arguments = {"dtype": torch.float32, "use_safetensors": True, "requires_safety_checker": safety_checker, **absent}
     flag = f"--diffusion_checkpoints_path {checkpoint}"
     if path.suffix and path.is_file() and path.suffix != ".safetensors":
         refuse(f"{flag}: only .safetensors files are read, a {path.suffix} may hold code")
@@ -85,7 +87,17 @@ def load_pipeline(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         refuse(f"{flag}: cannot be loaded: {reason}{hint}")
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    hashes = {f"{name}_sha256": weights_hash(network) for name, network in networks.items()}
+    cast(pipeline, DTYPES[dtype])
+    return pipeline.to(device), hashes
+
+
+def cast(pipeline, dtype):
+    """All networks of a pipeline to `dtype`; diffusers' own `.to(dtype)` warns of modules that are not there."""
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, dtype=dtype)
 
 
 def speed_up(pipeline, channels_last=False, compiled=False):

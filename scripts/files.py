@@ -216,6 +216,9 @@ def _same_settings(flag, folder, before, now, resumable):
         old, new = before.get(name), now.get(name)
         if old == new:
             continue
+        if isinstance(old, dict) and isinstance(new, dict):  # say what differs inside
+            inner = next(key for key in {**old, **new} if old.get(key) != new.get(key))
+            name, old, new = f"{name}.{inner}", old.get(inner), new.get(inner)
         if name not in resumable:
             refuse(
                 f"{flag} {folder}: begun with {name} {_short(old)}, now {name} {_short(new)}; choose another folder"

@@ -1,6 +1,7 @@
 # Sourced by every launcher, from the repository root. POSIX sh.
 #
 # RUN            how Python is started: one process, or torchrun for NUM_GPUS > 1 or any TORCHRUN_ARGS
+# plain X        prints a number as folder names have it: 0.70 as 0.7, 8.0 as 8
 # unless N V D   prints _NV where the value V is not the default D: how folder names say what is not the default
 #
 # torchrun, not `accelerate launch`: the latter silently reads a per-user configuration file.
@@ -12,4 +13,8 @@ fi
 
 unless() {
     [ "$2" = "$3" ] || printf '_%s%s' "$1" "$2"
+}
+
+plain() {
+    printf '%g' "$1"
 }

@@ -1,7 +1,7 @@
 """What every stage script shares: refusals, flags, processes, seeds, stop signals, logs.
 
-Randomness is passed, never ambient: `generator(seed, class, image)` gives a fresh CPU generator for one unit of work,
-so a result never depends on what ran before it, on the number of processes, or on a restart.
+Randomness is passed, never ambient: `generator(seed, SYNTHESIS, class, image)` is a fresh CPU generator for one unit
+of work, so a result never depends on what ran before it, on the number of processes, or on a restart.
 """
 
 import argparse
@@ -223,9 +223,12 @@ def join_processes(process, tracker=None, folder=None):
 
 # ---- seeds
 
+# What a key draws: its second number, so that no two uses share a generator. A key is (seed, stream, ...).
+SHUFFLE, POSTERIOR, SYNTHESIS, START, CHOICE, ORDER, BATCH, JITTER, WEIGHTS, DROPOUT, AUGMENT, STM = range(1, 13)
+
 
 def seed_of(*key) -> int:
-    """A 63-bit seed from integers such as (seed, class, image), by numpy's SeedSequence hash."""
+    """A 63-bit seed from integers such as (seed, SYNTHESIS, class, image), by numpy's SeedSequence hash."""
     return int(np.random.SeedSequence([int(k) for k in key]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -318,17 +321,30 @@ class Stopwatch:
 # ---- GPU memory
 
 
-def in_parts(function, items):
-    """`function(items)`, in halves where the GPU has not enough memory; returns the list of the parts' results.
+class MemoryLimit:
+    """How many items fit into the GPU's memory at once: `most`, halved each time that they do not."""
 
-    The items, their seeds and their order stay; only the size of what is computed at once changes.
+    def __init__(self, most):
+        self.most = most
+
+
+def in_parts(function, items, limit):
+    """`function` on at most `limit.most` items at a time, on fewer from the first time that memory runs out.
+
+    Returns the list of the parts' results. The items, their seeds and their order stay; only the size of what is
+    computed at once changes.
     """
-    try:
-        return [function(items)]
-    except torch.OutOfMemoryError:
-        if len(items) == 1:
-            refuse("out of GPU memory with one image at a time: use a smaller --size, --dtype fp16, or a larger GPU")
-    torch.cuda.empty_cache()  # outside the except block: the traceback no longer holds the failed batch
-    middle = len(items) // 2
-    warn(f"out of GPU memory with {len(items)} images at a time: going on with {middle} (or set --batch_size)")
-    return in_parts(function, items[:middle]) + in_parts(function, items[middle:])
+    results, done = [], 0
+    while done < len(items):
+        part = items[done : done + limit.most]
+        try:
+            results.append(function(part))
+            done += len(part)
+            continue
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                refuse("out of GPU memory with one image at a time: use --dtype fp16, or a larger GPU")
+        torch.cuda.empty_cache()  # outside the except block: the traceback no longer holds the failed batch
+        limit.most = len(part) // 2
+        warn(f"out of GPU memory with {len(part)} images at a time: going on with {limit.most}, here and from now on")
+    return results

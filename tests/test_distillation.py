@@ -177,7 +177,7 @@ def test_noise_and_text_do_not_depend_on_the_prototypes(made, model):
     from scripts.checkpoints import load_pipeline
     from scripts.pipeline_stable_diffusion_latents2img import StableDiffusionLatents2ImgPipeline
 
-    pipeline = load_pipeline(StableDiffusionLatents2ImgPipeline, model[1], torch.device("cpu"), "fp32")
+    pipeline, _ = load_pipeline(StableDiffusionLatents2ImgPipeline, model[1], torch.device("cpu"), "fp32")
     source, job = PrototypeFolder(made[0]), Job(0, 0, "0", "zero", 0, 0)
     other = {0: source[1]}
     for arm, same in (("d4m", False), ("decoded", False), ("noise", True), ("text", True)):
@@ -229,6 +229,57 @@ def test_a_resume_takes_the_folders_batch_size(made, model, capsys):
     assert tree(mine) == tree(made[1])
 
 
+def test_distill_resumes_with_the_folders_batch_size(made, model, capsys):
+    argv = [*STAGE_1, *model, "--num_inference_steps", "5"]
+    [folder] = distill.main(argv)
+    whole = tree(folder)
+    for name in ("manifest.json", "0/0_0000.png"):
+        (folder / name).unlink()
+    distill.main([*argv, "--batch_size", "1"])
+    assert "was begun with 4" in capsys.readouterr().err
+    assert tree(folder) == whole
+
+
+def test_the_keys_of_all_draws_differ_pairwise():
+    """Also after numpy's zero padding: (0, 5) and (0, 5, 0) seed alike, so the second number tells the uses apart."""
+    from scripts import runtime
+
+    streams = [
+        runtime.SHUFFLE,
+        runtime.POSTERIOR,
+        runtime.SYNTHESIS,
+        runtime.START,
+        runtime.CHOICE,
+        runtime.ORDER,
+        runtime.BATCH,
+        runtime.JITTER,
+        runtime.WEIGHTS,
+        runtime.DROPOUT,
+        runtime.AUGMENT,
+        runtime.STM,
+    ]
+    assert len(set(streams)) == len(streams) and 0 not in streams
+    keys = [(seed, stream, a, b) for seed in range(2) for stream in streams for a in range(3) for b in range(3)]
+    assert len({runtime.seed_of(*key) for key in keys}) == len(keys)
+
+
+def test_running_out_of_memory_is_remembered(capsys):
+    from scripts.runtime import MemoryLimit, in_parts
+
+    calls, limit = [], MemoryLimit(32)
+
+    def fits_eight(items):
+        calls.append(len(items))
+        if len(items) > 8:
+            raise torch.OutOfMemoryError
+        return list(items)
+
+    for _ in range(2):
+        assert sum(in_parts(fits_eight, list(range(20)), limit), []) == list(range(20))
+    assert calls == [20, 10, 5, 5, 5, 5, 5, 5, 5, 5]
+    assert capsys.readouterr().err.count("out of GPU memory") == 2
+
+
 def test_what_does_not_fit_is_refused_in_one_line(made, model, refused, tmp_path):
     prototypes = str(made[0])
     stage_2 = [*STAGE_2, *model, "--prototype_path"]
@@ -242,6 +293,8 @@ def test_what_does_not_fit_is_refused_in_one_line(made, model, refused, tmp_path
     refused(gen_syn_image.main, [*stage_2, prototypes, "--streng", "0.5"], "--streng")
     refused(gen_prototype.main, [*STAGE_1, *model, "--ipc", "10"], "--ipc 10", "class 0", "9 images")
     refused(gen_prototype.main, ["--dataset", "cifar10", "--ipc", "1"], "--data_dir", "cifar-10-batches-py")
+    refused(gen_prototype.main, [*STAGE_1, *model, "--kmeans_device", "cuda"], "--kmeans_device cuda", "cpu")
+    refused(gen_prototype.main, [*STAGE_1, *model, "--kmeans_device", "gpu"], "--kmeans_device")
     refused(gen_prototype.main, ["--dataset", "mnist"], "--dataset mnist", "imagenet")
     other = build_tiny_sd(tmp_path, seed=1)
     argv = [*STAGE_2, "--device", "cpu", "--diffusion_checkpoints_path", other, "--prototype_path", prototypes]

@@ -22,7 +22,7 @@ CHAINS = {  # data set: (stage 1, 2, 3, 4), IPC by default
     "imagewoof": ("woof", "matching_woof.sh", "train_FKD_woof.sh", 10),
     "imagenet100": ("imgnt100", "matching_imgnt100.sh", "train_FKD_imgnt100.sh", 10),
 }
-CHANGED = {"IPC": "20", "KM_EXPAND": "4", "STRENGTH": "0.5", "OUT": "elsewhere", "EPOCHS": "40", "BATCH_SIZE": "64"}
+CHANGED = {"IPC": "20", "KM_EXPAND": "4", "STRENGTH": "0.50", "OUT": "elsewhere", "EPOCHS": "40", "BATCH_SIZE": "64"}
 SHELL = shutil.which("dash") or "sh"
 STUB = """#!/bin/sh
 for argument in "$0" "$@"; do printf '%s\\0' "$argument"; done >> "$RECORD"
@@ -88,6 +88,7 @@ def test_a_launcher_starts_torchrun_when_asked(record, launcher):
 @pytest.mark.parametrize("variables", [{}, {"IPC": "50"}, CHANGED])
 @pytest.mark.parametrize("dataset", CHAINS)
 def test_each_stages_output_is_the_next_ones_input(record, dataset, variables):
+    from distillation.datasets import DATASETS
     from distillation.gen_syn_image import image_folder_name, synthesis_settings
     from distillation.prototypes import prototype_folder_name
     from matching.soft_labels import PROTOCOL, labels_name, protocol_of
@@ -114,7 +115,7 @@ def test_each_stages_output_is_the_next_ones_input(record, dataset, variables):
     assert Path(both.save_init_image_path) / distilled == images
     assert [Path(p) for p in three.data] == [images] and Path(four.train_dir) == images
 
-    size = three.input_size
+    size = DATASETS[dataset].image_size
     given = {name: getattr(three, name) for name in PROTOCOL}
     labels = Path(three.fkd_path) / labels_name(images.name, three.arch, protocol_of(given, size), size)
     assert Path(four.fkd_path) == labels

@@ -17,12 +17,12 @@ SETTINGS = {"strength": 0.7, "guidance_scale": 8.0, "num_inference_steps": 50, "
 
 @pytest.fixture(scope="module")
 def encoder(tiny_sd):
-    return load_pipeline(StableDiffusionGenLatentsPipeline, str(tiny_sd), CPU, "fp32", vae_only=True)
+    return load_pipeline(StableDiffusionGenLatentsPipeline, str(tiny_sd), CPU, "fp32", vae_only=True)[0]
 
 
 @pytest.fixture(scope="module")
 def synthesis(tiny_sd):
-    return load_pipeline(StableDiffusionLatents2ImgPipeline, str(tiny_sd), CPU, "fp32")
+    return load_pipeline(StableDiffusionLatents2ImgPipeline, str(tiny_sd), CPU, "fp32")[0]
 
 
 def test_encode_is_the_posterior_sample_times_the_scaling_factor(encoder):
@@ -125,14 +125,22 @@ def test_a_single_file_gives_the_same_networks_as_the_folder(synthesis, tiny_sd,
         (StableDiffusionLatents2ImgPipeline, ["vae", "unet", "text_encoder"]),
         (StableDiffusionGenLatentsPipeline, ["vae"]),
     ):
-        loaded = load_pipeline(cls, str(path), CPU, "fp32", vae_only=len(names) == 1, config=str(tiny_sd))
+        loaded, _ = load_pipeline(cls, str(path), CPU, "fp32", vae_only=len(names) == 1, config=str(tiny_sd))
         for name in names:
             assert weights_hash(getattr(loaded, name)) == weights_hash(getattr(synthesis, name))
         assert (loaded.unet is None) == (len(names) == 1)
     latents = torch.randn(1, 4, 8, 8, generator=generator(1))
-    loaded = load_pipeline(StableDiffusionLatents2ImgPipeline, str(path), CPU, "fp32", config=str(tiny_sd))
+    loaded, _ = load_pipeline(StableDiffusionLatents2ImgPipeline, str(path), CPU, "fp32", config=str(tiny_sd))
     images = [pipe("two", latents, generator=generator(3), **SETTINGS).images for pipe in (loaded, synthesis)]
     assert torch.equal(*images)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_one_checkpoint_has_one_hash_in_every_precision(tiny_sd, dtype):
+    cast, hashes = load_pipeline(StableDiffusionGenLatentsPipeline, str(tiny_sd), CPU, dtype, vae_only=True)
+    assert cast.vae.dtype != torch.float32
+    plain = load_pipeline(StableDiffusionGenLatentsPipeline, str(tiny_sd), CPU, "fp32", vae_only=True)
+    assert hashes == plain[1] == {"vae_sha256": weights_hash(plain[0].vae)}
 
 
 def test_weights_hash_sees_values_and_not_precision(encoder):

@@ -16,6 +16,7 @@ from matching.models import create_model
 from matching.soft_labels import EpochLabels, crop_on_cpu, load_pixels, mix, normalise, open_images
 from matching.training import lr_factor, seeded
 from scripts.files import read_json
+from scripts.runtime import WEIGHTS
 from validate import train_FKD
 from validate.paper_tables import OF_SOFT_LABELS, RDED_LR, RECIPES, recipe_name
 
@@ -169,7 +170,7 @@ def test_loss_on_one_stored_batch(recipe, images, teachers, tmp_path):
     epoch = EpochLabels(labels, 0, torch.full((10, 2), 32), 10, 10, 32, None)
     batch, logits = epoch.batch(0)
     pixels = crop_on_cpu(arrays, batch.index, batch.crop, batch.flip, 32)
-    with seeded(0):
+    with seeded(0, WEIGHTS):
         student = create_model("convnet_mini", 10, 32)
     with torch.no_grad():
         z = student.train()(mix(normalise(pixels, (0.5,) * 3, (0.5,) * 3), batch, "cutmix"))

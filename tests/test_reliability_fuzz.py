@@ -9,6 +9,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("hypothesis", reason="pip install hypothesis runs the fuzz tests too")
+
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reliability import HOSTILE, STAGE_1, STAGE_2, everything

@@ -94,7 +94,7 @@ def test_draws_depend_on_their_key_alone():
     for a, b in zip(first, draw(42, 3, 1)):
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
     for other in (draw(43, 3, 1), draw(42, 4, 1), draw(42, 3, 2)):
-        assert not torch.equal(first.crop, other.crop) and first.lam != other.lam
+        assert not torch.equal(first.crop, other.crop) and not torch.equal(first.box, other.box)
     orders = [torch.cat(epoch_batches(42, epoch, 20, 6)) for epoch in (0, 1)]
     assert all(order.sort().values.tolist() == list(range(20)) for order in orders) and not torch.equal(*orders)
     assert [len(b) for b in epoch_batches(42, 0, 20, 6)] == [6, 6, 6, 2]

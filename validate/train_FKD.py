@@ -34,6 +34,7 @@ from matching.soft_labels import (
     batches_of,
     labels_name,
     load_pixels,
+    mix,
     open_images,
     protocol_of,
     teacher_logits,
@@ -77,6 +78,9 @@ from scripts.files import (
     write_timing,
 )
 from scripts.runtime import (
+    DROPOUT,
+    JITTER,
+    WEIGHTS,
     Parser,
     StopSignals,
     Stopwatch,
@@ -456,7 +460,7 @@ class Student:
 
     def __init__(self, job, seed, folder, forward):
         self.seed, self.path, recipe = seed, checkpoint_path(folder, seed), job.recipe
-        with seeded(seed):
+        with seeded(seed, WEIGHTS):
             model = create_model(job.model, job.classes, job.protocol["input_size"])
         self.model = forward.place(model)
         self.average = Average(plain(self.model), recipe.ema) if recipe.ema else None
@@ -551,7 +555,7 @@ def train_epoch(job, student, items, batches, feed, process, forward, bar):
         chunks, own = rank_chunks(count, job.chunk, process.rank, process.world)
         x, logits, targets, other = prepare(job, item, feed, process, own)
         x = forward.lay_out(x)
-        key = (student.seed, epoch, item.number) if student.random else None
+        key = (student.seed, DROPOUT, epoch, item.number) if student.random else None
         if recipe.bn_refresh:
             refresh_batch_norm(model, forward, feed, item, chunks, own, process, key)
 
@@ -598,11 +602,9 @@ def prepare(job, item, feed, process, own):
 
 def mixed_with_jitter(job, item, feed):
     """As Feed.mixed, with colours jittered before the mix (Minimax)."""
-    from matching.soft_labels import mix
-
     recipe, seed = job.recipe, job.protocol["fkd_seed"]
     count = len(item.batch.index)
-    g = generator(seed, item.epoch, 1 + item.number, 1)
+    g = generator(seed, JITTER, item.epoch, item.number)
     held = item.held if item.held is not None else torch.arange(count)
     x = color_jitter(
         feed.unmixed(item), held, count, recipe.color_jitter, recipe.lighting, feed.facts.mean, feed.facts.std, g
@@ -660,7 +662,7 @@ def evaluate_checkpoint(args, process, forward):
     folders = images.folders if images else open_split(dataset, args.val_dir, "val", flag="--val_dir").folders
     size = args.input_size or (images and images.image_size) or facts.image_size
     state = read_state_dict(args.evaluate, "--evaluate")
-    with seeded(0):
+    with seeded(0, WEIGHTS):
         model = create_model(args.model, len(folders), size)
     load_state(model, state, f"--evaluate {args.evaluate}")
     model = forward.place(model)

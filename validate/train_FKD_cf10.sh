@@ -12,7 +12,7 @@ STRENGTH="${STRENGTH:-0.7}"
 GUIDANCE="${GUIDANCE:-8}"
 DATA_DIR="${DATA_DIR:-data/cifar10}"
 OUT="${OUT:-output}"
-IMAGES="${IMAGES:-cifar10_ipc${IPC}_s${STRENGTH}_g${GUIDANCE}_kmexpand${KM_EXPAND}}"
+IMAGES="${IMAGES:-cifar10_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
 TEACHER="${TEACHER:-convnet_w128}"
 STUDENT="${STUDENT:-convnet_w128}"
 EPOCHS="${EPOCHS:-500}"
@@ -26,7 +26,7 @@ exec $RUN -m validate.train_FKD \
     --model "$STUDENT" \
     --epochs "$EPOCHS" \
     --batch_size "$BATCH_SIZE" \
-    --gradient_accumulation_steps 1 \
+    --bn_batch "$BATCH_SIZE" \
     --adamw_lr 0.001 \
     --adamw_weight_decay 0.01 \
     --cos \

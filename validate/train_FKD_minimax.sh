@@ -14,7 +14,7 @@ GUIDANCE="${GUIDANCE:-8}"
 DATASET="${DATASET:-imagenette}"
 DATA_DIR="${DATA_DIR:-data/$DATASET}"
 OUT="${OUT:-output}"
-IMAGES="${IMAGES:-${DATASET}_ipc${IPC}_s${STRENGTH}_g${GUIDANCE}_kmexpand${KM_EXPAND}}"
+IMAGES="${IMAGES:-${DATASET}_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
 STUDENT="${STUDENT:-resnet_ap10}"
 INPUT_SIZE="${INPUT_SIZE:-224}"
 case "$IPC" in

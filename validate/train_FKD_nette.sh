@@ -11,7 +11,7 @@ STRENGTH="${STRENGTH:-0.7}"
 GUIDANCE="${GUIDANCE:-8}"
 DATA_DIR="${DATA_DIR:-data/imagenette}"
 OUT="${OUT:-output}"
-IMAGES="${IMAGES:-imagenette_ipc${IPC}_s${STRENGTH}_g${GUIDANCE}_kmexpand${KM_EXPAND}}"
+IMAGES="${IMAGES:-imagenette_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
 TEACHER="${TEACHER:-resnet18}"
 STUDENT="${STUDENT:-resnet18}"
 EPOCHS="${EPOCHS:-300}"
@@ -25,7 +25,7 @@ exec $RUN -m validate.train_FKD \
     --model "$STUDENT" \
     --epochs "$EPOCHS" \
     --batch_size "$BATCH_SIZE" \
-    --gradient_accumulation_steps 1 \
+    --bn_batch "$BATCH_SIZE" \
     --adamw_lr 0.001 \
     --adamw_weight_decay 0.01 \
     --cos \

@@ -11,6 +11,7 @@ and folder name, never by prompt: two ImageNet classes share the word "crane".
 
 import csv
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ class Split:
                 if self.arrays is not None:
                     state.update(self.arrays[item].tobytes())
                 else:
-                    state.update(f"{Path(item).name} {Path(item).stat().st_size}\n".encode())
+                    state.update(f"{item.name} {os.stat(item).st_size}\n".encode())
         return state.hexdigest()
 
     def digest(self):
@@ -261,6 +262,7 @@ def _loose(prompt):
 
 def known_prompts(dataset):
     """{class folder: prompt} of a data set whose classes are known, in class order; {} for `imagefolder`."""
+    # differs from the release: its lists swap two ImageNet classes, misorder CIFAR-100 and lose Tiny-ImageNet's spaces
     path = LABEL_FOLDER / f"{dataset}.txt"
     if dataset == "imagefolder":
         return {}
@@ -314,6 +316,7 @@ def open_split(
         by_class, arrays = _torchvision_cifar(dataset, root, split, download, flag)
     else:
         by_class, arrays = _folders(dataset, Path(root), split, flag), None
+    # differs from the release: classes are keyed by folder name and index, not by prompt, and folders not by number
     folders = list(known_prompts(dataset)) or sorted(by_class)
     for folder in folders:
         if not safe_name(folder):
@@ -378,12 +381,13 @@ def _has_folders(path):
 def _images_below(folder, others=None):
     """The images in `folder` and below, sorted; what looks like one and is not taken goes to `others`."""
     found = []
-    for path in folder.rglob("*"):
-        extension = path.suffix.lower()
-        if extension in EXTENSIONS and not path.name.startswith(".") and path.is_file():
-            found.append(path)
-        elif extension in OTHER_EXTENSIONS and others is not None:
-            others.append(path)
+    for parent, _, names in os.walk(folder, followlinks=True):  # asks no file for its status: ImageNet has a million
+        for name in names:
+            extension = os.path.splitext(name)[1].lower()
+            if extension in EXTENSIONS and not name.startswith("."):
+                found.append(Path(parent, name))
+            elif extension in OTHER_EXTENSIONS and others is not None:
+                others.append(Path(parent, name))
     return sorted(found)
 
 
@@ -442,9 +446,8 @@ def _imagenet_ground_truth(root, base, flag):
     if wnids:
         lines = wnids.read_text().split()
         return {f"ILSVRC2012_val_{i:08d}.JPEG": wnid for i, wnid in enumerate(lines, 1)}
-    truth = next(
-        root.rglob("ILSVRC2012_validation_ground_truth.txt"), None
-    )  # line i = ILSVRC id of image i, needs meta.mat
+    name = "ILSVRC2012_validation_ground_truth.txt"  # line i = ILSVRC id of image i, needs meta.mat
+    truth = next((p for pattern in ("", "*devkit*/", "*devkit*/data/") for p in root.glob(pattern + name)), None)
     if truth and (truth.parent / "meta.mat").is_file():
         from scipy.io import loadmat
 

@@ -80,6 +80,7 @@ def gather(images):
 
 def class_order(split, position, seed):
     """The seeded shuffle of one class's images: k-means sees them in this order."""
+    # differs from the release: seeded, and class by class
     return torch.randperm(
         len(split.items[position]), generator=generator(seed, SHUFFLE, split.class_ids[position])
     ).tolist()
@@ -389,9 +390,8 @@ def main(argv=None):
     process = this_process(args.device, args.shard)
     kmeans_device = resolve_kmeans_device(args.kmeans_device, process.device)
     split = open_training_split(args)
-    from scripts.pipeline_stable_diffusion_gen_latents import (
-        StableDiffusionGenLatentsPipeline,
-    )  # diffusers: seconds to import
+    # here, because diffusers takes seconds to import
+    from scripts.pipeline_stable_diffusion_gen_latents import StableDiffusionGenLatentsPipeline
 
     precision = resolve_dtype(args.dtype, process.device)
     pipeline, hashes = load_pipeline(

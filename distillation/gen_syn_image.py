@@ -1,9 +1,7 @@
-"""Stage 2, synthesis (paper, section 3): prototypes -> noised, denoised under the class prompt, decoded -> PNG
-files.
+"""Stage 2, synthesis (paper, section 3): prototypes are noised, denoised under the class prompt, decoded into PNGs.
 
-    python -m distillation.gen_syn_image --dataset imagenet --prototype_path output/prototypes/imagenet-ipc10-kmexpand1
-    \\
-        --ipc 10 --km_expand 1 --strength 0.7 --guidance_scale 8
+    python -m distillation.gen_syn_image --dataset imagenet --ipc 10 --km_expand 1 --strength 0.7 --guidance_scale 8 \\
+        --prototype_path output/prototypes/imagenet-ipc10-kmexpand1
 
 The list of all images is cut into fixed batches; a batch is the unit of work, so that every pixel is the same for any
 number of processes and restarts. Image i of class c has its own generator, seeded from (seed, c, i).
@@ -204,6 +202,7 @@ class Synthesizer:
 
 def image_key(seed, job, attempt):
     """What seeds an image's noise."""
+    # differs from the release: seeded, image by image
     return seed, SYNTHESIS, job.class_id, job.i, attempt
 
 
@@ -404,6 +403,7 @@ def add_synthesis_flags(parser):
         help="prototypes a class [ipc]; fewer than --ipc gives each several noises",
     )
     group.add_argument("--image_size", type=positive_int, default=None, help="pixels of the saved PNGs [by data set]")
+    # differs from the release: its checker stays on and saves flagged images black
     group.add_argument(
         "--safety_checker",
         choices=["on", "off"],
@@ -451,9 +451,8 @@ def synthesis_settings(args, arm, precision, hashes):
 
 def load_synthesis(args, process):
     """(pipeline, precision, {network_sha256: ...}) of stage 2."""
-    from scripts.pipeline_stable_diffusion_latents2img import (
-        StableDiffusionLatents2ImgPipeline,
-    )  # diffusers: slow to import
+    # here, because diffusers takes seconds to import
+    from scripts.pipeline_stable_diffusion_latents2img import StableDiffusionLatents2ImgPipeline
 
     precision = resolve_dtype(args.dtype, process.device)
     pipeline, hashes = load_pipeline(

@@ -79,10 +79,9 @@ def _minibatch_sklearn(rows, k, batch_size):
 def _minibatch_torch(rows, k, batch_size, device):
     """The same sequence as `MiniBatchKMeans.partial_fit`, in float64 on `device`; equal to it up to rounding.
 
-    Every centre moves by  c <- (1 - m/n) c + (m/n) mean of its m new rows,  n = rows it has received so far. Centres
-                           with
-    very few rows are re-drawn from the buffer now and then, with scikit-learn's rule and its random numbers; at
-    ImageNet's class sizes that happens, so a plain online mean would differ.
+    Every centre moves by  c <- (1 - m/n) c + (m/n) mean of its m new rows,  n = rows it has received so far.
+    Centres with very few rows are re-drawn from the buffer now and then, with scikit-learn's rule and its random
+    numbers; at ImageNet's class sizes that happens, so a plain online mean would differ.
     """
     from sklearn.cluster import kmeans_plusplus
 

@@ -2,8 +2,8 @@
 
     python -m distillation.random_real --dataset imagenet --data_dir data/imagenet --ipc 10
 
-They are brought to the saved size as the test images are (shorter side, centre crop), and written in the form of stage
-2, so that stages 3 and 4 treat them like synthetic ones.
+They keep their aspect ratio (shorter side to the saved size, then the central square), and are written in the form of
+stage 2, so that stages 3 and 4 treat them like synthetic ones.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
@@ -36,7 +36,7 @@ from scripts.runtime import (
 )
 
 
-def centre_crop(image, size):
+def centre_square(image, size):
     """PIL image -> (size, size): shorter side resized, centre kept."""
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
@@ -96,7 +96,7 @@ def main(argv=None):
             order = torch.randperm(len(items), generator=generator(args.seed, CHOICE, job.class_id))
             item = items[order[job.i]]
             try:
-                picture = np.array(centre_crop(split.read(item), size))
+                picture = np.array(centre_square(split.read(item), size))
             except BadImage as error:
                 refuse(error)
             save_png(folder / job.file, picture, size, {"source": Path(str(item)).name})

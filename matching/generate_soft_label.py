@@ -54,7 +54,6 @@ RETIRED = {
     "--dist_backend": "torchrun sets it",
     "--multiprocessing_distributed": "start the launcher with NUM_GPUS=8, or use torchrun",
     "--seed": "every draw comes from --fkd_seed",
-    "--workers": "use --num_workers",
 }
 
 
@@ -100,7 +99,7 @@ def get_args(argv=None):
     group.add_argument("--channels_last", action="store_true", help="memory layout for tensor cores")
     add_process_flags(parser)
     parser.add_argument(
-        "-j", dest="num_workers", type=natural, default=argparse.SUPPRESS, help="same as --num_workers"
+        "-j", "--workers", dest="num_workers", type=natural, default=argparse.SUPPRESS, help="same as --num_workers"
     )
     return parser.parse_args(argv)
 

@@ -1,8 +1,7 @@
 """Teachers and students by name, and how a teacher's weights and columns are found (paper, sections 3.3 and 4.1).
 
     model = create_model("resnet18", num_classes=10, image_size=224)
-    teacher, facts = load_teacher("resnet18", None, "imagenette", folders, 224)     # ImageNet's head, 10 of its 1000
-                                                                                    columns
+    teacher, facts = load_teacher("resnet18", None, "imagenette", folders, 224)  # 10 columns of ImageNet's head
 
 At 224 px these are torchvision's networks; at 64 px and below the ResNets get a 3x3 stem without max-pool, which is
 the usual recipe for CIFAR and Tiny-ImageNet. The ConvNets are those of DM / MTT / TESLA: instance norm and average

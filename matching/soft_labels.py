@@ -473,7 +473,9 @@ def _triangle_taps(start, length, bound, size, taps):
     Returns (positions (B, size, K) int64 pixels of the image, weights (B, size, K) int32 that sum to about 2^22).
     """
     n = length.to(torch.float64)[:, None]  # (B, 1)
-    scale = n / size
+    scale = n / torch.tensor(
+        float(size), dtype=torch.float64, device=n.device
+    )  # CUDA divides by a number as * (1 / size)
     support = scale.clamp(min=1)
     centre = (torch.arange(size, dtype=torch.float64, device=n.device) + 0.5) * scale  # (B, size)
     low = torch.trunc(centre - support + 0.5).clamp(min=0)

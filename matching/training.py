@@ -127,6 +127,7 @@ def color_jitter(x, rows, count, jitter, lighting, mean, std, g):
 
 def chunk_size(batch_size, world, accumulation_steps, bn_batch):
     """Images of one forward and backward pass: --bn_batch, else batch / (processes x steps), rounded up."""
+    # differs from the release: --bn_batch fixes what there depends on the number of GPUs
     return min(bn_batch or -(-batch_size // (world * accumulation_steps)), batch_size)
 
 

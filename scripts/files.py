@@ -38,6 +38,7 @@ def _host():
 @contextlib.contextmanager
 def atomic(path):
     """`with atomic(path) as temporary:` write `temporary`; on leaving without an error it becomes `path`, durably."""
+    # differs from the release: it writes in place, and its reruns take half a file for a whole one
     path = Path(path)
     name = path.name if len(path.name.encode()) <= 100 else hashlib.sha256(path.name.encode()).hexdigest()[:32]
     temporary = path.with_name(f".{name}.{_host()}.{os.getpid()}.tmp")

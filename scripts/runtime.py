@@ -155,7 +155,7 @@ class Process(NamedTuple):
 
 
 def this_process(device="auto", shard="0/1") -> Process:
-    """Rank, world size and device, from torchrun's (or Slurm's) environment and `--shard i/n`.
+    """Rank, world size and device, from torchrun's environment and `--shard i/n`.
 
     Shard i of n of a job of w processes holds ranks i*w .. i*w + w - 1 of n*w: shards and processes compose.
     Refuses a WORLD_SIZE that nobody gave this process a rank in, which would do all the work in every process.
@@ -176,7 +176,7 @@ def this_process(device="auto", shard="0/1") -> Process:
 
 
 def _environment(name, default):
-    """A count that torchrun or Slurm left in the environment."""
+    """A count that torchrun left in the environment."""
     text = os.environ.get(name, str(default))
     if not re.fullmatch(r"[0-9]{1,9}", text):
         refuse(f"{name}={text}: expected a number, as torchrun sets it")

@@ -100,7 +100,6 @@ RETIRED = {
     "--start_epoch": "the same command resumes from its checkpoint",
     "--wandb_project": "use --tracker wandb, and wandb's own WANDB_PROJECT",
     "--wandb_api_key": "use --tracker wandb after `wandb login`; a key on a command line is public",
-    "--workers": "use --num_workers",
     "--seed": "use --seeds",
 }
 
@@ -190,7 +189,7 @@ def get_args(argv=None):
     parser.add_argument("--tracker", default=None, help="tensorboard, wandb, ... through accelerate")
     add_process_flags(parser)
     parser.add_argument(
-        "-j", dest="num_workers", type=natural, default=argparse.SUPPRESS, help="same as --num_workers"
+        "-j", "--workers", dest="num_workers", type=natural, default=argparse.SUPPRESS, help="same as --num_workers"
     )
     args = parser.parse_args(argv)
     _check_flags(args)
@@ -221,6 +220,10 @@ def _check_flags(args):
         refuse(f"--temperature {args.temperature}: expected a number above 0")
     if args.cos_stretch < 1:
         refuse(f"--cos_stretch {args.cos_stretch}: expected at least 1")
+    if min(args.adamw_lr, args.learning_rate) <= 0:
+        refuse(f"--adamw_lr {args.adamw_lr}, --learning_rate {args.learning_rate}: expected numbers above 0")
+    if args.epochs is not None and args.warmup_epochs >= args.epochs:
+        refuse(f"--warmup_epochs {args.warmup_epochs}: not below --epochs {args.epochs}")
     if not 0 <= args.ema < 1:
         refuse(f"--ema {args.ema}: expected 0 <= decay < 1")
 

@@ -1,0 +1,67 @@
+"""What only a CUDA device can show: python -m pytest -m gpu. Everything else runs on a CPU too."""
+
+import numpy as np
+import pytest
+import torch
+
+from distillation.prototypes import _minibatch_sklearn, _minibatch_torch
+from matching.soft_labels import crop_on_cpu, draw_crops, resized_crop_batch
+from scripts.checkpoints import load_pipeline
+from scripts.pipeline_stable_diffusion_gen_latents import StableDiffusionGenLatentsPipeline
+from scripts.pipeline_stable_diffusion_latents2img import StableDiffusionLatents2ImgPipeline
+from scripts.runtime import generator
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.mark.parametrize("n, k, batch", [(1300, 10, 10), (1300, 50, 50), (333, 10, 100)])
+def test_kmeans_on_the_gpu_equals_sklearn(n, k, batch):
+    rows = np.random.default_rng(n).standard_normal((n, 256)).astype(np.float16).astype(np.float64)
+    ours, theirs = _minibatch_torch(rows, k, batch, CUDA), _minibatch_sklearn(rows, k, batch)
+    assert np.abs(ours - theirs).max() <= 1e-12 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("size", [224, 64, 32])
+def test_crops_on_the_gpu_have_the_cpus_bytes(size):
+    images = torch.randint(0, 256, (8, size, size, 3), dtype=torch.uint8, generator=generator(0))
+    index = torch.arange(400) % 8
+    crop = draw_crops(torch.full((400, 2), size), (0.08, 1.0), generator(1))
+    flip = torch.rand(400, generator=generator(2)) < 0.5
+    expected = crop_on_cpu([image.numpy() for image in images], index, crop, flip, size)
+    found = resized_crop_batch(images[index].to(CUDA), crop, flip, size)
+    assert torch.equal(found.cpu(), torch.as_tensor(expected))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_pipelines_in_half_precision_are_close_to_fp32(tiny_sd, dtype):
+    images = torch.rand(3, 3, 32, 32, generator=generator(0))
+    keys = [generator(7, i) for i in range(3)]
+    half = load_pipeline(StableDiffusionGenLatentsPipeline, str(tiny_sd), CUDA, dtype, vae_only=True)[0](images, keys)
+    full = load_pipeline(StableDiffusionGenLatentsPipeline, str(tiny_sd), CPU, "fp32", vae_only=True)[0]
+    assert half.dtype != torch.float32 and half.isfinite().all()
+    expected = full(images, [generator(7, i) for i in range(3)])
+    assert (half.float().cpu() - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"channels_last": True}, {"compiled": True}])
+def test_synthesis_on_the_gpu_is_seeded_image_by_image(tiny_sd, options):
+    from scripts.checkpoints import speed_up
+
+    pipeline = load_pipeline(StableDiffusionLatents2ImgPipeline, str(tiny_sd), CUDA, "fp32")[0]
+    speed_up(pipeline, **options)
+    latents = torch.randn(4, 4, 8, 8, generator=generator(1))
+    how = {"strength": 0.7, "guidance_scale": 8.0, "num_inference_steps": 10, "output_type": "pt"}
+    together = pipeline(["zero"] * 4, latents, generator=[generator(4, i) for i in range(4)], **how).images
+    alone = pipeline(["zero"], latents[2:3], generator=[generator(4, 2)], **how).images
+    assert (together[2] - alone[0]).abs().max() < 1e-2
+
+
+def test_all_stages_on_the_gpu(tmp_path, monkeypatch):
+    """The end-to-end run of tests/test_end_to_end.py on the GPU, with reading processes."""
+    import test_end_to_end as end_to_end
+
+    monkeypatch.setattr(end_to_end, "QUIET", ["--num_workers", "2", "--device", "cuda"])
+    data = ["--dataset", "digits", "--classes", "0-2", "--max_images_per_class", "30"]
+    images, results = end_to_end.run_all(tmp_path / "out", data, end_to_end.MODEL, 32, 8, ["d4m"])
+    assert len(images) == 2 and len(results) == 4

@@ -606,7 +606,7 @@ def stage_1(bench):
                 dict.fromkeys(ways, count), device, ours=name, same=f"latents differ by {off / scale:.1e} at most",
                 flops=flops, ceiling="fp16_tflops" if device.type == "cuda" else "fp32_tflops",
                 target=2.5 if size.real else None,
-                note="" if size.real else "a tiny encoder: reading is all of it on both sides",
+                note="" if size.real else "a tiny encoder, bound by memory: a batch gains nothing on a CPU",
             ),
             {"release": ways["release"], "ours": ways[name]},
         )  # fmt: skip

@@ -361,6 +361,8 @@ def check_end(end, number):
     """What is wrong with how a run ended that got signal `number`, or None."""
     if end.status in (0, -int(signal.SIGKILL)):
         return None
+    if end.status == -int(number) and not end.err:  # before the process had begun
+        return None
     if end.status == EXIT_STOPPED and "run the same command to go on" in end.err and "Traceback" not in end.err:
         return None if number != signal.SIGKILL else "left by itself"
     return f"status {end.status}: {end.err[-300:]}"

@@ -529,10 +529,11 @@ def _weighted_sum(gather, weights):
     return (total >> PRECISION_BITS).clamp_(0, 255).to(torch.uint8)
 
 
-def normalise(pixels, mean, std, out=None):
+def normalise(pixels, mean, std, out=None, cutmix=None):
     """(B, S, S, 3) uint8 -> (B, 3, S, S) float32, as torchvision's ToTensor and Normalize (same bits).
 
-    out   float32 memory of at least that size to write to; fresh memory costs a CPU more than the arithmetic
+    out      float32 memory of at least that size to write to; fresh memory costs a CPU more than the arithmetic
+    cutmix   (partner, box) of `mix`, done on the way
     """
     b, h, w, _ = pixels.shape
     x = torch.empty((b, 3, h, w), device=pixels.device) if out is None else out[:b]
@@ -540,8 +541,13 @@ def normalise(pixels, mean, std, out=None):
     cpu = x.device.type == "cpu"
     rows = max(1, CACHED // (3 * h * w)) if cpu else max(b, 1)
     full = 255 if cpu else _per_channel((255.0,), x.device)  # a GPU divides by a number as times its reciprocal
-    for y, part in zip(x.split(rows), pixels.split(rows)):
-        y.copy_(part.permute(0, 3, 1, 2)).div_(full).sub_(mean).div_(std)
+    for first in range(0, b, rows):
+        y = x[first : first + rows].copy_(pixels[first : first + rows].permute(0, 3, 1, 2))
+        if cutmix is not None:
+            partner, (top, left, bottom, right) = cutmix
+            other = pixels[partner[first : first + rows], top:bottom, left:right]
+            y[:, :, top:bottom, left:right] = other.permute(0, 3, 1, 2)
+        y.div_(full).sub_(mean).div_(std)
     return x
 
 
@@ -833,13 +839,14 @@ class Feed(torch.utils.data.Dataset):
         mix_type = self.protocol["mix_type"]
         if mix_type == "mixup":
             return mix(self.unmixed(item), item.batch, mix_type, item.rows, item.held)
-        pixels = self._pixels(item).permute(
-            0, 3, 1, 2
-        )  # mixed as bytes, then normalised: the same bits, a quarter moved
-        pixels = mix(pixels, item.batch, mix_type, item.rows, item.held).permute(0, 2, 3, 1)
+        pixels, cutmix = self._pixels(item), None
+        if mix_type == "cutmix" and item.rows is None:  # mixed as bytes: the same bits, a quarter moved
+            cutmix = item.batch.partner.to(pixels.device), item.batch.box.tolist()
+        else:
+            pixels = mix(pixels.permute(0, 3, 1, 2), item.batch, mix_type, item.rows, item.held).permute(0, 2, 3, 1)
         if self.device.type == "cpu" and (self.out is None or len(self.out) < len(pixels)):
             self.out = torch.empty((len(pixels), 3, *pixels.shape[1:3]))
-        return normalise(pixels, self.facts.mean, self.facts.std, self.out)
+        return normalise(pixels, self.facts.mean, self.facts.std, self.out, cutmix)
 
 
 # ---- teachers

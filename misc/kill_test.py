@@ -24,12 +24,14 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from scripts.files import LOG, MANIFEST, VOLATILE
 from scripts.runtime import EXIT_STOPPED, Parser, positive_int, refuse
@@ -79,6 +81,7 @@ class Forked:
                 os.dup2(write, number)
             sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False, encoding="utf-8") for n in (1, 2))
             os.environ.update(environment)
+            tqdm.set_lock(threading.RLock())  # its own is shared by all forks: one killed while it holds it stops all
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_DFL)
             function(*args)
@@ -256,7 +259,7 @@ def build_stages(root, model, size="full"):
              "16", "--eval_every", "4", "--checkpoint_every", "1", "--output_dir", str(root / "students")],
             root / "students",
             [[epoch] for epoch in range(epochs)],
-            "*/*seed0.*",
+            "*/[cs]*seed0.*",
         )  # fmt: skip
 
     return stages, matching, training
@@ -287,11 +290,11 @@ class Harness:
 
     def reference(self):
         """The uninterrupted run; keeps its tree, and how long it lasts from the first unit's file to the manifest."""
-        runs, first = self.start(), None
+        runs, first, begin = self.start(), None, time.monotonic()
         while any([run.running() for run in runs]):
             if first is None and self.begun():
                 first = time.monotonic()
-            if self.finished():
+            if self.finished() or time.monotonic() > begin + WAIT:
                 break
             time.sleep(0.0005)
         self.run_seconds = time.monotonic() - (first or time.monotonic())
@@ -312,7 +315,7 @@ class Harness:
         if self.stage.name.startswith("4"):
             if list(self.stage.folder.glob("*/seed0.json")):
                 return 0
-            [path] = self.stage.folder.glob("*/checkpoint_seed0.pt") or [None]
+            path = next(self.stage.folder.glob("*/checkpoint_seed0.pt"), None)
             done = torch.load(path, map_location="cpu", weights_only=True)["epoch"] if path else 0
             return len(self.stage.units) - done
         base = self.stage.folder if self.stage.name[0] in "12" else only_child(self.stage.folder)
@@ -331,7 +334,7 @@ class Harness:
         """
         fresh = not self.begun()
         runs, begin = self.start(), time.monotonic()
-        while fresh and not self.begun() and any([run.running() for run in runs]):
+        while fresh and not self.begun() and any([run.running() for run in runs]) and time.monotonic() < begin + WAIT:
             time.sleep(0.0005)
         # a rerun is hit anywhere, from its start on
         length = self.run_seconds if fresh else self.run_seconds + (time.monotonic() - begin)

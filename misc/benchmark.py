@@ -1099,7 +1099,16 @@ def markdown(result):
         ]
     slow = [r for r in result["rows"] if r.get("known") and r["release"] < 0.7 * r["known"]]
     if slow:
-        lines += ["", "More than 30 % below the known rate: " + "; ".join(r["what"] for r in slow) + "."]
+        lines += [
+            "",
+            "More than 30 % below the known rate: "
+            + "; ".join(
+                f"{r['what']} ({r['known']}: decoding and resizing alone, on an idle core; here "
+                "with the release's floats)"
+                for r in slow
+            )
+            + ".",
+        ]
     for row in result["rows"]:
         for name, costs in row.get("top_costs", {}).items():
             lines += ["", f"Top costs, stage {row['stage']}, {row['what']}, {name}:", ""]

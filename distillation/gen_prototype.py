@@ -173,8 +173,12 @@ class LatentCache:
             refuse(f"--latent_cache {root}: cannot make a folder there: {error.strerror}")
         sweep(self.folder, locked=False)
 
+    def files(self):
+        """Names of all classes' files."""
+        return [f"{c:04d}_{f}.safetensors" for c, f in zip(self.split.class_ids, self.split.folders)]
+
     def _path(self, position):
-        return self.folder / f"{self.split.class_ids[position]:04d}_{self.split.folders[position]}.safetensors"
+        return self.folder / self.files()[position]
 
     def _names(self, position):
         return self.split.fingerprint([position])
@@ -410,9 +414,10 @@ def main(argv=None):
     size = settings["size"]
     check_size(size, pipeline)
     folder = Path(args.save_prototype_path) / prototype_folder_name(settings)
-    latent = 4 * (size // pipeline.vae_scale_factor) ** 2
-    needed = len(split.folders) * args.ipc * latent * (7 if args.prototype_format == "json" else 2)
-    require_space("--save_prototype_path", folder, needed)
+    latent = 4 * (size // pipeline.vae_scale_factor) ** 2  # numbers in one
+    files = [class_file(n, f, args.prototype_format) for n, f in enumerate(split.folders)]
+    number = 7 if args.prototype_format == "json" else 2  # bytes
+    require_space("--save_prototype_path", folder, len(files) * args.ipc * latent * number, files)
 
     watch = Stopwatch()
     with (
@@ -420,7 +425,8 @@ def main(argv=None):
         output_folder("--save_prototype_path", folder, settings, process, resumable=("batch_size",)) as settings,
     ):
         cache = latent_cache(args.latent_cache, split, settings)
-        files = [class_file(n, f, args.prototype_format) for n, f in enumerate(split.folders)]
+        if cache:
+            require_space("--latent_cache", cache.folder, settings["images"] * latent * 2, cache.files())
         mine = range(process.rank, len(files), process.world)
         todo = [n for n in mine if not (folder / files[n]).exists()]
 

@@ -519,7 +519,8 @@ def synthesize_arms(args, arms, process, pipeline, precision, hashes, classes, s
         settings = {**synthesis_settings(args, arm, precision, hashes), **origin}
         folder = Path(args.save_init_image_path) / image_folder_name(settings, origin.get("prototype_arguments"))
         jobs = list_jobs(classes, args.ipc, settings["num_prototypes"])
-        require_space("--save_init_image_path", folder, len(jobs) * settings["image_size"] ** 2 * 2)
+        needed = len(jobs) * settings["image_size"] ** 2 * 2
+        require_space("--save_init_image_path", folder, needed, [job.file for job in jobs])
         with (
             StopSignals() as signals,
             output_folder("--save_init_image_path", folder, settings, process, resumable=("batch_size",)) as settings,

@@ -87,7 +87,7 @@ def main(argv=None):
     folder = Path(args.save_init_image_path) / name
     classes = class_table(split)
     jobs = list_jobs(classes, args.ipc, args.ipc)
-    require_space("--save_init_image_path", folder, len(jobs) * size**2 * 2)
+    require_space("--save_init_image_path", folder, len(jobs) * size**2 * 2, [job.file for job in jobs])
     watch = Stopwatch()
     with StopSignals() as signals, output_folder("--save_init_image_path", folder, settings, process) as settings:
         todo = [job for job in jobs[process.rank :: process.world] if not (folder / job.file).exists()]

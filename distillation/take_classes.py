@@ -72,7 +72,7 @@ def main(argv=None):
         "source": manifest["content"], "source_arguments": manifest["arguments"],
     }  # fmt: skip
     folder = Path(args.save_init_image_path) / taken_folder_name(args.dataset, ipc, source.resolve().name, size)
-    require_space("--save_init_image_path", folder, len(jobs) * size**2 * 2)
+    require_space("--save_init_image_path", folder, len(jobs) * size**2 * 2, [job.file for job in jobs])
     watch = Stopwatch()
     with output_folder("--save_init_image_path", folder, settings, process) as settings, StopSignals() as signals:
         todo = [job for job in jobs[process.rank :: process.world] if not (folder / job.file).exists()]

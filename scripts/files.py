@@ -115,8 +115,10 @@ def free_space(folder):
     return shutil.disk_usage(folder).free
 
 
-def require_space(flag, folder, needed):
-    """Refuse to start what cannot fit: `needed` in bytes."""
+def require_space(flag, folder, needed, files=()):
+    """Refuse to start what cannot fit: `needed` bytes in all, less the share of `files` that is there already."""
+    if files:
+        needed *= sum(not (Path(folder) / name).exists() for name in files) / len(files)
     free = free_space(folder)
     if needed > free:
         refuse(f"{flag} {folder}: needs about {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free there")

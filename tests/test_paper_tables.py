@@ -181,11 +181,31 @@ def test_choosing_nothing_is_refused(refused):
 # ---- the right cell gets the right number
 
 
-def fake(root, name, dataset, ipc, arm, images, student, teacher, mean, labels="stored", n=3, **changed):
+def fake(
+    root,
+    name,
+    dataset,
+    ipc,
+    arm,
+    images,
+    student,
+    teacher,
+    mean,
+    labels="stored",
+    n=3,
+    weights=None,
+    classes=None,
+    **changed,
+):
     """A results.json as stage 4 writes it, with top-1 values around `mean`."""
-    from validate.paper_tables import RECIPES
+    from matching.models import TEACHER_WEIGHTS
+    from validate.paper_tables import CLASSES, RECIPES
 
-    arguments = {**RECIPES[paper_recipe(dataset)], "model": student, "labels": labels, "dataset": dataset}
+    recipe = RECIPES[paper_recipe(dataset)]
+    arguments = {**recipe, "model": student, "labels": labels, "dataset": dataset, "amp": "none"}
+    classes = classes or CLASSES[dataset]
+    if weights is None:
+        weights = f"torchvision {TEACHER_WEIGHTS[teacher]}" if dataset == "imagenet" else "train_teacher"
     if labels == "hard":
         arguments |= {"loss": "ce", "temperature": 3.0}
         teacher = None
@@ -194,8 +214,8 @@ def fake(root, name, dataset, ipc, arm, images, student, teacher, mean, labels="
     top1 = {"mean": mean, "std": std, "n": n, "values": values}
     results = {
         "arguments": {**arguments, **changed},
-        "images": {"name": images, "arm": arm, "ipc": ipc, "classes": 10},
-        "teacher": [{"arch": teacher, "weights": "x", "sha256": "y"}] if teacher else [],
+        "images": {"name": images, "arm": arm, "ipc": ipc, "classes": classes, "count": ipc * classes},
+        "teacher": [{"arch": teacher, "weights": weights, "sha256": "y"}] if teacher else [],
         "summary": {"last": {"top1": top1, "top5": top1}, "best": {"top1": {**top1, "mean": mean + 0.5}}},
         "seeds": [],
     }
@@ -238,6 +258,9 @@ def results(tmp_path_factory):
                 other = own[:3] + (name.replace("s0.7", "s0.5") + "_seed1",) + own[4:]
                 fake(root, f"{len(made):03d}c", *other, decoy, labels, n=9)  # other images
                 fake(root, f"{len(made):03d}d", *own[:5], "vgg11", decoy, labels, n=9)  # another teacher
+                fake(root, f"{len(made):03d}e", *own, decoy, labels, n=9, weights="file")  # its other weights
+                fake(root, f"{len(made):03d}f", *own, decoy, labels, n=9, classes=7)  # a part of the classes
+                fake(root, f"{len(made):03d}g", *own, decoy, labels, n=9, amp="bf16")  # another precision
     return root
 
 

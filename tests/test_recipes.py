@@ -86,6 +86,8 @@ def test_values_that_depend_on_ipc_or_student(tmp_path):
     for student, lr in RDED_LR.items():
         assert parsed("rded", tmp_path, STUDENT=student).adamw_lr == lr
     assert [parsed("rded", tmp_path, IPC=ipc).batch_size for ipc in ("1", "10", "50", "100")] == [100, 100, 200, 200]
+    small = [parsed("rded", tmp_path, IPC=ipc, DATASET="imagenette").batch_size for ipc in ("10", "50")]
+    assert small == [50, 100]
     assert parsed("rd3", tmp_path).cos_stretch == 1 and parsed("rd3", tmp_path, STUDENT="resnet50").cos_stretch == 2
     epochs = {ipc: parsed("minimax-hard", tmp_path, IPC=ipc).epochs for ipc in ("10", "20", "50", "100")}
     assert epochs == {"10": 2000, "20": 1500, "50": 1500, "100": 1000}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distillation.datasets import dataset_name
+from matching.models import TEACHER_WEIGHTS
 from scripts.files import read_json, write_text
 from scripts.runtime import Parser, refuse
 
@@ -186,6 +187,9 @@ def read_result(path):
         "arm": images["arm"],
         "images": images["name"],
         "teacher": [t["arch"] for t in found["teacher"]],
+        "weights": [t["weights"] for t in found["teacher"]],
+        "classes": images.get("classes"),
+        "count": images.get("count"),
         "student": arguments["model"],
         "labels": "hard" if arguments["labels"] == "hard" else "soft",
         "recipe": recipe_name(arguments),
@@ -222,6 +226,14 @@ def find_teachers(root):
     return teachers
 
 
+CLASSES = {"imagenet": 1000, "tiny_imagenet": 200, "cifar10": 10, "cifar100": 100}
+
+
+def paper_weights(cell):
+    """What results.json calls the weights of a cell's teacher: torchvision's pinned ones, or ours where it has none."""
+    return f"torchvision {TEACHER_WEIGHTS[cell.teacher]}" if cell.dataset == "imagenet" else "train_teacher"
+
+
 def match(cell, results, arm=None, labels="soft"):
     """The result of a cell (or of its baseline: `arm` and `labels`), or None. Of several the one over most seeds."""
     arm = arm or cell.arm
@@ -234,8 +246,11 @@ def match(cell, results, arm=None, labels="soft"):
         and row["arm"] == arm
         and row["student"] == cell.student
         and row["labels"] == labels
-        and (labels == "hard" or row["teacher"] == [cell.teacher])
+        and (labels == "hard" or (row["teacher"] == [cell.teacher] and row["weights"] == [paper_weights(cell)]))
         and row["recipe"] == paper_recipe(cell.dataset)
+        and row["arguments"].get("amp") == "none"
+        and row["classes"] == CLASSES[cell.dataset]
+        and row["count"] == cell.ipc * CLASSES[cell.dataset]
     ]
     return max(found, key=lambda row: row["last"]["n"], default=None)
 

@@ -19,7 +19,9 @@ TEACHER="${TEACHER:-resnet18}"
 TEACHER_CHECKPOINT="${TEACHER_CHECKPOINT:-torchvision}"
 STUDENT="${STUDENT:-resnet18}"
 INPUT_SIZE="${INPUT_SIZE:-224}"
-if [ "$IPC" -le 10 ]; then BATCH_SIZE="${BATCH_SIZE:-100}"; else BATCH_SIZE="${BATCH_SIZE:-200}"; fi
+if [ "$IPC" -le 10 ]; then FULL=100; else FULL=200; fi
+case "$DATASET" in imagenet) ;; *) FULL=$((FULL / 2)) ;; esac
+BATCH_SIZE="${BATCH_SIZE:-$FULL}"
 case "$STUDENT" in # RDED's learning rates
     efficientnet_b0) LR="${LR:-0.002}" ;;
     mobilenet_v2) LR="${LR:-0.0025}" ;;

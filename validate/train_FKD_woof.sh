@@ -30,7 +30,12 @@ exec $RUN -m validate.train_FKD \
     --adamw_weight_decay 0.01 \
     --cos \
     --temperature 20 \
+    --loss kl \
+    --input_size 224 \
+    --min_scale_crops 0.08 \
+    --max_scale_crops 1 \
     --mix_type cutmix \
+    --cutmix 1.0 \
     --seeds 0 1 2 \
     --eval_every 50 \
     --num_workers 8 \

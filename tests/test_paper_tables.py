@@ -151,8 +151,7 @@ def test_a_cell_has_the_launchers_values(dataset, stem, teacher, tmp_path):
             ] or None
             args["image_size"] = args.get("image_size") or run_table.FULL[dataset].get("image_size", 224)
             if step.kind == "student":
-                args |= {"input_size": None, "min_scale_crops": None, "max_scale_crops": None}
-                args |= {"cutmix": None, "fkd_seed": None}
+                args |= {"fkd_seed": None}
         assert {k: v for k, v in ours.items() if k not in free} == {k: v for k, v in by_hand.items() if k not in free}
 
 

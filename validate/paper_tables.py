@@ -230,7 +230,7 @@ CLASSES = {"imagenet": 1000, "tiny_imagenet": 200, "cifar10": 10, "cifar100": 10
 
 
 def paper_weights(cell):
-    """What results.json calls the weights of a cell's teacher: torchvision's pinned ones, or ours where it has none."""
+    """What results.json calls the weights of a cell's teacher: torchvision's pinned ones, else ours."""
     return f"torchvision {TEACHER_WEIGHTS[cell.teacher]}" if cell.dataset == "imagenet" else "train_teacher"
 
 

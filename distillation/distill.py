@@ -6,7 +6,10 @@ The PNGs are byte-identical to those of gen_prototype followed by gen_syn_image.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    raise SystemExit("run it from the repository root: python -m distillation.distill")
+    import sys
+
+    print("error: run it from the repository root: python -m distillation.distill", file=sys.stderr)
+    sys.exit(2)
 
 from distillation.gen_prototype import (
     add_prototype_flags,

@@ -7,7 +7,10 @@ and the same command goes on where a run stopped.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    raise SystemExit("run it from the repository root: python -m distillation.gen_prototype")
+    import sys
+
+    print("error: run it from the repository root: python -m distillation.gen_prototype", file=sys.stderr)
+    sys.exit(2)
 
 import hashlib
 import json

@@ -14,7 +14,10 @@ number of processes and restarts. Image i of class c has its own generator, seed
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    raise SystemExit("run it from the repository root: python -m distillation.gen_syn_image")
+    import sys
+
+    print("error: run it from the repository root: python -m distillation.gen_syn_image", file=sys.stderr)
+    sys.exit(2)
 
 import json
 import sys

@@ -3,6 +3,12 @@
 python -m distillation.prototypes FOLDER OUT.json      # a prototype folder as the release's single {prompt: list} file
 """
 
+if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
+    import sys
+
+    print("error: run it from the repository root: python -m distillation.prototypes", file=sys.stderr)
+    sys.exit(2)
+
 import hashlib
 import json
 import sys

@@ -7,7 +7,10 @@ stage 2, so that stages 3 and 4 treat them like synthetic ones.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    raise SystemExit("run it from the repository root: python -m distillation.random_real")
+    import sys
+
+    print("error: run it from the repository root: python -m distillation.random_real", file=sys.stderr)
+    sys.exit(2)
 
 from pathlib import Path
 

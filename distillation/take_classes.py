@@ -9,7 +9,10 @@ has the form of stage 2, so that stages 3 and 4 treat it like images distilled f
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    raise SystemExit("run it from the repository root: python -m distillation.take_classes")
+    import sys
+
+    print("error: run it from the repository root: python -m distillation.take_classes", file=sys.stderr)
+    sys.exit(2)
 
 from pathlib import Path
 

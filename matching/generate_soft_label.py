@@ -10,7 +10,10 @@ over processes, and skipped when it is on disk, so the same command continues a 
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    raise SystemExit("run it from the repository root: python -m matching.generate_soft_label")
+    import sys
+
+    print("error: run it from the repository root: python -m matching.generate_soft_label", file=sys.stderr)
+    sys.exit(2)
 
 import argparse
 from pathlib import Path

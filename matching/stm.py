@@ -12,7 +12,10 @@ PNGs are written when it is finished, and the same command goes on where a run s
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    raise SystemExit("run it from the repository root: python -m matching.stm")
+    import sys
+
+    print("error: run it from the repository root: python -m matching.stm", file=sys.stderr)
+    sys.exit(2)
 
 import math
 from pathlib import Path

@@ -8,7 +8,10 @@ Writes OUTPUT_DIR/<name>/{model.safetensors, results.json, manifest.json}; stage
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    raise SystemExit("run it from the repository root: python -m matching.train_teacher")
+    import sys
+
+    print("error: run it from the repository root: python -m matching.train_teacher", file=sys.stderr)
+    sys.exit(2)
 
 from pathlib import Path
 from typing import NamedTuple

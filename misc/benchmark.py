@@ -13,7 +13,10 @@ and units a CPU-second, child processes included, on a CPU. Writes OUT/NAME.json
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    raise SystemExit("run it from the repository root: python -m misc.benchmark")
+    import sys
+
+    print("error: run it from the repository root: python -m misc.benchmark", file=sys.stderr)
+    sys.exit(2)
 
 import copy
 import cProfile

@@ -10,7 +10,10 @@ stand-ins for `python` and `torchrun` that note their arguments.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    raise SystemExit("run it from the repository root: python -m misc.check")
+    import sys
+
+    print("error: run it from the repository root: python -m misc.check", file=sys.stderr)
+    sys.exit(2)
 
 import contextlib
 import importlib

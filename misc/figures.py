@@ -15,7 +15,10 @@ distillation).
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    raise SystemExit("run it from the repository root: python -m misc.figures")
+    import sys
+
+    print("error: run it from the repository root: python -m misc.figures", file=sys.stderr)
+    sys.exit(2)
 
 import json
 from pathlib import Path

@@ -11,7 +11,10 @@ if not.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    raise SystemExit("run it from the repository root: python -m misc.kill_test")
+    import sys
+
+    print("error: run it from the repository root: python -m misc.kill_test", file=sys.stderr)
+    sys.exit(2)
 
 import contextlib
 import fcntl

@@ -6,7 +6,10 @@ Prints markdown; writes report.md and grid.png (real / prototypes / synthetic, a
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    raise SystemExit("run it from the repository root: python -m misc.report")
+    import sys
+
+    print("error: run it from the repository root: python -m misc.report", file=sys.stderr)
+    sys.exit(2)
 
 from pathlib import Path
 

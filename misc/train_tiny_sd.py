@@ -14,7 +14,10 @@ model, `manifest.json` (written last: data set, digest of the split, arguments, 
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    raise SystemExit("run it from the repository root: python -m misc.train_tiny_sd")
+    import sys
+
+    print("error: run it from the repository root: python -m misc.train_tiny_sd", file=sys.stderr)
+    sys.exit(2)
 
 import functools
 import os

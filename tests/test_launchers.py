@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,15 @@ def test_each_stages_output_is_the_next_ones_input(record, dataset, variables):
     labels = Path(three.fkd_path) / labels_name(images.name, three.arch, protocol_of(given, size), size)
     assert Path(four.fkd_path) == labels
     assert str(images).startswith(variables.get("OUT", "output") + "/")
+
+
+@pytest.mark.parametrize(
+    "script", sorted(p for p in ROOT.glob("*/*.py") if "__main__" in p.read_text() and "test" not in p.parts[-2])
+)
+def test_a_script_started_by_path_says_how_it_is_run(script):
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
+    assert ended.stderr.startswith("error: run it from the repository root: ")
 
 
 def test_the_imagenet_launchers_keep_the_releases_values(record):

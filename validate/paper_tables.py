@@ -11,7 +11,10 @@ shown beside it.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    raise SystemExit("run it from the repository root: python -m validate.paper_tables")
+    import sys
+
+    print("error: run it from the repository root: python -m validate.paper_tables", file=sys.stderr)
+    sys.exit(2)
 
 import json
 from pathlib import Path

@@ -16,7 +16,10 @@ torchvision's teachers.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    raise SystemExit("run it from the repository root: sh validate/table1.sh ... table6.sh")
+    import sys
+
+    print("error: run it from the repository root: sh validate/table1.sh ... table6.sh", file=sys.stderr)
+    sys.exit(2)
 
 import os
 import sys

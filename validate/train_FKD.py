@@ -11,7 +11,10 @@ weights, and manifest.json. The same command continues a stopped run from its la
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    raise SystemExit("run it from the repository root: python -m validate.train_FKD")
+    import sys
+
+    print("error: run it from the repository root: python -m validate.train_FKD", file=sys.stderr)
+    sys.exit(2)
 
 import argparse
 import contextlib

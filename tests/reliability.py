@@ -1,8 +1,9 @@
 """What the reliability tests share: flags of small runs, tiny data sets on disk, hostile names."""
 
-from pathlib import Path
+from pathlib import tempfile
 
 import numpy as np
+import Path
 from PIL import Image
 
 STAGE_1 = ["--dataset", "digits", "--classes", "0-2", "--ipc", "2", "--km_expand", "2", "--max_images_per_class", "9"]
@@ -38,7 +39,7 @@ HOSTILE = {
     "dot": ".",
     "parent": "..",
     "climbing": "../../escaped",
-    "absolute": "/tmp/d4m-escaped",
+    "absolute": f"{tempfile.gettempdir()}/d4m-escaped",
     "separator": "cat/dog",
     "backslash": "..\\escaped",
     "nul": "cat\x00dog",

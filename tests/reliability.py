@@ -1,9 +1,9 @@
 """What the reliability tests share: flags of small runs, tiny data sets on disk, hostile names."""
 
-from pathlib import tempfile
+import tempfile
+from pathlib import Path
 
 import numpy as np
-import Path
 from PIL import Image
 
 STAGE_1 = ["--dataset", "digits", "--classes", "0-2", "--ipc", "2", "--km_expand", "2", "--max_images_per_class", "9"]

@@ -280,6 +280,15 @@ def test_running_out_of_memory_is_remembered(capsys):
     assert capsys.readouterr().err.count("out of GPU memory") == 2
 
 
+def test_a_rerun_needs_space_only_for_what_is_missing(tmp_path, refused, monkeypatch):
+    from scripts import files
+
+    monkeypatch.setattr(files, "free_space", lambda folder: 60)
+    refused(lambda argv: files.require_space("--out", tmp_path, 100, ["a", "b"]), [], "--out", "needs about")
+    (tmp_path / "a").touch()
+    files.require_space("--out", tmp_path, 100, ["a", "b"])
+
+
 def test_what_does_not_fit_is_refused_in_one_line(made, model, refused, tmp_path):
     prototypes = str(made[0])
     stage_2 = [*STAGE_2, *model, "--prototype_path"]

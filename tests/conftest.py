@@ -103,15 +103,16 @@ def made(model, tmp_path_factory):
 
 @pytest.fixture
 def refused(capsys):
-    """refused(main, argv, *words): main leaves with status 2 and exactly one line on stderr, which holds the words."""
+    """refused(main, argv, *words): main leaves with status 2, no traceback, and one line of error with the words."""
 
     def check(main, argv, *words):
         capsys.readouterr()
         with pytest.raises(SystemExit) as leaving:
             main([str(a) for a in argv])
         assert leaving.value.code == 2
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1
+        printed = capsys.readouterr().err
+        lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in printed
         for word in words:
             assert str(word) in lines[0], f"{word!r} is not in: {lines[0]}"
         return lines[0]

@@ -43,6 +43,7 @@ from scripts.runtime import (
     Stopwatch,
     add_process_flags,
     append_log,
+    memory_for,
     natural,
     peak_memory,
     refuse,
@@ -188,7 +189,8 @@ def label_images(args, images, protocol, teachers, teacher_facts, process):
                     if args.channels_last:
                         x = x.contiguous(memory_format=torch.channels_last)
                     drawn.append(item.batch)
-                    logits.append(teacher_logits(teachers, x, args.amp, args.use_fp16))
+                    with memory_for("in labelling", "use --amp bf16, or fewer teachers at once"):
+                        logits.append(teacher_logits(teachers, x, args.amp, args.use_fp16))
                     bar.update(len(x))
                 write_epoch(folder, epoch, drawn, torch.cat(logits).cpu())
                 signals.leave_if_asked()

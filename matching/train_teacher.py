@@ -68,6 +68,7 @@ from scripts.runtime import (
     finite,
     generator,
     join_processes,
+    memory_for,
     natural,
     peak_memory,
     positive_int,
@@ -369,7 +370,8 @@ def train_teacher(args, recipe, settings, folder, train, val, process, forward):
                     )
 
                 key = (args.seed, DROPOUT, epoch, number) if random else None
-                total += train_step(model, optimizer, chunks, count, loss_of, process.world, key)
+                with memory_for("in training", "lower --bn_batch, or raise --gradient_accumulation_steps"):
+                    total += train_step(model, optimizer, chunks, count, loss_of, process.world, key)
                 steps, seen = steps + 1, seen + len(chunks)
                 bar.update(count)
             average_buffers(model, seen, process.world)

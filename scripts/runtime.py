@@ -5,6 +5,7 @@ of work, so a result never depends on what ran before it, on the number of proce
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import math
@@ -319,6 +320,15 @@ class Stopwatch:
 
 
 # ---- GPU memory
+
+
+@contextlib.contextmanager
+def memory_for(what, flag):
+    """Running out of GPU memory inside is one line that names the flag to lower, where nothing can be halved."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        refuse(f"out of GPU memory {what}: {flag}")
 
 
 class MemoryLimit:

@@ -134,6 +134,14 @@ def test_chunks_cover_a_batch_once(count, size, world):
     assert min(lengths) > 1 or count == 1 or size == 1
 
 
+def test_running_out_of_gpu_memory_names_the_flag(base, tmp_path, monkeypatch, refused):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(train_FKD, "train_step", full)
+    refused(lambda argv: train(base, tmp_path), [], "out of GPU memory", "--bn_batch")
+
+
 def test_a_batch_of_1024_is_cut_as_on_the_releases_seven_gpus():
     lengths = [end - first for first, end in training.chunks_of(1024, 73)]
     assert sorted(lengths) == [73] * 12 + [74] * 2

@@ -92,6 +92,7 @@ from scripts.runtime import (
     finite,
     generator,
     join_processes,
+    memory_for,
     natural,
     peak_memory,
     refuse,
@@ -419,7 +420,8 @@ def train(args, inputs, test, recipe, chunk, folder, process, forward, accelerat
         args.model, recipe, protocol, len(images.folders), images.targets, chunk, inputs.half, inputs.teachers,
         args.fused, args.eval_every, args.checkpoint_every,
     )  # fmt: skip
-    return train_students(job, args.seeds, folder, feed, process, forward, test_model, track, args.num_workers)
+    with memory_for("in training", "lower --bn_batch, or raise --gradient_accumulation_steps"):
+        return train_students(job, args.seeds, folder, feed, process, forward, test_model, track, args.num_workers)
 
 
 def finish_folder(folder, settings, inputs, seeds, seconds):

@@ -15,6 +15,7 @@ if __name__ == "__main__" and not __package__:  # run by path, our packages woul
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from distillation.prototypes import (
 from scripts.checkpoints import add_checkpoint_flags, cast, load_pipeline, model_name, resolve_dtype, speed_up
 from scripts.files import output_folder, require_space, sweep, write_bytes, write_manifest, write_timing
 from scripts.runtime import (
+    CHOICE,
     POSTERIOR,
     SHUFFLE,
     MemoryLimit,
@@ -246,6 +248,16 @@ def check_class_sizes(split, ipc, on_small_class):
             refuse(f"--ipc {ipc}: class {folder} has only {len(items)} images (--on_small_class repeat repeats them)")
 
 
+def choose_images(split, ipc, seed):
+    """The split with at most `ipc` images a class, chosen at random: the same ones for every use of a seed."""
+
+    def chosen(items, class_id):
+        order = torch.randperm(len(items), generator=generator(seed, CHOICE, class_id))
+        return tuple(items[i] for i in order[:ipc].tolist())
+
+    return replace(split, items=tuple(map(chosen, split.items, split.class_ids)))
+
+
 def prototypes_or_repeats(latents, ipc, km_expand, method, device, on_small_class, name):
     """The class's k-means prototypes; a class smaller than `ipc` gives its images themselves, repeated in turn."""
     if len(latents) >= ipc:
@@ -291,9 +303,10 @@ def add_prototype_flags(parser):
     )
     group.add_argument(
         "--kmeans",
-        choices=["minibatch", "full"],
+        choices=["minibatch", "full", "none"],
         default="minibatch",
-        help="minibatch: the paper's; full: Lloyd's algorithm on all latents of a class",
+        help="minibatch: the paper's; full: Lloyd's algorithm on all latents of a class; none: the latents of --ipc "
+        "random images, those of random_real (decoded, they show what the VAE alone costs)",
     )
     group.add_argument(
         "--kmeans_device",
@@ -345,7 +358,7 @@ def open_training_split(args):
         args.download,
     )
     check_class_sizes(split, args.ipc, args.on_small_class)
-    return split
+    return choose_images(split, args.ipc, args.seed) if args.kmeans == "none" else split
 
 
 def prototype_settings(args, split, precision, vae_sha256):
@@ -363,8 +376,8 @@ def prototype_settings(args, split, precision, vae_sha256):
 
 
 def latent_cache(root, split, settings):
-    """The cache that fits these settings, or None without --latent_cache."""
-    if not root:
+    """The cache that fits these settings; None without --latent_cache, and for a few chosen images of each class."""
+    if not root or settings["kmeans"] == "none":
         return None
     keys = (
         "size",

@@ -52,11 +52,13 @@ def class_prototypes(latents, k, batch_size, method="minibatch", device="cpu") -
     """K-means centres of one class's latents: (N, 4, h, w) -> (k, 4, h, w), (k,) sizes.   N >= k
 
     method "minibatch" (the paper) is fed in buffers of `batch_size` >= k rows; "full" is Lloyd's algorithm on all
-    rows. Works in float64, as scikit-learn does when the release hands it fp16 latents; the result is rounded to fp16,
-    the precision that synthesis uses.
+    rows; "none" takes the first k rows as they are. Works in float64, as scikit-learn does when the release hands it
+    fp16 latents; the result is rounded to fp16, the precision that synthesis uses.
     """
     rows = np.ascontiguousarray(latents.reshape(len(latents), -1), dtype=np.float64)
-    if method == "full":
+    if method == "none":
+        centres = rows[:k]
+    elif method == "full":
         centres = _lloyd(rows, k)
     elif torch.device(device).type == "cuda":
         centres = _minibatch_torch(rows, k, batch_size, device)

@@ -15,22 +15,19 @@ if __name__ == "__main__" and not __package__:  # run by path, our packages woul
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from distillation.datasets import DATASETS, BadImage, add_dataset_flags, open_split
-from distillation.gen_prototype import check_class_sizes, class_table
+from distillation.gen_prototype import check_class_sizes, choose_images, class_table
 from distillation.gen_syn_image import finish_folder, list_jobs, save_png
 from scripts.files import output_folder, output_name, require_space, write_timing
 from scripts.runtime import (
-    CHOICE,
     Parser,
     StopSignals,
     Stopwatch,
     add_process_flags,
     append_log,
-    generator,
     natural,
     peak_memory,
     positive_int,
@@ -71,6 +68,7 @@ def main(argv=None):
         args.download,
     )
     check_class_sizes(split, args.ipc, "error")
+    chosen = choose_images(split, args.ipc, args.seed)
     size = args.image_size or DATASETS[args.dataset].image_size
     settings = {
         "dataset": args.dataset,
@@ -95,9 +93,7 @@ def main(argv=None):
     with StopSignals() as signals, output_folder("--save_init_image_path", folder, settings, process) as settings:
         todo = [job for job in jobs[process.rank :: process.world] if not (folder / job.file).exists()]
         for job in tqdm(todo, desc="random", unit="image"):
-            items = split.items[job.position]
-            order = torch.randperm(len(items), generator=generator(args.seed, CHOICE, job.class_id))
-            item = items[order[job.i]]
+            item = chosen.items[job.position][job.i]
             try:
                 picture = np.array(centre_square(split.read(item), size))
             except BadImage as error:

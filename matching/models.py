@@ -65,9 +65,14 @@ class ConvNet(nn.Sequential):
         super().__init__(*blocks, nn.Flatten(), nn.Linear(width * (image_size >> depth) ** 2, num_classes))
 
 
-def _convnet_w128(num_classes, image_size):
-    depth = 3 if image_size <= 32 else 4 if image_size <= 64 else 5
-    return ConvNet(num_classes, image_size, 128, depth)
+def _convnet(width):
+    """Width 128 is the field's; 64 for measurements on a CPU."""
+
+    def build(num_classes, image_size):
+        depth = 3 if image_size <= 32 else 4 if image_size <= 64 else 5
+        return ConvNet(num_classes, image_size, width, depth)
+
+    return build
 
 
 def _convnet_mini(num_classes, image_size):
@@ -151,7 +156,8 @@ def _small_stem(model, name, image_size):
 
 MODELS = {
     **{name: _torchvision(name) for name in TEACHER_WEIGHTS},
-    "convnet_w128": _convnet_w128,
+    "convnet_w128": _convnet(128),
+    "convnet_w64": _convnet(64),
     "convnet6": lambda num_classes, image_size: ConvNet(num_classes, image_size, 128, depth=6),
     "convnet_mini": _convnet_mini,
     "resnet_ap10": _resnet_ap10,

@@ -54,22 +54,26 @@ CHECKPOINT = "checkpoint.pt"
 END = "</w>"  # of a word, in the tokenizer
 VAE, UNET, MEASURE, SAMPLE = range(4)  # first part of the key of every random draw
 
+SAMPLES = {  # contents of samples.png
+    "real": "a row a class: three real images, the same three through the VAE, six from text",
+    "text": "six images from text, a row a class",
+}
 # Widths, steps and rates. digits: about 5 minutes on one CPU core; cpu: CIFAR-10 within an hour; gpu: in 20 minutes.
 PRESETS = {
     "digits": dict(
         vae_factor=4, vae_channels=[16, 16, 32], vae_layers=1, vae_steps=500, vae_batch_size=32, vae_lr=4e-3,
         unet_channels=[32, 64], unet_layers=1, unet_steps=1200, unet_batch_size=64, unet_lr=2e-3,
-        text_width=64, ema_decay=0.995, kl_weight=1e-5, flip="off",
+        unet_attention="middle", text_width=64, ema_decay=0.995, kl_weight=1e-5, flip="off", min_snr_gamma=0.0,
     ),
     "cpu": dict(
-        vae_factor=2, vae_channels=[32, 32], vae_layers=1, vae_steps=1500, vae_batch_size=32, vae_lr=4e-3,
-        unet_channels=[32, 64, 96], unet_layers=1, unet_steps=2000, unet_batch_size=64, unet_lr=1e-3,
-        text_width=64, ema_decay=0.998, kl_weight=1e-5, flip="on",
+        vae_factor=2, vae_channels=[32, 32], vae_layers=1, vae_steps=6000, vae_batch_size=16, vae_lr=4e-3,
+        unet_channels=[32, 64, 128], unet_layers=1, unet_steps=10500, unet_batch_size=64, unet_lr=1e-3,
+        unet_attention="middle", text_width=64, ema_decay=0.999, kl_weight=1e-5, flip="on", min_snr_gamma=5.0,
     ),
     "gpu": dict(
         vae_factor=2, vae_channels=[64, 128], vae_layers=2, vae_steps=8000, vae_batch_size=256, vae_lr=1e-3,
         unet_channels=[128, 256, 256], unet_layers=2, unet_steps=28000, unet_batch_size=256, unet_lr=5e-4,
-        text_width=128, ema_decay=0.9995, kl_weight=1e-5, flip="on",
+        unet_attention="inner", text_width=128, ema_decay=0.9995, kl_weight=1e-5, flip="on", min_snr_gamma=5.0,
     ),
 }  # fmt: skip
 
@@ -189,14 +193,15 @@ def make_vae(size, channels, layers):
     )
 
 
-def make_unet(size, channels, layers, text_width):
-    """v1-5's UNet in small: attention at the inner levels only, and the prompt also added to the time embedding.
+def make_unet(size, channels, layers, attention, text_width):
+    """v1-5's UNet in small; the prompt is also added to the time embedding.
 
+    attention    "inner": at all levels but the first; "middle": in the middle block only, twice as fast on a CPU
     With cross-attention alone, the class is not learnt within minutes.
     """
     from diffusers import UNet2DConditionModel
 
-    inner = len(channels) > 2  # two levels are for speed: attention in the middle block only
+    inner = attention == "inner"
     unet = UNet2DConditionModel(
         sample_size=size,
         in_channels=4,
@@ -461,17 +466,23 @@ def psnr(vae, images, device, batch_size=250):
     return float(torch.cat(ratios).mean())
 
 
-def diffusion_loss(unet, text_encoder, tokens, which, latents, noise, timesteps, alphas_cumprod):
-    """Squared error of the predicted noise.
+def diffusion_loss(unet, text_encoder, tokens, which, latents, noise, timesteps, alphas_cumprod, min_snr_gamma):
+    """Squared error of the predicted noise; with gamma > 0 times min(SNR, gamma) / SNR (Min-SNR, arXiv 2303.09556).
 
     tokens (T, length) all texts, which (B,) the text of each latent; latents, noise (B, 4, h, w); timesteps (B,)
+    -> weighted loss, plain squared error
     """
     texts, which = torch.unique(which, return_inverse=True)
     embeddings = text_encoder(tokens[texts]).last_hidden_state[which]  # (B, length, width)
     alpha = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     noised = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     predicted = unet(noised, timesteps, embeddings).sample
-    return F.mse_loss(predicted.float(), noise)
+    error = F.mse_loss(predicted.float(), noise)
+    if not min_snr_gamma:
+        return error, error
+    snr = alphas_cumprod[timesteps] / (1 - alphas_cumprod[timesteps])  # (B,)
+    by_image = (predicted.float() - noise).square().mean((1, 2, 3))
+    return (by_image * snr.clamp(max=min_snr_gamma) / snr).mean(), error
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -543,6 +554,9 @@ def get_args(argv=None):
     group.add_argument("--vae_layers", type=positive_int)
     group.add_argument("--unet_channels", type=positive_int, nargs="+", help="one a level, multiples of 16")
     group.add_argument("--unet_layers", type=positive_int)
+    group.add_argument(
+        "--unet_attention", choices=["inner", "middle"], help="at all levels but the first, or in the middle only"
+    )
     group.add_argument("--text_width", type=positive_int)
     group.add_argument("--vae_steps", type=positive_int)
     group.add_argument("--unet_steps", type=positive_int)
@@ -555,6 +569,11 @@ def get_args(argv=None):
     group.add_argument("--ema_decay", type=float)
     group.add_argument("--flip", choices=["on", "off"], help="mirrored images too")
     group.add_argument("--kl_weight", type=float, help="of the KL divergence, averaged over a latent's elements")
+    group.add_argument(
+        "--min_snr_gamma",
+        type=float,
+        help="a noise level counts min(SNR, gamma) / SNR: structure first, in a short training; 0: all alike",
+    )
     group.add_argument(
         "--prompt_dropout",
         type=float,
@@ -577,6 +596,12 @@ def get_args(argv=None):
         type=int,
         default=None,
         help="steps between sample grids; default: a quarter of the stage; 0: only the last",
+    )
+    group.add_argument(
+        "--samples",
+        choices=list(SAMPLES),
+        default="real",
+        help="what samples.png shows; text: no real image, for a folder that is handed on without its training images",
     )
     group.add_argument("--sample_guidance", type=float, default=3.0, help="guidance scale of the sample grids")
     group.add_argument(
@@ -667,7 +692,10 @@ def train_unet(training, vae, images, labels, prompts, options, seed, prompt_dro
     torch.manual_seed(seed_of(seed, UNET))
     tokenizer = make_tokenizer(prompts)
     text_encoder = make_text_encoder(tokenizer, options["text_width"]).to(device)
-    unet = make_unet(means.shape[-1], options["unet_channels"], options["unet_layers"], options["text_width"])
+    unet = make_unet(
+        means.shape[-1], options["unet_channels"], options["unet_layers"], options["unet_attention"],
+        options["text_width"],
+    )  # fmt: skip
     unet = unet.to(device, memory_format=training.memory_format)
     if compiled:
         unet.compile()
@@ -689,8 +717,11 @@ def train_unet(training, vae, images, labels, prompts, options, seed, prompt_dro
         posterior, noise = torch.randn((2, len(rows), *means.shape[1:]), generator=draws).to(device)
         rows = rows.to(device)
         latents = (means[rows].float() + stds[rows].float() * posterior) * scaling_factor  # (B, 4, h, w)
-        loss = diffusion_loss(unet, text_encoder, tokens, which.to(device), latents, noise, timesteps, alphas_cumprod)
-        return loss, {"mse": loss.detach()}
+        loss, error = diffusion_loss(
+            unet, text_encoder, tokens, which.to(device), latents, noise, timesteps, alphas_cumprod,
+            options["min_snr_gamma"],
+        )  # fmt: skip
+        return loss, {"mse": error.detach()}
 
     def pictures(step):
         made = text_samples(models, prompts[:10], 4, seed, device, sample_guidance)
@@ -729,7 +760,7 @@ def save_model(folder, models):
     return [path.relative_to(folder).as_posix() for path in paths]
 
 
-def model_card(settings, facts):
+def model_card(settings, facts, samples):
     """README.md of the model's folder, as the Hugging Face hub reads it."""
     classes = ", ".join(settings["prompts"][:10]) + (", ..." if len(settings["prompts"]) > 10 else "")
     sizes = ", ".join(f"{name} {count:,}" for name, count in facts["parameters"].items())
@@ -749,7 +780,7 @@ It shows the mechanics of D4M and is no substitute for Stable Diffusion. Made fr
 - parameters: {sizes}
 - reconstruction by the VAE: {facts["reconstruction_psnr_db"]} dB PSNR on {facts["reconstruction_psnr_on"]} images
 - `manifest.json`: every argument, the digest of the split, the versions, the sha256 of each file
-- `samples.png`, a row a class: three real images, the same three through the VAE, six from text
+- `samples.png`: {samples}
 """
 
 
@@ -817,9 +848,10 @@ def main(argv=None):
             training, vae, images, labels, split.prompts, options, args.seed, args.prompt_dropout,
             args.sample_guidance, args.compile,
         )  # fmt: skip
-        made = text_samples(models, split.prompts[:10], 6, args.seed, device, args.sample_guidance)
-        first = [images[labels == c][:3] for c in range(len(made))]
-        rows = [[*(real / 255), *reconstructions(vae, real, device), *row] for real, row in zip(first, made)]
+        rows = text_samples(models, split.prompts[:10], 6, args.seed, device, args.sample_guidance)
+        if args.samples == "real":
+            first = [images[labels == c][:3] for c in range(len(rows))]
+            rows = [[*(real / 255), *reconstructions(vae, real, device), *row] for real, row in zip(first, rows)]
         save_grid(folder / "samples.png", rows)
         facts = {
             "dataset": split.dataset,
@@ -837,12 +869,12 @@ def main(argv=None):
             },
         }
         files = save_model(folder, models)
-        write_text(folder / "README.md", model_card(settings, facts))
+        write_text(folder / "README.md", model_card(settings, facts, SAMPLES[args.samples]))
         write_manifest(folder, "tiny_sd", settings, [*files, "README.md", "samples.png"], facts)
         append_log(folder, stage="done", seconds=round(watch.seconds, 1), **peak_memory(device))
         write_json(folder / TIMING, {"seconds_of_last_start": round(watch.seconds, 1), **peak_memory(device)})
         (folder / CHECKPOINT).unlink(missing_ok=True)
-        print(f"{folder}: finished, look at samples.png (3 real, 3 reconstructed, 6 from text a class)")
+        print(f"{folder}: finished, look at samples.png ({SAMPLES[args.samples]})")
 
 
 def has_test_images(dataset, root):

@@ -14,6 +14,9 @@ from transformers import CLIPTextModel
 
 from distillation import distill, gen_prototype, gen_syn_image, random_real
 from distillation.prototypes import PrototypeFolder
+from scripts.checkpoints import load_pipeline
+from scripts.pipeline_stable_diffusion_gen_latents import StableDiffusionGenLatentsPipeline
+from scripts.runtime import POSTERIOR, generator
 
 CLASSES = ["--dataset", "digits", "--classes", "0-2"]
 STAGE_1 = [
@@ -144,6 +147,29 @@ def test_any_number_of_processes_makes_the_same_bytes(made, model, monkeypatch, 
         monkeypatch.setenv("RANK", str(rank))
         [images] = gen_syn_image.main([*STAGE_2, *model, "--prototype_path", str(prototypes)])
     assert tree(prototypes) == tree(made[0]) and tree(images) == tree(made[1])
+
+
+def test_without_kmeans_the_random_real_images_go_through_the_vae(model, counted, tmp_path):
+    """`--kmeans none` then `--arm decoded`: the images of random_real, encoded and decoded, and no others."""
+    flags = [*CLASSES, "--ipc", "3", "--seed", "5"]
+    encoded = counted(AutoencoderKL, "encode")
+    stage_1 = [*flags, "--kmeans", "none", "--km_expand", "1", "--num_workers", "0", "--latent_cache", "cache"]
+    prototypes = gen_prototype.main([*stage_1, *model, "--batch_size", "4"])
+    assert prototypes.name == "digits-ipc3-kmexpand1_seed5_kmeans-none_classes-0-2" and sum(encoded) == 9
+    assert not Path("cache").exists()  # whole classes only
+    stage_2 = ["--dataset", "digits", "--ipc", "3", "--km_expand", "1", "--seed", "5", "--arm", "decoded"]
+    [decoded] = gen_syn_image.main([*stage_2, "--prototype_path", str(prototypes), *model])
+    assert decoded.name == "digits_ipc3_decoded_seed5_kmeans-none_classes-0-2"
+    real = random_real.main([*flags, "--device", "cpu"])
+    pipeline, _ = load_pipeline(
+        StableDiffusionGenLatentsPipeline, model[1], torch.device("cpu"), "fp32", vae_only=True
+    )
+    for c, (_, p) in enumerate(PrototypeFolder(prototypes).stream(range(3))):
+        pixels = np.stack([np.array(Image.open(real / f"{c}/{c}_000{i}.png")) for i in range(3)])
+        draws = [generator(5, POSTERIOR, c, i) for i in range(3)]
+        latents = pipeline(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, draws).half().numpy()  # (3, 4, 8, 8)
+        apart = torch.cdist(*(torch.from_numpy(x).float().flatten(1) for x in (p.latents, latents)))  # (3, 3)
+        assert sorted(apart.argmin(1).tolist()) == [0, 1, 2] and apart.amin(1).max() < 0.01 < 1 < apart.median()
 
 
 def test_the_latent_cache_serves_another_ipc_without_encoding(made, model, counted):

@@ -137,6 +137,7 @@ class ImageSet(NamedTuple):
     image_size   pixels of the saved images, or None if they differ (a foreign folder)
     content      digest of all files; None for a foreign folder until its pixels were read
     digests      {file: sha256} from the manifest; {} for a foreign folder
+    generator    the Stable Diffusion that made them (`generator_of`); None for real images and a foreign folder
     """
 
     root: Path
@@ -151,9 +152,10 @@ class ImageSet(NamedTuple):
     arm: str
     ipc: int | None
     foreign: bool
+    generator: dict | None
 
     def facts(self):
-        """What the labels' manifest records of the images, to be compared by stage 4."""
+        """What labels and results record of the images; stage 4 compares the labels' with its own."""
         return {
             "content": self.content,
             "count": len(self.files),
@@ -161,7 +163,21 @@ class ImageSet(NamedTuple):
             "ipc": self.ipc,
             "image_size": self.image_size,
             "foreign": self.foreign,
+            "generator": self.generator,
         }
+
+
+def generator_of(arguments):
+    """{"model", "revision", "vae_sha256", "unet_sha256", ...} from the arguments of an image folder's manifest.
+
+    Images that were taken or optimised further name what they come from. None where no diffusion model had a part.
+    """
+    while isinstance(arguments.get("source_arguments"), dict):
+        arguments = arguments["source_arguments"]
+    if "model" not in arguments:
+        return None
+    hashes = {name: value for name, value in arguments.items() if name.endswith("_sha256")}
+    return {"model": arguments["model"], "revision": arguments.get("revision"), **hashes}
 
 
 def wrong_field(record, fields):
@@ -218,6 +234,7 @@ def open_images(flag, root, dataset=None):
         manifest["arm"],
         manifest["ipc"],
         False,
+        generator_of(manifest["arguments"]),
     )
 
 
@@ -275,6 +292,7 @@ def _foreign(flag, root, name, found, dataset):
         "foreign",
         counts.pop() if len(counts) == 1 else None,
         True,
+        None,
     )
 
 

@@ -20,8 +20,9 @@ if __name__ == "__main__" and not __package__:  # run by path, our packages woul
     print("error: run it from the repository root: python -m misc.figures", file=sys.stderr)
     sys.exit(2)
 
-import json
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,13 +30,14 @@ from PIL import Image
 from torch import nn
 
 from distillation.datasets import DATASETS, dataset_name, known_prompts, open_split, squash
-from distillation.prototypes import open_prototypes
+from distillation.prototypes import open_prototypes, prototype_folder_name
 from matching.models import load_teacher, model_name
 from matching.soft_labels import load_pixels, normalise, open_images
 from matching.training import centre_crop
-from scripts.files import TIMING, read_json
+from scripts.checkpoints import DEFAULT_CHECKPOINT
+from scripts.files import ARGS, MANIFEST, TIMING, read_json
 from scripts.runtime import Parser, positive_int, refuse, resolve_device
-from validate.paper_tables import DATASET_TITLES, MODEL_TITLES, find_results, paper_rows
+from validate.paper_tables import CLASSES, DATASET_TITLES, MODEL_TITLES, find_results, images_name, paper_rows
 
 # Okabe and Ito's palette: told apart also by colour-blind readers and in grey print
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
@@ -206,14 +208,27 @@ def row(args):
 # ---- figures 6 and 8: curves
 
 
-def curve_key(result):
-    return (
-        result["arm"],
-        result["labels"],
-        "+".join(result["teacher"] or ["none"]),
-        result["student"],
-        result["recipe"],
-    )
+class Curve(NamedTuple):
+    """What the points of one measured curve share.
+
+    recipe, variant    name of the recipe; generator and images. "" where they are the paper's
+    """
+
+    arm: str
+    labels: str
+    teacher: str
+    student: str
+    recipe: str
+    variant: str
+
+
+def curve_of(result):
+    paper, name = images_name(result["dataset"], result["ipc"], result["arm"]), result["images"]
+    odd = [result["generator"]] if result["generator"] not in (None, DEFAULT_CHECKPOINT) else []
+    odd += [re.sub(r"_ipc\d+", "", name)] if name != paper else []
+    recipe = "" if result["recipe"] in ("d4m", "d4m-cifar") else result["recipe"] or "no known recipe"
+    teacher = "+".join(result["teacher"] or ["none"])
+    return Curve(result["arm"], result["labels"], teacher, result["student"], recipe, ", ".join(odd))
 
 
 ARM_METHODS = {
@@ -230,11 +245,10 @@ def network_title(teacher, student):
     return "+".join(MODEL_TITLES.get(t, t) for t in teacher.split("+")) + "→" + name
 
 
-def curve_title(key):
-    arm, labels, teacher, student, recipe = key
-    hard = ", hard labels" if labels == "hard" else ""
-    recipe = "" if recipe in ("d4m", "d4m-cifar", None) else f", {recipe}"
-    return f"{ARM_METHODS.get(arm, arm)} ({network_title(teacher, student)}{hard}{recipe})"
+def curve_title(curve):
+    hard = "hard labels" if curve.labels == "hard" else ""
+    words = [network_title(curve.teacher, curve.student), hard, curve.recipe, curve.variant]
+    return f"{ARM_METHODS.get(curve.arm, curve.arm)} ({', '.join(filter(None, words))})"
 
 
 def paper_curves(dataset, methods):
@@ -249,24 +263,29 @@ def paper_curves(dataset, methods):
 
 
 def measured_curves(root, dataset, arms, x_of):
-    """{curve_key: [(x, mean, std or 0)]} of the results.json below `root`."""
-    curves = {}
+    """{Curve: [(x, mean, std or 0)]} of the results.json below `root`; of several at one IPC that over most seeds."""
+    best = {}
     for result in find_results(root):
         if result["dataset"] == dataset and result["arm"] in arms and result["ipc"]:
-            x = x_of(result)
-            if x is not None:
-                point = x, result["last"]["mean"], result["last"]["std"] or 0.0
-                curves.setdefault(curve_key(result), []).append(point)
-    return {key: sorted(points) for key, points in sorted(curves.items())}
+            key = curve_of(result), result["ipc"]
+            if key not in best or result["last"]["n"] > best[key]["last"]["n"]:
+                best[key] = result
+    curves = {}
+    for (curve, _), result in best.items():
+        x = x_of(result)
+        if x is not None:
+            curves.setdefault(curve, []).append((x, result["last"]["mean"], result["last"]["std"] or 0.0))
+    return {curve: sorted(curves[curve]) for curve in sorted(curves, key=str)}
 
 
 def draw_curves(axes, measured, paper):
     """Colour says the networks, marker the method; measured: full lines with error bars; the paper's: dashed, open.
 
-    measured    {curve_key: [(x, mean, std)]};   paper    {(method, teacher, student): [(x, top1)]}
+    measured    {Curve: [(x, mean, std)]};   paper    {(method, teacher, student): [(x, top1)]}
     """
-    networks = [(key[2], key[3]) for key in measured] + [(_model(t), _model(s)) for _, t, s in paper]
-    methods = [(ARM_METHODS.get(key[0], key[0]), key[1]) for key in measured] + [(m, "soft") for m, _, _ in paper]
+    networks = [(c.teacher, c.student) for c in measured] + [(_model(t), _model(s)) for _, t, s in paper]
+    methods = [(ARM_METHODS.get(c.arm, c.arm), c.labels, c.recipe, c.variant) for c in measured]
+    methods += [(m, "soft", "", "") for m, _, _ in paper]
     colours = {network: COLOURS[n % len(COLOURS)] for n, network in enumerate(sorted(set(networks), key=_by_size))}
     markers = {method: MARKERS[n % len(MARKERS)] for n, method in enumerate(dict.fromkeys(methods))}
     styles = [(colours[n], markers[m]) for n, m in zip(networks, methods)]
@@ -316,17 +335,32 @@ def ipc(args):
 
 
 def distillation_seconds(result):
-    """Process-seconds of stages 1 and 2 for the images of a result, from timing.json; None where one is missing."""
-    seconds = 0.0
-    for folder in result["made_by"]:
-        path = Path(folder) / TIMING
-        if not path.is_file():
+    """Process-seconds of all that made the images of a result, from timing.json; None where a part is not known."""
+    root = Path(result["path"]).parent.parent.parent
+    return _seconds(root, root / "images" / result["images"]) or None
+
+
+def _seconds(root, folder):
+    """Stages 1 and 2, and STM, of an image folder. D4M-G: the share of the larger set's time that its images have."""
+    if not ((folder / TIMING).is_file() and (folder / ARGS).is_file()):
+        return None
+    own, made = read_json(folder / TIMING)["process_seconds"], read_json(folder / ARGS)
+    if "source" in made:
+        source = next((p.parent for p in (root / "images").glob(f"*/{ARGS}") if _is_source(p, made)), None)
+        before = source and _seconds(root, source)
+        if before is None:
             return None
-        seconds += json.loads(path.read_text())["process_seconds"]
-    return seconds or None
+        return own + before * read_json(folder / MANIFEST)["count"] / read_json(source / MANIFEST)["count"]
+    if made["arm"] not in ("d4m", "decoded") or (made["prototype_arguments"] and made["prototypes"] is None):
+        return own  # no prototypes, or made in the same process
+    if made["prototype_arguments"] is None:  # somebody's prototypes
+        return None
+    timing = root / "prototypes" / prototype_folder_name(made["prototype_arguments"]) / TIMING
+    return own + read_json(timing)["process_seconds"] if timing.is_file() else None
 
 
-PAPER_CLASSES = {"imagenet": 1000, "tiny_imagenet": 200}
+def _is_source(path, made):
+    return path.with_name(MANIFEST).is_file() and read_json(path) == made["source_arguments"]
 
 
 def paper_times(dataset, methods):
@@ -336,11 +370,10 @@ def paper_times(dataset, methods):
         for row in paper_rows()
         if row["table"] == "Table 6" and row["dataset"] == DATASET_TITLES.get(dataset)
     }
-    count = PAPER_CLASSES.get(dataset, 0)
     return {
-        key: [(ipc * count * seconds[key[0]] / 3600, top1) for ipc, top1 in points]
+        key: [(ipc * CLASSES[dataset] * seconds[key[0]] / 3600, top1) for ipc, top1 in points]
         for key, points in paper_curves(dataset, methods).items()
-        if key[0] in seconds and count
+        if key[0] in seconds
     }
 
 

@@ -55,9 +55,10 @@ def accuracy_table(root, dataset, ipc):
                 for kind in ("soft", "hard")
             ]
             lines.append(f"| {ARMS[arm]} | {cells[0]} | {cells[1]} |")
-        for (name, arch), top1 in find_teachers(root).items():
+        for (name, arch), teacher in find_teachers(root).items():
             if name == dataset:
-                lines.append(f"| full data: the teacher, {arch} (n = 1) | | {top1:.1f} |")
+                n = teacher["last"]["n"]
+                lines.append(f"| full data: the teacher, {arch} (n = {n}) | | {scores(teacher)} |")
         lines.append("")
     return lines
 

@@ -4,12 +4,18 @@ import json
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from matching import generate_soft_label
+from matching.soft_labels import generator_of
+from scripts.checkpoints import DEFAULT_CHECKPOINT
 from validate import paper_tables, run_table
 from validate.paper_tables import TABLES, images_name, paper_cells, paper_recipe, paper_rows
 
@@ -26,6 +32,7 @@ def plan(table, *flags):
 def test_every_published_number_is_there():
     rows = paper_rows()
     assert len(rows) == 127
+    assert [row for row in rows if row["method"].startswith("D4M")] == [cell.paper for cell in paper_cells()]
     assert [len(paper_cells(table)) for table in TABLES] == [4, 24, 18, 12, 15, 2]
     d4m = {(c.dataset, c.ipc): c.paper["top1"] for c in paper_cells(2) if c.student == "resnet18" and c.arm == "d4m"}
     assert d4m == {
@@ -47,9 +54,21 @@ def test_every_cells_command_makes_that_cell_alone(capsys):
     for line, cell in zip(lines, cells):
         words = shlex.split(line.split("#")[0])
         assert words[:2] == ["sh", f"validate/table{cell.table}.sh"] and (ROOT / words[1]).is_file()
-        chosen = [c for c, _, _ in plan(cell.table, *words[2:])]
+        made = plan(cell.table, *words[2:])
+        chosen = [c for c, _, _ in made]
         assert [c for c in chosen if c.arm != "text"] == [cell]
         assert (cell.arm == "noise") == any(c.arm == "text" for c in chosen)
+        for step in (step for _, steps, _ in made for step in steps):
+            args = vars(run_table.parsed(step.module, step.argv))  # the stage knows every flag, and reads its value
+            for flag, word in zip(step.argv, step.argv[1:]):
+                if flag.startswith("--") and not word.startswith("--") and flag != "--data":
+                    assert word in map(str, values_of(args[flag[2:]])), f"{step.module} {flag} {word}"
+
+
+def values_of(value):
+    """All ways of writing a parsed value down: 1 and 1.0 are one number."""
+    flat = value if isinstance(value, list) else [value]
+    return [*flat, *(f"{v:g}" for v in flat if isinstance(v, float))]
 
 
 def test_the_table_launchers_start_the_runner(tmp_path):
@@ -194,15 +213,21 @@ def fake(
     n=3,
     weights=None,
     classes=None,
+    generator=DEFAULT_CHECKPOINT,
+    unet="u",
     **changed,
 ):
     """A results.json as stage 4 writes it, with top-1 values around `mean`."""
     from matching.models import TEACHER_WEIGHTS
-    from validate.paper_tables import CLASSES, RECIPES
+    from validate.paper_tables import CLASSES, RECIPES, TEST_IMAGES
 
     recipe = RECIPES[paper_recipe(dataset)]
-    arguments = {**recipe, "model": student, "labels": labels, "dataset": dataset, "amp": "none"}
+    arguments = {"model": student, "labels": labels, "dataset": dataset, "amp": "none"}
+    arguments |= {k: v(arguments) if callable(v) else v for k, v in recipe.items()}
+    arguments["test_images"] = TEST_IMAGES[dataset]
     classes = classes or CLASSES[dataset]
+    hashes = {"unet_sha256": unet, "vae_sha256": "v", "text_encoder_sha256": "t"}
+    made_by = None if arm == "random" else {"model": generator, "revision": None, **hashes}
     if weights is None:
         weights = f"torchvision {TEACHER_WEIGHTS[teacher]}" if dataset == "imagenet" else "train_teacher"
     if labels == "hard":
@@ -213,7 +238,14 @@ def fake(
     top1 = {"mean": mean, "std": std, "n": n, "values": values}
     results = {
         "arguments": {**arguments, **changed},
-        "images": {"name": images, "arm": arm, "ipc": ipc, "classes": classes, "count": ipc * classes},
+        "images": {
+            "name": images,
+            "arm": arm,
+            "ipc": ipc,
+            "classes": classes,
+            "count": ipc * classes,
+            "generator": made_by,
+        },
         "teacher": [{"arch": teacher, "weights": weights, "sha256": "y"}] if teacher else [],
         "summary": {"last": {"top1": top1, "top5": top1}, "best": {"top1": {**top1, "mean": mean + 0.5}}},
         "seeds": [],
@@ -260,6 +292,11 @@ def results(tmp_path_factory):
                 fake(root, f"{len(made):03d}e", *own, decoy, labels, n=9, weights="file")  # its other weights
                 fake(root, f"{len(made):03d}f", *own, decoy, labels, n=9, classes=7)  # a part of the classes
                 fake(root, f"{len(made):03d}g", *own, decoy, labels, n=9, amp="bf16")  # another precision
+                fake(root, f"{len(made):03d}h", *own, decoy, labels, n=9, generator="sd15-tuned")  # another model
+                fake(root, f"{len(made):03d}i", *own, decoy, labels, n=9, unet="w")  # one of the same name
+                fake(root, f"{len(made):03d}j", *own, decoy, labels, n=9, bn_batch=1024)  # other BatchNorm batches
+                fake(root, f"{len(made):03d}k", *own, decoy, labels, n=9, input_size=128)  # another size
+                fake(root, f"{len(made):03d}l", *own, decoy, labels, n=9, test_images=100)  # a part of the test set
     return root
 
 
@@ -277,6 +314,73 @@ def test_the_right_cell_gets_the_right_number(results, table):
         assert row["paper"] == cell.paper["top1"]
     others = [row for row in rows if not row["ours"]]
     assert not [row for row in others if row.get("result") or row.get("random") or row.get("hard")]
+
+
+DECOYS = {  # suffix of its folder -> what it is listed with
+    "a": "batch_size 7", "b": "another result over as many seeds or more is shown", "c": "images ",
+    "d": "teacher vgg11", "e": "weights file", "f": "classes 7", "g": "precision bf16", "h": "generator sd15-tuned",
+    "i": f"generator {DEFAULT_CHECKPOINT} (unet w)", "j": "bn_batch 1024", "k": "input_size 128",
+    "l": "test images 100",
+}  # fmt: skip
+
+
+def test_what_is_no_cells_number_is_listed_aside(results, tmp_path, capsys):
+    others = paper_tables.other_rows(paper_tables.find_results(results))
+    names = [Path(row["result"]["path"]).parent.name for row in others]
+    assert names == sorted(p.name for p in (results / "students").iterdir() if p.name[3:])
+    for name, row in zip(names, others):
+        why = ", ".join(row["why"])
+        assert why.startswith(DECOYS[name[3:]]), (name, why)
+    paper_tables.main(["--output_root", str(results), "--table", "1", "--dataset", "cifar10"])
+    text = capsys.readouterr().out.split("### Other results")[1]
+    lines = [line for line in text.splitlines() if line.startswith("| CIFAR-10 ")]
+    assert len(lines) == sum(row["dataset"] == "cifar10" for row in others) > 0
+    for form, suffix in (("latex", "tex"), ("json", "json"), ("markdown", "md")):
+        paper_tables.main(["--output_root", str(results), "--format", form, "--output", str(tmp_path)])
+        assert "sd15-tuned" in (tmp_path / f"other_results.{suffix}").read_text()
+
+
+def test_another_generator_fills_cells_only_where_it_is_named(results, capsys):
+    rows = paper_tables.find_results(results)
+    for cell in run_table.table_cells(2):
+        found = paper_tables.match_all(cell, rows, "sd15-tuned")
+        assert found["result"]["generator"] == "sd15-tuned" and found["result"]["last"]["mean"] > 90
+        assert found["random"]["last"]["mean"] == pytest.approx(value_of(cell, "random"))  # no model made these
+        assert found["hard"] is None
+    argv = ["--output_root", str(results), "--table", "2", "--diffusion_checkpoints_path", "sd15-tuned"]
+    paper_tables.main(argv)
+    head = capsys.readouterr().out.splitlines()[0]
+    assert "Images by sd15-tuned" in head
+    paper_tables.main(argv[:4])
+    assert "Images by" not in capsys.readouterr().out
+
+
+def test_of_several_teachers_the_table_takes_those_of_its_recipe(tmp_path):
+    from matching.train_teacher import default_recipe
+
+    def teacher(name, top1, arch="convnet_w128", **changed):
+        own = {"input_size": 32, "momentum": 0.9, "schedule": "cosine", "label_smoothing": 0.0, "classes": None}
+        own |= {"max_images_per_class": 0, "amp": "none", "val_images": 10000, "seed": 0}
+        arguments = {"dataset": "cifar10", "arch": arch, **default_recipe("cifar10", arch)._asdict(), **own, **changed}
+        scores = {which: {"epoch": 1, "top1": top1, "top5": 99.0} for which in ("last", "best")}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(
+            json.dumps({"arguments": arguments, "parameters": 1, "rows": [], **scores})
+        )
+
+    def full_row():
+        rows = paper_tables.table_rows(1, lambda cell: {}, paper_tables.find_teachers(tmp_path))
+        return next(row for row in rows if (row["dataset"], row["method"]) == ("CIFAR-10", "Full dataset"))
+
+    teacher("z", 70.0, epochs=5)
+    assert paper_tables.find_teachers(tmp_path)["cifar10", "convnet_w128"]["differs"] == ["epochs 5"]
+    assert full_row()["result"] is None
+    teacher("a", 84.0)
+    teacher("b", 86.0, seed=1)
+    teacher("c", 60.0, classes=["0-4"])
+    teacher("y", 50.0, val_images=100)
+    teacher("d", 95.0, arch="resnet18")
+    assert full_row()["result"]["last"] == {"mean": 85.0, "std": pytest.approx(2**0.5), "n": 2, "values": [84.0, 86.0]}
 
 
 def test_markdown_latex_and_json_agree(results, tmp_path, capsys):
@@ -389,10 +493,49 @@ def test_a_real_step_that_refuses_ends_the_run(tmp_path, capfd):
     assert "no such folder" in err and "left with status 2: python -m distillation.gen_prototype" in err
 
 
+def wait_for(path, seconds=120):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path.name} did not come"
+        time.sleep(0.05)
+
+
+STOPPED = """
+import sys
+from pathlib import Path
+from validate import run_table
+
+sys.executable = sys.argv[2] or sys.executable
+step = run_table.Step("images", "sleeper", (), Path(sys.argv[1]) / "made")
+run_table.run_steps([step], 2, False)
+"""
+
+
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_stop_signal_to_several_jobs_is_status_75(real, tmp_path):
+    """torchrun, when it is stopped, leaves with status 1 itself; the stand-in does the same."""
+    stub = tmp_path / "torchrun"
+    stub.write_text(f"#!/bin/sh\ntrap 'exit 1' TERM\ntouch {tmp_path}/started\nwhile :; do sleep 0.1; done\n")
+    stub.chmod(0o755)
+    (tmp_path / "sleeper.py").write_text(
+        f"import time\nopen({str(tmp_path / 'started')!r}, 'w').close()\ntime.sleep(600)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    command = [sys.executable, "-c", STOPPED, str(tmp_path), "" if real else str(stub)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            wait_for(tmp_path / "started")
+            running.send_signal(signal.SIGTERM)
+            _, err = running.communicate(timeout=120)
+        finally:
+            running.kill()
+    assert running.returncode == run_table.EXIT_STOPPED and "run the same command to go on" in err
+
+
 # ---- a whole cell, end to end, at toy scale
 
 
-def test_smoke_cell_end_to_end(tiny_sd, tmp_path, capsys, monkeypatch):
+def test_smoke_cell_end_to_end(tiny_sd, tmp_path, capsys, monkeypatch, refused):
     argv = ["--table", "1", "--smoke", "--dataset", "cifar10", "--ipc", "10", "--out", str(tmp_path)]
     argv += ["--diffusion_checkpoints_path", str(tiny_sd)]
     run_table.main(argv)
@@ -409,10 +552,14 @@ def test_smoke_cell_end_to_end(tiny_sd, tmp_path, capsys, monkeypatch):
         found = json.loads(Path(row[which]["path"]).read_text())
         assert found["arguments"]["labels"] == labels and found["summary"]["last"]["top1"] == row[which]["last"]
         assert found["images"]["arm"] == ("random" if which == "random" else "d4m")
+        assert row[which]["generator"] == (None if which == "random" else tiny_sd.name)
     # the same command again finds all on disk
     monkeypatch.setattr(run_table, "run_here", lambda step: pytest.fail(step.line()))
     run_table.main(argv)
     assert "9 on disk" in capsys.readouterr().out
+    # folders are not named by the model that made them
+    other = ["--diffusion_checkpoints_path", "another/model"]
+    refused(run_table.main, argv[:-2] + other, "another/model", f"was made with {tiny_sd.name}")
 
 
 def test_smoke_cost_end_to_end(tiny_sd, tmp_path, capsys):
@@ -438,7 +585,8 @@ def test_smoke_cells_end_to_end(flags, tiny_sd, tmp_path, capsys):
     argv = ["--table", *flags, "--smoke", "--out", str(tmp_path), "--diffusion_checkpoints_path", str(tiny_sd)]
     run_table.main(argv)
     rows = json.loads((tmp_path / "smoke" / "tables" / f"table{flags[0]}.json").read_text())["rows"]
-    assert [row for row in rows if row.get("result") and row.get("random") and row.get("hard")]
+    rows = [row for row in rows if row.get("result") and row.get("random") and row.get("hard")]
+    assert rows and all(row["result"]["generator"] == tiny_sd.name for row in rows)
 
 
 def test_torchvisions_teacher_can_be_named(monkeypatch, tmp_path):
@@ -452,3 +600,94 @@ def test_torchvisions_teacher_can_be_named(monkeypatch, tmp_path):
     with pytest.raises(pytest.skip.Exception):
         generate_soft_label.load_teachers(["resnet18"], ["torchvision"], "imagenet", ["n01440764"], 224, "cpu")
     assert asked == ["resnet18"]
+
+
+def test_a_generator_is_what_the_images_come_from_in_the_end():
+    own = {"model": "sd15", "revision": "abc", "unet_sha256": "1", "vae_sha256": "2", "strength": 0.7}
+    expected = {"model": "sd15", "revision": "abc", "unet_sha256": "1", "vae_sha256": "2"}
+    stm = {"arm": "stm", "source_arguments": own, "teacher_sha256": "3"}
+    for arguments in (own, stm, {"arm": "stm-g", "source_arguments": stm}):
+        assert generator_of(arguments) == expected
+    assert generator_of({"arm": "random", "images_sha256": "4"}) is None
+
+
+# ---- a cell on CIFAR-10 photographs, from the launcher to the table
+
+
+@pytest.mark.skipif("D4M_TEST_DATA" not in os.environ, reason="D4M_TEST_DATA names a folder of real photographs")
+def test_table_1_on_cifar10_photographs(tmp_path, capsys, monkeypatch):
+    """Three classes, a small generator and few epochs, by the launcher's flags: the right cell gets the right number.
+
+    The number is computed again from the student's weights and the test images on disk.
+    """
+    data = tmp_path / "cifar10"
+    for split, count in (("train", 20), ("val", 40)):
+        for folder in sorted((Path(os.environ["D4M_TEST_DATA"]) / "cifar10" / split).iterdir()):
+            (data / split / folder.name).mkdir(parents=True)
+            for path in sorted(folder.iterdir())[:count]:
+                shutil.copy(path, data / split / folder.name)
+    small = ["--ipc", "10", "--dataset", "cifar10", "--classes", "0-2", "--size", "32", "--epochs", "4"]
+    small += ["--batch_size", "10", "--teacher_epochs", "3", "--seeds", "0", "1", "--num_workers", "0"]
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\nfor a in "$@"; do printf "%s\\0" "$a"; done\n')
+    stub.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(stub), "CIFAR10_DIR": str(data)}
+    environment |= {"OUT": str(tmp_path / "out"), "DIFFUSION_CHECKPOINT": str(ROOT / "misc" / "tiny-sd-digits")}
+    run = ["sh", str(ROOT / "validate" / "table1.sh"), *small]
+    argv = subprocess.run(run, env=environment, check=True, capture_output=True, text=True).stdout.split("\0")[2:-1]
+
+    # the stages themselves, without a Python process each
+    monkeypatch.setattr(run_table.Children, "run", lambda self, step, *_: run_table.run_here(step) and None)
+    run_table.main(argv)
+    printed = capsys.readouterr().out
+    table = json.loads((tmp_path / "out" / "tables" / "table1.json").read_text())
+    assert "tiny-sd-digits" in table["title"] and "--epochs 4" in table["title"] and table["title"] in printed
+    filled = [row for row in table["rows"] if any(row.get(which) for which in ("result", "random", "hard"))]
+    [row] = filled
+    assert (row["dataset"], row["ipc"], row["method"], row["paper"]) == ("CIFAR-10", 10, "D4M", 56.2)
+    seen = set()
+    for which, arm, labels in (("result", "d4m", "stored"), ("random", "random", "stored"), ("hard", "d4m", "hard")):
+        folder = Path(row[which]["path"]).parent
+        found = json.loads((folder / "results.json").read_text())
+        assert (found["images"]["arm"], found["arguments"]["labels"]) == (arm, labels)
+        assert found["images"]["count"] == 30 and found["arguments"]["dataset"] == "cifar10"
+        values = [top1_again(folder / f"student_seed{seed}.safetensors", data) for seed in (0, 1)]
+        assert row[which]["last"]["values"] == pytest.approx(values)
+        assert row[which]["last"]["mean"] == pytest.approx(sum(values) / 2) and row[which]["last"]["n"] == 2
+        seen.add(folder)
+    assert len(seen) == 3
+    facts = json.loads((Path(row["result"]["path"]).parent / "manifest.json").read_text())
+    assert [c["folder"] for c in facts["classes"]] == ["airplane", "automobile", "bird"]
+    assert facts["images"]["generator"]["model"] == "tiny-sd-digits"
+
+    # of the paper's own cell this is no number: it stays blank, and the results stand aside with what differs
+    paper_tables.main(["--output_root", str(tmp_path / "out"), "--table", "1"])
+    first, aside = capsys.readouterr().out.split("### Other results")
+    [line] = [
+        line for line in first.splitlines() if line.startswith("| CIFAR-10 ") and " D4M " in line and "| 10" in line
+    ]
+    assert [word.strip() for word in line.split("|")[6:-1]] == ["56.2 ± 0.4"] + [""] * 5
+    lines = [line for line in aside.splitlines() if line.startswith("| CIFAR-10 ")]
+    assert len(lines) == 3 and sum("generator tiny-sd-digits" in line for line in lines) == 2
+
+
+def top1_again(weights, data):
+    """Top-1 in percent of a ConvNet-W128 of three classes on the test images in `data`, written out."""
+    import numpy as np
+    import torch
+    from PIL import Image
+    from safetensors.torch import load_file
+
+    from matching.models import create_model
+
+    model = create_model("convnet_w128", 3, 32).eval()
+    model.load_state_dict(load_file(weights))
+    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
+    right = count = 0
+    for label, name in enumerate(("airplane", "automobile", "bird")):
+        pixels = np.stack([np.asarray(Image.open(path)) for path in sorted((data / "val" / name).iterdir())])
+        x = ((torch.from_numpy(pixels) / 255 - mean) / std).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            right += int((model(x).argmax(1) == label).sum())
+        count += len(x)
+    return 100 * right / count

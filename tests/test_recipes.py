@@ -14,11 +14,11 @@ from distillation import random_real
 from matching import generate_soft_label
 from matching.models import create_model
 from matching.soft_labels import EpochLabels, crop_on_cpu, load_pixels, mix, normalise, open_images
-from matching.training import lr_factor, seeded
+from matching.training import chunk_size, lr_factor, seeded
 from scripts.files import read_json
 from scripts.runtime import WEIGHTS
 from validate import train_FKD
-from validate.paper_tables import OF_SOFT_LABELS, RDED_LR, RECIPES, recipe_name
+from validate.paper_tables import RDED_LR, RECIPES, recipe_differences, recipe_name
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHERS = {"d4m": "", "cda": "_cda", "rded": "_rded", "rd3": "_rd3", "edc": "_edc", "minimax-hard": "_minimax"}
@@ -42,22 +42,41 @@ def parsed(recipe, tmp_path, **variables):
     return train_FKD.get_args(flags_of(f"train_FKD{LAUNCHERS[recipe]}.sh", tmp_path, **variables))
 
 
-def arguments_of(args):
+def arguments_of(args, dataset):
     """What results.json will record of these flags."""
     protocol = train_FKD.protocol_of(vars(args), 224)
     labels = "hard" if args.hard_label else "online" if args.online else "stored"
-    return {"labels": labels, **protocol, **train_FKD.recipe_of(args)._asdict()}
+    chunk = chunk_size(protocol["batch_size"], 1, args.gradient_accumulation_steps, args.bn_batch)
+    recorded = {"labels": labels, "model": args.model, "dataset": dataset, "bn_batch": chunk, "use_fp16": True}
+    return {**recorded, **protocol, **train_FKD.recipe_of(args)._asdict()}
+
+
+def dataset_of(recipe):
+    return "imagenette" if recipe == "minimax-hard" else "imagenet"
 
 
 @pytest.mark.parametrize("recipe", LAUNCHERS)
 def test_a_launcher_makes_its_recipe(recipe, tmp_path):
-    arguments = arguments_of(parsed(recipe, tmp_path))
-    assert recipe_name(arguments) == recipe
-    for name, value in RECIPES[recipe].items():
-        assert arguments[name] == value, name
-        if recipe == "minimax-hard" or name not in OF_SOFT_LABELS:
-            other = {**arguments, name: 7.5}
-            assert recipe_name(other) != recipe, f"{name} is no part of what tells {recipe}"
+    arguments = arguments_of(parsed(recipe, tmp_path), dataset_of(recipe))
+    assert recipe_differences(recipe, arguments) == [] and recipe_name(arguments) == recipe
+    for name in RECIPES[recipe]:
+        other = {**arguments, name: 7.5}
+        assert f"{name} 7.5" in recipe_differences(recipe, other), f"{name} is no part of what tells {recipe}"
+        assert recipe_name(other) != recipe
+
+
+@pytest.mark.parametrize("recipe", LAUNCHERS)
+@pytest.mark.parametrize("ipc", ["10", "50", "100"])
+@pytest.mark.parametrize("student", ["resnet18", "mobilenet_v2"])
+def test_a_recipe_is_told_at_every_ipc_and_student(recipe, ipc, student, tmp_path):
+    for dataset in ("imagenet", "imagenette"):
+        args = parsed(recipe, tmp_path, IPC=ipc, STUDENT=student, DATASET=dataset)
+        assert recipe_name(arguments_of(args, dataset)) == recipe
+
+
+def test_hard_labels_have_the_recipe_they_are_the_baseline_of(tmp_path):
+    arguments = arguments_of(parsed("d4m", tmp_path), "imagenet") | {"labels": "hard", "loss": "ce", "temperature": 3}
+    assert recipe_name(arguments) == "d4m" and recipe_name({**arguments, "bn_batch": 64}) is None
 
 
 # learning rate at epochs 0, E / 2 and E - 1, written out

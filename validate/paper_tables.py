@@ -5,9 +5,9 @@
     python -m validate.paper_tables --format latex --output output/tables
 
 Reads `paper_numbers.json` and the results.json files below the output root. A result belongs to a cell if data set,
-images (by the name that their flags give them), teacher, student and recipe are the cell's; nothing else is ever
-filled in, and what was not run stays blank. The headline is the last epoch; the best epoch, chosen on the test set, is
-shown beside it.
+images (by the name that their flags give them), the Stable Diffusion that made them, teacher, student and recipe are
+the cell's; what was not run stays blank, and a result that is no cell's is listed after the tables with what differs.
+The headline is the last epoch; the best epoch, chosen on the test set, is shown beside it.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
@@ -17,16 +17,21 @@ if __name__ == "__main__" and not __package__:  # run by path, our packages woul
     sys.exit(2)
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from distillation.datasets import dataset_name
+from distillation.datasets import DATASETS, dataset_name
 from matching.models import TEACHER_WEIGHTS
+from matching.train_teacher import default_recipe
+from matching.training import summary
+from scripts.checkpoints import DEFAULT_CHECKPOINT, model_name
 from scripts.files import read_json, write_text
 from scripts.runtime import Parser, refuse
 
 NUMBERS = Path(__file__).with_name("paper_numbers.json")
 TABLES = (1, 2, 3, 4, 5, 6)
+OTHER = "other"  # the table of what is no cell's number
 DATASET_TITLES = {
     "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet-1K", "tiny_imagenet": "Tiny-ImageNet",
 }  # fmt: skip
@@ -50,7 +55,10 @@ TITLES = {
     4: "with and without prototypes",
     5: "across architectures, IPC 50",
     6: "cost of an image",
+    OTHER: "results that are no cell's number",
 }
+CLASSES = {"imagenet": 1000, "tiny_imagenet": 200, "cifar10": 10, "cifar100": 100}
+TEST_IMAGES = {"imagenet": 50000, "tiny_imagenet": 10000, "cifar10": 10000, "cifar100": 10000}
 
 
 class Cell(NamedTuple):
@@ -109,6 +117,16 @@ def paper_cells(table=None):
     return [cell for cell in cells if table in (None, cell.table)]
 
 
+def table_cells(table=None):
+    """`paper_cells`, and table 4's rows without prototypes twice: as noise, and as the text-to-image of a fair run."""
+    cells = []
+    for cell in paper_cells(table):
+        cells.append(cell)
+        if cell.arm == "noise":
+            cells.append(cell._replace(arm="text", paper={**cell.paper, "top1": None, "method": "text-to-image"}))
+    return cells
+
+
 # ---- what the images of a cell are called
 
 
@@ -122,10 +140,17 @@ def images_name(dataset, ipc, arm):
 
 # ---- recipes: which values of results.json make one
 
+
+def _image_size(arguments):
+    return DATASETS[arguments["dataset"]].image_size
+
+
+# A tuple holds the values that a recipe has at different IPCs; a function takes the other arguments.
 _D4M = {
-    "epochs": 300, "batch_size": 1024, "optimizer": "adamw", "lr": 0.001, "weight_decay": 0.01, "schedule": "cosine",
-    "cos_stretch": 1.0, "warmup_epochs": 0, "loss": "kl", "temperature": 20.0, "min_scale_crops": 0.08,
-    "max_scale_crops": 1.0, "mix_type": "cutmix", "cutmix": 1.0, "ema": 0.0, "bn_refresh": False,
+    "epochs": 300, "batch_size": 1024, "bn_batch": 73, "optimizer": "adamw", "lr": 0.001, "weight_decay": 0.01,
+    "schedule": "cosine", "cos_stretch": 1.0, "warmup_epochs": 0, "loss": "kl", "temperature": 20.0, "use_fp16": True,
+    "input_size": _image_size, "min_scale_crops": 0.08, "max_scale_crops": 1.0, "flip": 0.5, "mix_type": "cutmix",
+    "cutmix": 1.0, "color_jitter": 0.0, "lighting": 0.0, "ema": 0.0, "bn_refresh": False,
 }  # fmt: skip
 RDED_LR = {
     "resnet18": 1e-3, "resnet50": 1e-3, "resnet101": 1e-3, "efficientnet_b0": 2e-3, "mobilenet_v2": 2.5e-3,
@@ -134,30 +159,47 @@ RDED_LR = {
 _RDED = {**_D4M, "min_scale_crops": 0.5, "cos_stretch": 2.0, "bn_refresh": True}
 RECIPES = {
     "d4m": _D4M,
-    "d4m-cifar": {**_D4M, "epochs": 500, "batch_size": 100},
-    "cda": {**_D4M, "batch_size": 128},
-    "rded": {k: v for k, v in _RDED.items() if k not in ("batch_size", "lr")},
-    "rd3": {**{k: v for k, v in _RDED.items() if k != "cos_stretch"}, "epochs": 400, "batch_size": 50},
+    "d4m-cifar": {**_D4M, "epochs": 500, "batch_size": 100, "bn_batch": 100},
+    "cda": {**_D4M, "batch_size": 128, "bn_batch": 128},
+    "rded": {
+        **_RDED, "batch_size": lambda a: (100, 200) if a["dataset"] == "imagenet" else (50, 100),
+        "bn_batch": lambda a: a["batch_size"], "lr": lambda a: RDED_LR.get(a["model"], 1e-3),
+    },
+    "rd3": {
+        **_RDED, "epochs": 400, "batch_size": 50, "bn_batch": 50,
+        "cos_stretch": lambda a: 1.0 if a["model"] == "resnet18" else 2.0,
+    },
     "edc": {
-        **{k: v for k, v in _RDED.items() if k != "temperature"}, "batch_size": 100, "loss": "mse_ce",
-        "ce_weight": 0.025, "ema": 0.99, "bn_refresh": False,
+        **{k: v for k, v in _RDED.items() if k != "temperature"}, "batch_size": 100, "bn_batch": 100,
+        "loss": "mse_ce", "ce_weight": 0.025, "ema": 0.99, "bn_refresh": False,
     },
     "minimax-hard": {
-        "batch_size": 64, "optimizer": "sgd", "lr": 0.01, "weight_decay": 5e-4, "schedule": "step", "step_factor": 0.2,
-        "loss": "ce", "mix_type": "cutmix",
+        "epochs": (2000, 1500, 1000), "batch_size": 64, "bn_batch": 64, "optimizer": "sgd", "lr": 0.01,
+        "momentum": 0.9, "weight_decay": 5e-4, "schedule": "step", "step_factor": 0.2, "warmup_epochs": 0,
+        "loss": "ce", "input_size": _image_size, "min_scale_crops": 0.5, "max_scale_crops": 1.0, "flip": 0.5,
+        "mix_type": "cutmix", "cutmix": 1.0, "color_jitter": 0.4, "lighting": 0.1, "ema": 0.0, "bn_refresh": False,
     },
 }  # fmt: skip
-OF_SOFT_LABELS = {"loss", "temperature", "ce_weight"}  # hard labels have no say in these
+OF_SOFT_LABELS = {"loss", "temperature", "ce_weight", "use_fp16"}  # hard labels have no say in these
+
+
+def recipe_differences(name, arguments):
+    """["epochs 3", ...]: the values in `arguments` of a results.json that are not the recipe's."""
+    hard, odd = arguments["labels"] == "hard", []
+    if not hard and name == "minimax-hard":
+        return [f"labels {arguments['labels']}"]
+    for key, wanted in RECIPES[name].items():
+        if hard and key in OF_SOFT_LABELS and name != "minimax-hard":
+            continue
+        wanted = wanted(arguments) if callable(wanted) else wanted
+        if arguments.get(key) not in (wanted if isinstance(wanted, tuple) else (wanted,)):
+            odd.append(f"{key} {arguments.get(key)}")
+    return odd
 
 
 def recipe_name(arguments):
     """The recipe whose every value is in `arguments` of a results.json; None if it is none of them."""
-    hard = arguments["labels"] == "hard"
-    for name, values in RECIPES.items():
-        wanted = {k: v for k, v in values.items() if not (hard and k in OF_SOFT_LABELS and name != "minimax-hard")}
-        if (hard or name != "minimax-hard") and all(arguments.get(k) == v for k, v in wanted.items()):
-            return name
-    return None
+    return next((name for name in RECIPES if not recipe_differences(name, arguments)), None)
 
 
 def paper_recipe(dataset):
@@ -171,24 +213,20 @@ def paper_recipe(dataset):
 def read_result(path):
     """A results.json of stage 4 as one flat row, or None for another file of that name.
 
-    last, best   {"mean", "std", "n", "values"} of top-1;   made_by: folders whose timing.json says what its images
-                 cost
+    last, best   {"mean", "std", "n", "values"} of top-1;   generator: see `generator_name`
     """
     found = read_json(path)
     if not isinstance(found, dict) or not {"arguments", "images", "summary", "seeds"} <= set(found):
         return None
     arguments, images = found["arguments"], found["images"]
-    root = path.parent.parent.parent
-    d4m = images["name"].split("_from_")[-1].removesuffix("_stm")
-    made_by = [root / "images" / images["name"]]
-    if images["arm"] != "random":
-        made_by.append(root / "prototypes" / _prototypes_name(d4m))
     return {
         "path": str(path),
         "dataset": arguments["dataset"],
         "ipc": images["ipc"],
         "arm": images["arm"],
         "images": images["name"],
+        "generator": generator_name(images.get("generator")),
+        "generator_sha256": _hashes(images.get("generator")),
         "teacher": [t["arch"] for t in found["teacher"]],
         "weights": [t["weights"] for t in found["teacher"]],
         "classes": images.get("classes"),
@@ -199,37 +237,63 @@ def read_result(path):
         "arguments": arguments,
         "last": found["summary"]["last"]["top1"],
         "best": found["summary"]["best"]["top1"],
-        "made_by": made_by,
     }
 
 
-def _prototypes_name(images):
-    """imagenet_ipc10_s0.7_g8_kmexpand1 -> imagenet-ipc10-kmexpand1"""
-    dataset, _, rest = images.partition("_ipc")
-    ipc = rest.split("_")[0]
-    expand = rest.rsplit("kmexpand", 1)[1] if "kmexpand" in rest else "1"
-    return f"{dataset}-ipc{ipc}-kmexpand{expand}"
+def generator_name(facts):
+    """What tables call the Stable Diffusion of some images: its hub id or folder name, @ another revision; or None."""
+    if facts is None:
+        return None
+    return facts["model"] if facts["revision"] in (None, "main") else f"{facts['model']}@{facts['revision']}"
+
+
+def _hashes(facts):
+    return tuple((facts or {}).get(f"{network}_sha256") for network in ("unet", "vae", "text_encoder"))
 
 
 def find_results(root):
     """Every student's result below `root`, in the order of their paths."""
-    rows = [read_result(path) for path in sorted(Path(root).rglob("results.json"))]
-    return [row for row in rows if row]
+    rows = [row for row in map(read_result, sorted(Path(root).rglob("results.json"))) if row]
+    # two models may go by one name: the one with most results keeps it
+    for name in {row["generator"] for row in rows} - {None}:
+        own = [row for row in rows if row["generator"] == name]
+        (most, _), *others = Counter(row["generator_sha256"] for row in own).most_common()
+        for row in own if others else []:
+            if row["generator_sha256"] != most:
+                row["generator"] = f"{name} (unet {str(row['generator_sha256'][0])[:8]})"
+    return rows
 
 
 def find_teachers(root):
-    """{(dataset, arch): top-1} of the teachers that were trained below `root`."""
-    teachers = {}
+    """{(dataset, arch): {"last", "best", "differs"}} of the teachers that were trained below `root`.
+
+    Those that differ in their seed alone are one entry; of several recipes the one that is nearest to the data set's
+    (`differs`: what is not its), then the one over most seeds.
+    """
+    groups = {}
     for path in sorted(Path(root).rglob("results.json")):
         found = read_json(path)
         if isinstance(found, dict) and "parameters" in found and "arch" in found.get("arguments", {}):
-            a = found["arguments"]
-            if a.get("classes") is None and not a.get("max_images_per_class"):
-                teachers[a["dataset"], a["arch"]] = found["last"]["top1"]
-    return teachers
+            arguments = found["arguments"]
+            rest = {k: v for k, v in arguments.items() if k not in ("seed", "eval_every")}
+            key = (arguments["dataset"], arguments["arch"]), json.dumps(rest, sort_keys=True)
+            groups.setdefault(key, (_teacher_differences(arguments), []))[1].append(found)
+    best = {}
+    for (name, _), (differs, found) in sorted(groups.items(), key=lambda entry: (len(entry[1][0]), -len(entry[1][1]))):
+        scores = {which: summary([f[which]["top1"] for f in found]) for which in ("last", "best")}
+        best.setdefault(name, {**scores, "differs": differs})
+    return best
 
 
-CLASSES = {"imagenet": 1000, "tiny_imagenet": 200, "cifar10": 10, "cifar100": 100}
+def _teacher_differences(arguments):
+    """["epochs 3", ...]: what is not as train_teacher's own recipe for this data set and network has it."""
+    dataset = arguments["dataset"]
+    wanted = default_recipe(dataset, arguments["arch"])._asdict() | {
+        "input_size": DATASETS[dataset].image_size, "momentum": 0.9, "schedule": "cosine", "label_smoothing": 0.0,
+        "classes": None, "max_images_per_class": 0, "amp": "none",
+        "val_images": TEST_IMAGES.get(dataset, arguments.get("val_images")),
+    }  # fmt: skip
+    return [f"{name} {arguments.get(name)}" for name, value in wanted.items() if arguments.get(name) != value]
 
 
 def paper_weights(cell):
@@ -237,34 +301,66 @@ def paper_weights(cell):
     return f"torchvision {TEACHER_WEIGHTS[cell.teacher]}" if cell.dataset == "imagenet" else "train_teacher"
 
 
-def match(cell, results, arm=None, labels="soft"):
-    """The result of a cell (or of its baseline: `arm` and `labels`), or None. Of several the one over most seeds."""
-    arm = arm or cell.arm
-    name = images_name(cell.dataset, cell.ipc, arm)
-    found = [
-        row
-        for row in results
-        if row["dataset"] == cell.dataset
-        and row["images"] == name
-        and row["arm"] == arm
-        and row["student"] == cell.student
-        and row["labels"] == labels
-        and (labels == "hard" or (row["teacher"] == [cell.teacher] and row["weights"] == [paper_weights(cell)]))
-        and row["recipe"] == paper_recipe(cell.dataset)
-        and row["arguments"].get("amp") == "none"
-        and row["classes"] == CLASSES[cell.dataset]
-        and row["count"] == cell.ipc * CLASSES[cell.dataset]
-    ]
-    return max(found, key=lambda row: row["last"]["n"], default=None)
+def differences(cell, row, arm, labels, checkpoint):
+    """Why a result is not the number of a cell (or its baseline's: `arm` and `labels`), in words; [] if it is.
 
-
-def match_all(cell, results):
-    """{"result", "random", "hard"} of a cell."""
-    return {
-        "result": match(cell, results),
-        "random": match(cell, results, arm="random"),
-        "hard": match(cell, results, labels="hard"),
+    checkpoint   what manifests call the Stable Diffusion whose images count
+    """
+    facts = {
+        "data set": (row["dataset"], cell.dataset),
+        "arm": (row["arm"], arm),
+        "images": (row["images"], images_name(cell.dataset, cell.ipc, arm)),
+        "classes": (row["classes"], CLASSES[cell.dataset]),
+        "number of images": (row["count"], cell.ipc * CLASSES[cell.dataset]),
+        "generator": (row["generator"], None if arm == "random" else checkpoint),
+        "student": (row["student"], cell.student),
+        "labels": (row["labels"], labels),
+        "precision": (row["arguments"].get("amp"), "none"),
+        "test images": (row["arguments"].get("test_images"), TEST_IMAGES[cell.dataset]),
     }
+    if labels == "soft":
+        facts["teacher"] = row["teacher"], [cell.teacher]
+        facts["weights"] = row["weights"], [paper_weights(cell)]
+    odd = [f"{what} {_word(has)}" for what, (has, wanted) in facts.items() if has != wanted]
+    return odd + recipe_differences(paper_recipe(cell.dataset), row["arguments"])
+
+
+def _word(value):
+    return "+".join(value) if isinstance(value, list) else str(value)
+
+
+BASELINES = {"result": (None, "soft"), "random": ("random", "soft"), "hard": (None, "hard")}  # (arm, labels)
+
+
+def match_all(cell, results, checkpoint=DEFAULT_CHECKPOINT):
+    """{"result", "random", "hard"} of a cell: a row of `find_results` each, or None; of several that of most seeds."""
+    near = [row for row in results if (row["dataset"], row["student"]) == (cell.dataset, cell.student)]
+    return {
+        which: max(
+            (row for row in near if not differences(cell, row, arm or cell.arm, labels, checkpoint)),
+            key=lambda row: row["last"]["n"],
+            default=None,
+        )
+        for which, (arm, labels) in BASELINES.items()
+    }
+
+
+def other_rows(results, checkpoint=DEFAULT_CHECKPOINT, datasets=tuple(CLASSES)):
+    """The results of the paper's data sets that are no cell's number, each with what differs from the nearest cell."""
+    cells, rows = [cell for cell in table_cells() if cell.table != 6], []
+    shown = {id(row) for cell in cells for row in match_all(cell, results, checkpoint).values()}
+    for row in results:
+        if row["dataset"] in datasets and id(row) not in shown:
+            every = (
+                differences(cell, row, arm or cell.arm, labels, checkpoint)
+                for cell in cells
+                if cell.dataset == row["dataset"]
+                for arm, labels in BASELINES.values()
+            )
+            why = min(every, key=len) or ["another result over as many seeds or more is shown"]
+            keep = ("dataset", "ipc", "images", "generator", "teacher", "student", "labels")
+            rows.append({"ours": False, **{name: row[name] for name in keep}, "result": row, "why": why})
+    return rows
 
 
 def measure_cost(folder):
@@ -279,18 +375,24 @@ def measure_cost(folder):
     return {"sec_per_image": timing["process_seconds"] / count, "gpu_gb": gpu, "count": count}
 
 
-def find_costs(root, dataset):
+def find_costs(root, dataset, checkpoint=DEFAULT_CHECKPOINT):
     """{"one": measure with one image at a time, "batch": with 32} of table 6's runs below `root`."""
-    names = {"one": "batch1", "batch": "batch32"}
-    return {
-        key: next(
-            filter(
-                None, map(measure_cost, sorted((Path(root) / "cost" / name / "images").glob(f"{dataset}_ipc*_s*")))
-            ),
-            None,
-        )
-        for key, name in names.items()
-    }
+    found = {}
+    for key, name, batch_size in (("one", "batch1", 1), ("batch", "batch32", 32)):
+        folders = sorted((Path(root) / "cost" / name / "images").glob(f"{dataset}_ipc*_s*"))
+        fit = (measure_cost(folder) for folder in folders if _costs(folder, checkpoint, batch_size))
+        found[key] = next(filter(None, fit), None)
+    return found
+
+
+def _costs(folder, checkpoint, batch_size):
+    """Whether a folder is table 6's: the paper's generator, 512 px, batches of this size."""
+    if not (folder / "args.json").is_file():
+        return False
+    made = read_json(folder / "args.json")
+    stage1 = made.get("prototype_arguments") or {}
+    name = generator_name({"model": made.get("model"), "revision": made.get("revision")})
+    return (name, stage1.get("size"), made.get("batch_size")) == (checkpoint, 512, batch_size)
 
 
 # ---- tables
@@ -299,8 +401,7 @@ def find_costs(root, dataset):
 def table_rows(table, measure, teachers=None, costs=None):
     """The rows of a table as dicts, the paper's and ours side by side.
 
-    measure    cell -> {"result", "random", "hard"};   teachers {(dataset, arch): top-1};   costs: dataset ->
-               find_costs
+    measure    cell -> {"result", "random", "hard"};   teachers: of find_teachers;   costs: dataset -> find_costs
     """
     rows = []
     for paper in paper_rows():
@@ -316,8 +417,8 @@ def table_rows(table, measure, teachers=None, costs=None):
             continue
         row |= {"paper": paper["top1"], "paper_std": paper.get("std")}
         if paper["method"] == "Full dataset" and teachers:
-            top1 = teachers.get((_key(paper["dataset"], DATASET_TITLES), _key(paper["student"], MODEL_TITLES)))
-            row["result"] = top1 and {"last": {"mean": top1, "std": None, "n": 1}, "best": None}
+            found = teachers.get((_key(paper["dataset"], DATASET_TITLES), _key(paper["student"], MODEL_TITLES)))
+            row["result"] = None if not found or found["differs"] else found
         rows.append(row | (measure(cell) if cell else {}))
         if cell and cell.arm == "noise":  # the paper has one row without prototypes, a fair run has two
             rows[-1]["method"] += ": noise from t = 0.7 T"
@@ -371,10 +472,25 @@ COST_COLUMNS = {
 }
 
 
+OTHER_COLUMNS = {
+    "data set": lambda r: DATASET_TITLES[r["dataset"]],
+    "IPC": lambda r: str(r["ipc"] or ""),
+    "images": lambda r: r["images"],
+    "generator": lambda r: r["generator"] or "",
+    "teacher": lambda r: _word(r["teacher"]),
+    "student": lambda r: r["student"],
+    "labels": lambda r: r["labels"],
+    "measured": lambda r: scores(r["result"]),
+    "best": lambda r: scores(r["result"], "best"),
+    "n": lambda r: str(r["result"]["last"]["n"]),
+    "differs from the nearest cell in": lambda r: ", ".join(r["why"][:4]) + (" ..." if len(r["why"]) > 4 else ""),
+}
+
+
 def columns_of(table, rows):
     """{title: function}, without teacher, student or IPC where no row has one."""
-    columns = dict(COST_COLUMNS if table == 6 else COLUMNS)
-    for title in ("teacher", "student", "IPC"):
+    columns = dict({6: COST_COLUMNS, OTHER: OTHER_COLUMNS}.get(table, COLUMNS))
+    for title in ("teacher", "student", "IPC", "generator"):
         if title in columns and not any(columns[title](row) for row in rows):
             del columns[title]
     return columns
@@ -386,30 +502,45 @@ NOTES = (
     "with their class index. Blank: not run."
 )
 COST_NOTES = "Seconds and peak GPU memory of stage 2, one image at a time as the paper, and 32. Blank: not run."
+OTHER_NOTES = "Top-1 in percent, mean ± sample standard deviation over n students; no cell above shows these."
 
 
-def markdown(table, rows, title=None):
+def notes(table):
+    return {6: COST_NOTES, OTHER: OTHER_NOTES}.get(table, NOTES)
+
+
+def heading(table, addition=""):
+    """'Table 1: CIFAR-10/100', and what a reader has to know of its numbers."""
+    title = f"Other results: {TITLES[OTHER]}" if table == OTHER else f"Table {table}: {TITLES[table]}"
+    return f"{title}. {addition}" if addition else title
+
+
+def file_name(table, suffix):
+    return f"other_results.{suffix}" if table == OTHER else f"table{table}.{suffix}"
+
+
+def markdown(table, rows, title):
     columns = columns_of(table, rows)
-    lines = [f"### {title or f'Table {table}: {TITLES[table]}'}", ""]
+    lines = [f"### {title}", ""]
     grid = [list(columns), *[[f(row) for f in columns.values()] for row in rows]]
     widths = [max(len(line[c]) for line in grid) for c in range(len(columns))]
     for n, line in enumerate(grid):
         lines.append("| " + " | ".join(word.ljust(width) for word, width in zip(line, widths)) + " |")
         if n == 0:
             lines.append("|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join([*lines, "", COST_NOTES if table == 6 else NOTES, ""])
+    return "\n".join([*lines, "", notes(table), ""])
 
 
-def latex(table, rows, title=None):
+def latex(table, rows, title):
     """A table with booktabs; a rule between data sets and numbers of images a class, D4M's own rows in bold."""
     columns = columns_of(table, rows)
-    align = "".join("l" if name in ("data set", "method", "teacher", "student") else "r" for name in columns)
-    heading = title or f"Table {table}: {TITLES[table]}"
+    right = ("IPC", "n", "measured", "best", "pixels", "random real", "hard labels")
+    align = "".join("r" if name in right or name.startswith(("paper", "measured")) else "l" for name in columns)
     lines = [
         "% \\usepackage{booktabs}",
         "\\begin{table}[t]",
         "\\centering\\small",
-        f"\\caption{{{_escape(heading)}. {_escape(COST_NOTES if table == 6 else NOTES)}}}",
+        f"\\caption{{{_escape(title)}. {_escape(notes(table))}}}",
         f"\\begin{{tabular}}{{{align}}}",
         "\\toprule",
         " & ".join(_escape(name) for name in columns) + " \\\\",
@@ -433,17 +564,17 @@ def _escape(text):
     return text.replace(" ± ", " $\\pm$ ").replace("→", "$\\rightarrow$")
 
 
-def as_json(table, rows, title=None):
+def as_json(table, rows, title):
     """The same rows with every value in full."""
 
     def plain(value):
         if isinstance(value, dict) and "path" in value:
-            return {k: value[k] for k in ("path", "last", "best", "recipe", "images", "teacher", "student")}
+            keep = ("path", "last", "best", "recipe", "images", "generator", "generator_sha256", "teacher", "student")
+            return {k: value[k] for k in keep}
         return value
 
     rows = [{k: plain(v) for k, v in row.items()} for row in rows]
-    head = {"table": table, "title": title or TITLES[table]}
-    return json.dumps({**head, "rows": rows}, indent=1, ensure_ascii=False, default=str) + "\n"
+    return json.dumps({"table": table, "title": title, "rows": rows}, indent=1, ensure_ascii=False) + "\n"
 
 
 FORMATS = {"markdown": (markdown, "md"), "latex": (latex, "tex"), "json": (as_json, "json")}
@@ -460,6 +591,11 @@ def get_args(argv=None):
         "--list", action="store_true", help="print the command of every D4M cell, one a line, and stop"
     )
     parser.add_argument("--output_root", default="output", help="results.json files are looked for below it")
+    parser.add_argument(
+        "--diffusion_checkpoints_path",
+        default=DEFAULT_CHECKPOINT,
+        help="the Stable Diffusion whose images count; results with others are listed apart",
+    )
     parser.add_argument("--format", choices=list(FORMATS), default="markdown")
     parser.add_argument(
         "--output", default=None, metavar="DIR", help="write DIR/table1.md ... instead of printing them"
@@ -486,26 +622,39 @@ def main(argv=None):
     if not Path(args.output_root).is_dir():
         refuse(f"--output_root {args.output_root}: no such folder")
     results, teachers = find_results(args.output_root), find_teachers(args.output_root)
-    render, suffix = FORMATS[args.format]
+    checkpoint = model_name(args.diffusion_checkpoints_path)
     for table in args.table:
         rows = table_rows(
             table,
-            lambda cell: match_all(cell, results),
+            lambda cell: match_all(cell, results, checkpoint),
             teachers,
-            lambda dataset: find_costs(args.output_root, dataset),
+            lambda dataset: find_costs(args.output_root, dataset, checkpoint),
         )
         if args.dataset:
             rows = [row for row in rows if row["dataset"] == DATASET_TITLES.get(args.dataset)]
-        if not rows:
-            continue
-        text = render(table, rows)
-        if args.output:
-            Path(args.output).mkdir(parents=True, exist_ok=True)
-            path = Path(args.output) / f"table{table}.{suffix}"
-            write_text(path, text)
-            print(path)
-        else:
-            print(text)
+        show(table, rows, args.format, args.output, generator_note(checkpoint))
+    others = other_rows(results, checkpoint, [args.dataset] if args.dataset else tuple(CLASSES))
+    show(OTHER, others, args.format, args.output)
+
+
+def generator_note(checkpoint):
+    """What a table's heading says of images of another model than the paper's."""
+    return "" if checkpoint == DEFAULT_CHECKPOINT else f"Images by {checkpoint}, not the paper's Stable Diffusion v1-5"
+
+
+def show(table, rows, form, folder=None, addition=""):
+    """Print a table, or write it into `folder`; one without rows is left out."""
+    if not rows:
+        return
+    render, suffix = FORMATS[form]
+    text = render(table, rows, heading(table, addition))
+    if folder is None:
+        print(text)
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / file_name(table, suffix)
+    write_text(path, text)
+    print(path)
 
 
 if __name__ == "__main__":

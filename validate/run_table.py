@@ -12,7 +12,8 @@ paper's.
 Each cell is a list of command lines of the stage modules; a command that several cells share is run once. Beside each
 D4M number, and under the same recipe and seeds, stand as many random real images a class and hard labels (--baseline
 none leaves them out). --smoke changes values of flags, never flags; its only extra commands train stand-ins for
-torchvision's teachers.
+torchvision's teachers. Some values can be changed one by one, to rehearse a cell on its real data set; the table's
+heading then says so, and no other table is filled with the result.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
@@ -40,20 +41,27 @@ from typing import NamedTuple
 from distillation.datasets import dataset_name
 from matching.models import PUBLIC, model_name
 from scripts.checkpoints import DEFAULT_CHECKPOINT
-from scripts.files import is_complete, output_name, write_text
-from scripts.runtime import EXIT_STOPPED, Parser, Stopwatch, positive_int, refuse
+from scripts.checkpoints import model_name as checkpoint_name
+from scripts.files import ARGS, is_complete, output_name, read_json, write_text
+from scripts.runtime import EXIT_STOPPED, Parser, Stopwatch, natural, positive_int, refuse
 from validate.paper_tables import (
+    CLASSES,
     DATASET_TITLES,
     FORMATS,
+    OTHER,
     TABLES,
     TITLES,
+    file_name,
     find_costs,
     find_results,
     find_teachers,
+    generator_note,
+    heading,
     match_all,
     measure_cost,
-    paper_cells,
+    other_rows,
     read_result,
+    table_cells,
     table_rows,
 )
 
@@ -61,7 +69,7 @@ from validate.paper_tables import (
 
 
 class Site(NamedTuple):
-    """One data set at one scale: all values by which a full run and --smoke differ."""
+    """One data set at one scale: all values by which a full run, a changed one and --smoke differ."""
 
     dataset: str
     data_dir: str
@@ -71,7 +79,8 @@ class Site(NamedTuple):
     size: int = 512  # pixels at which images enter the VAE
     image_size: int = 224  # of saved images and of students
     sd_batch: int = 32
-    cost_classes: str = "0-9"
+    classes: tuple | None = None
+    cost_classes: tuple = ("0-9",)
     workers: int = 8
     epochs: int = 300
     batch: int = 1024
@@ -104,7 +113,7 @@ FULL = {
     "cifar100": {"image_size": 32, "teacher": CIFAR_TEACHER, **SMALL},
 }
 SMOKE = {
-    "size": 32, "image_size": 32, "sd_batch": 8, "cost_classes": "0-2", "workers": 0, "epochs": 2, "batch": 8,
+    "size": 32, "image_size": 32, "sd_batch": 8, "cost_classes": ("0-2",), "workers": 0, "epochs": 2, "batch": 8,
     "bn_batch": 8, "accumulation": 1, "eval_every": 2, "stm_iterations": 2, "stm_batch": 4, "smoke": True,
 }  # fmt: skip
 SMOKE_TEACHER = {
@@ -123,12 +132,26 @@ def open_site(dataset, args):
         seeds = tuple(args.seeds) if args.seeds else full.get("seeds", Site._field_defaults["seeds"])
         prompts = f"distillation/label-prompt/{dataset}.txt"
         places = (getattr(args, f"{dataset}_dir"), prompts, args.diffusion_checkpoints_path, args.out)
-        return Site(dataset, *places, **{**full, "seeds": seeds})
+        return with_changes(Site(dataset, *places, **{**full, "seeds": seeds, "workers": args.num_workers}), args)
     data = f"{args.out}/smoke/data"
     teacher = SMOKE_TEACHER if full.get("teacher") else None
     seeds = tuple(args.seeds or (0, 1))[: 2 if dataset.startswith("cifar") else 1]  # two where they cost little
     places = (data, f"{data}/prompts.txt", args.diffusion_checkpoints_path, f"{args.out}/smoke/{dataset}")
     return Site("imagefolder", *places, **{**SMOKE, "teacher": teacher, "seeds": seeds})
+
+
+CHANGES = ("classes", "size", "epochs", "batch_size", "teacher_epochs")  # flags that leave the paper's run
+
+
+def with_changes(site, args):
+    """The Site with the values of CHANGES that were given."""
+    if args.batch_size:
+        site = site._replace(batch=args.batch_size, bn_batch=min(site.bn_batch, args.batch_size))
+    if args.teacher_epochs and site.teacher:
+        site = site._replace(teacher={**site.teacher, "epochs": args.teacher_epochs})
+    if args.classes:
+        site = site._replace(classes=tuple(args.classes), cost_classes=tuple(args.classes))
+    return site._replace(size=args.size or site.size, epochs=args.epochs or site.epochs)
 
 
 # ---- steps
@@ -188,7 +211,6 @@ MILLIONS = {  # of parameters
     "vit_b_16": 86.6, "convnet_w128": 0.3,
 }  # fmt: skip
 IMAGES = {"imagenet": 1281167, "tiny_imagenet": 100000, "cifar10": 50000, "cifar100": 50000}
-CLASSES = {"imagenet": 1000, "tiny_imagenet": 200, "cifar10": 10, "cifar100": 100}
 PNG_KIB = {224: 60, 64: 8, 32: 2.5}
 
 
@@ -234,9 +256,9 @@ def prototypes_step(dataset, site, ipc, root=None, classes=None):
 
     argv = flags(
         dataset=site.dataset, data_dir=site.data_dir, label_file_path=site.prompts,
-        diffusion_checkpoints_path=site.checkpoint, size=site.size, ipc=ipc, km_expand=1, classes=classes,
-        batch_size=site.sd_batch, num_workers=site.workers, latent_cache=None if classes else f"{site.out}/latents",
-        save_prototype_path=f"{root or site.out}/prototypes",
+        diffusion_checkpoints_path=site.checkpoint, size=site.size, ipc=ipc, km_expand=1,
+        classes=classes or site.classes, batch_size=site.sd_batch, num_workers=site.workers,
+        latent_cache=None if classes else f"{site.out}/latents", save_prototype_path=f"{root or site.out}/prototypes",
     )  # fmt: skip
     args = parsed("distillation.gen_prototype", argv)
     name = prototype_folder_name({**vars(args), "size": args.size or default_size(args.dataset)})
@@ -269,13 +291,13 @@ def random_step(dataset, site, ipc):
     from distillation.datasets import DATASETS
 
     argv = flags(
-        dataset=site.dataset, data_dir=site.data_dir, label_file_path=site.prompts, ipc=ipc,
+        dataset=site.dataset, data_dir=site.data_dir, label_file_path=site.prompts, ipc=ipc, classes=site.classes,
         image_size=site.image_size, save_init_image_path=f"{site.out}/images",
     )  # fmt: skip
     name = output_name(
         f"{site.dataset}_ipc{ipc}_random",
-        {"imagesize": site.image_size},
-        {"imagesize": DATASETS[site.dataset].image_size},
+        {"imagesize": site.image_size, "classes": site.classes},
+        {"imagesize": DATASETS[site.dataset].image_size, "classes": None},
     )
     cost = Estimate(dataset, site).images(ipc * CLASSES[dataset], 200)
     return Step("random", "distillation.random_real", argv, Path(site.out) / "images" / name, **cost)
@@ -315,8 +337,8 @@ def teacher_step(dataset, site, arch):
     if arch.startswith("convnet"):  # at 0.1 they stay at chance
         recipe["learning_rate"] = min(recipe["learning_rate"], 0.01)
     argv = flags(
-        dataset=site.dataset, data_dir=site.data_dir, arch=arch, input_size=site.image_size, **recipe, eval_every=10,
-        num_workers=site.workers, output_dir=f"{site.out}/teachers",
+        dataset=site.dataset, data_dir=site.data_dir, classes=site.classes, arch=arch, input_size=site.image_size,
+        **recipe, eval_every=10, num_workers=site.workers, output_dir=f"{site.out}/teachers",
     )  # fmt: skip
     args = parsed("matching.train_teacher", argv)
     cost = Estimate(dataset, site).teacher(arch, recipe["epochs"])
@@ -391,16 +413,6 @@ def student_step(dataset, site, images, ipc, model, labels=None, arch=None, amp=
 # ---- cells
 
 
-def table_cells(table):
-    """The D4M cells of a table; table 4's rows without prototypes twice, as noise and as text-to-image."""
-    cells = []
-    for cell in paper_cells(table):
-        cells.append(cell)
-        if cell.arm == "noise":
-            cells.append(cell._replace(arm="text", paper={**cell.paper, "top1": None, "method": "text-to-image"}))
-    return cells
-
-
 def chosen(cell, args):
     """Whether a cell fits --dataset, --ipc, --method, --teacher and --student."""
     arms = set(args.method or [])
@@ -419,6 +431,8 @@ def steps_of(cell, args):
         return cost_steps(cell.dataset, site)
     ipc = SMOKE_IPC if args.smoke else cell.ipc
     steps, folders = [], {}
+    if cell.arm == "d4m-g" and args.classes:
+        refuse(f"--classes: not for d4m-g, which takes all classes of {DATASET_TITLES[cell.dataset]}")
     if trains_teachers(site):
         archs = {"resnet18": cell.arm == "stm", cell.teacher: True}
         steps += [teacher_step(cell.dataset, site, arch) for arch, needed in archs.items() if needed]
@@ -492,15 +506,15 @@ def total(steps):
     return f"{duration(hours)} on one H200, {size(sum(s.gib for s in left) + sum(gib for *_, gib in once))}"
 
 
-def print_plan(table, plan, smoke):
+def print_plan(table, plan, estimated):
     """One line a cell: the command that makes it, and what it costs if it is run alone (`plan` of plan_of)."""
     steps = unique([step for _, own, _ in plan for step in own])
     done = sum(is_complete(step.folder) for step in steps)
-    estimate = "" if smoke else f"; left: {total(steps)} (estimates)"
+    estimate = f"; left: {total(steps)} (estimates)" if estimated else ""
     print(f"# Table {table}, {TITLES[table]}: {len(plan)} cells, {len(steps)} commands, {done} on disk{estimate}")
     for cell, own, _ in plan:
         there = sum(is_complete(step.folder) for step in unique(own))
-        alone = "" if smoke else f"; {total(own)} if run alone"
+        alone = f"; {total(own)} if run alone" if estimated else ""
         print(f"{cell.command}  # {there} of {len(unique(own))} commands on disk{alone}")
     sys.stdout.flush()
 
@@ -548,7 +562,8 @@ class Children:
             self.running.add(child)
             status = child.wait()
             self.running.discard(child)
-        return status
+        # torchrun, asked to stop, leaves with status 1 whatever its processes left with
+        return EXIT_STOPPED if status and self.asked else status
 
 
 def run_here(step):
@@ -652,35 +667,76 @@ def make_smoke_data(root):
 # ---- the table
 
 
+def addition(args):
+    """What the heading says where the numbers are not of the paper's values."""
+    if args.smoke:
+        scale = f"three digits of 32 px, {SMOKE_IPC} images a class, two epochs"
+        return f"SMOKE TEST: {scale}; the measured numbers mean nothing"
+    changed = [f"--{name} {' '.join(map(str, _listed(value)))}" for name, value in changes(args).items()]
+    changed += [f"--amp {args.amp}"] if args.amp != "none" else []
+    words = [generator_note(checkpoint_name(args.diffusion_checkpoints_path))]
+    words += [f"Measured with {', '.join(changed)}, not the paper's values"] if changed else []
+    return ". ".join(filter(None, words))
+
+
+def _listed(value):
+    return value if isinstance(value, list) else [value]
+
+
+def changes(args):
+    return {name: getattr(args, name) for name in CHANGES if getattr(args, name)}
+
+
+def output_root(args):
+    return Path(args.out) / "smoke" if args.smoke else Path(args.out)
+
+
+def check_generator(args, plan):
+    """Refuse an output root whose prototypes or images another Stable Diffusion made: folders are not named by it."""
+    wanted = checkpoint_name(args.diffusion_checkpoints_path)
+    for step in unique([step for _, steps, _ in plan for step in steps]):
+        if step.kind in ("prototypes", "images") and (step.folder / ARGS).is_file():
+            made_by = read_json(step.folder / ARGS).get("model")
+            if made_by != wanted:
+                refuse(f"--diffusion_checkpoints_path {wanted}: {step.folder} was made with {made_by}; another --out")
+
+
 def print_table(args, plan):
-    """Write the table as markdown, LaTeX and JSON below the output root, and print it."""
-    root = Path(args.out) / "smoke" if args.smoke else Path(args.out)
-    results = [] if args.smoke else find_results(root)
-    teachers = {} if args.smoke else find_teachers(root)
+    """Write the table as markdown, LaTeX and JSON below the output root, and print it.
+
+    A cell that was run now shows what its own folders hold; the others what else is found below the root, unless
+    values were changed.
+    """
+    root, checkpoint = output_root(args), checkpoint_name(args.diffusion_checkpoints_path)
+    alone = args.smoke or bool(changes(args))
+    results = [] if alone else find_results(root)
     planned = {(c.dataset, c.ipc, c.arm, c.teacher, c.student): folders for c, _, folders in plan}
 
     def measure(cell):
         folders = planned.get((cell.dataset, cell.ipc, cell.arm, cell.teacher, cell.student))
         if folders is None:
-            return {} if args.smoke else match_all(cell, results)
+            return {} if alone else match_all(cell, results, checkpoint)
         found = {name: folder / "results.json" for name, folder in folders.items()}
         return {name: read_result(path) for name, path in found.items() if path.is_file()}
 
     def costs(dataset):
         folders = planned.get((dataset, None, "d4m", None, None))
         if folders is None:
-            return {"one": None, "batch": None} if args.smoke else find_costs(root, dataset)
+            return {"one": None, "batch": None} if alone else find_costs(root, dataset, checkpoint)
         return {name: measure_cost(folder) for name, folder in folders.items()}
 
-    rows = table_rows(args.table, measure, teachers, costs)
-    title = f"Table {args.table}: {TITLES[args.table]}"
-    if args.smoke:
-        title += ". SMOKE TEST: three digits of 32 px, two epochs; the measured numbers mean nothing"
+    rows = table_rows(args.table, measure, {} if alone else find_teachers(root), costs)
     folder = root / "tables"
     folder.mkdir(parents=True, exist_ok=True)
+    title = heading(args.table, addition(args))
     for render, suffix in FORMATS.values():
-        write_text(folder / f"table{args.table}.{suffix}", render(args.table, rows, title))
+        write_text(folder / file_name(args.table, suffix), render(args.table, rows, title))
     print(FORMATS["markdown"][0](args.table, rows, title))
+    own = {folder / "results.json" for folders in planned.values() for folder in folders.values()}
+    others = other_rows(results, checkpoint, {cell.dataset for cell, _, _ in plan})
+    others = [row for row in others if Path(row["result"]["path"]) not in own]
+    if others:
+        print(FORMATS["markdown"][0](OTHER, others, heading(OTHER)))
     print(f"{folder / f'table{args.table}'}.md, .tex, .json")
 
 
@@ -717,6 +773,13 @@ def get_args(argv=None):
     group.add_argument("--online", action="store_true", help="the teacher labels during training: no labels on disk")
     group.add_argument("--amp", choices=["none", "bf16"], default="none", help="precision of the student's training")
     group.add_argument("--seeds", type=int, nargs="+", default=None, help="[0 1 2; CIFAR: 0 1 2 3 4, as the paper]")
+    group.add_argument("--num_workers", type=natural, default=8, help="reading processes of a stage; --smoke: none")
+    group = parser.add_argument_group("other values than the paper's, for a rehearsal (the table's heading says so)")
+    group.add_argument("--classes", nargs="+", default=None, metavar="C", help="only these: folders, indices, ranges")
+    group.add_argument("--size", type=positive_int, default=None, help="pixels at which images enter the VAE")
+    group.add_argument("--epochs", type=positive_int, default=None, help="of students, and of their labels")
+    group.add_argument("--batch_size", type=positive_int, default=None, help="of students, and of their labels")
+    group.add_argument("--teacher_epochs", type=positive_int, default=None, help="of teachers that are trained here")
     group = parser.add_argument_group("where")
     for dataset in FULL:
         where = {"tiny_imagenet": "tiny-imagenet-200"}.get(dataset, dataset)
@@ -726,6 +789,8 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     model = "misc/tiny-sd-digits" if args.smoke else DEFAULT_CHECKPOINT
     args.diffusion_checkpoints_path = args.diffusion_checkpoints_path or model
+    if args.smoke and changes(args):
+        refuse(f"--smoke: has its own values; drop --{next(iter(changes(args)))}")
     return args
 
 
@@ -744,11 +809,12 @@ def main(argv=None):
     if args.commands:
         print("\n".join(command_lines(plan, args.jobs)))
         return
-    print_plan(args.table, plan, args.smoke)
+    print_plan(args.table, plan, estimated=not (args.smoke or changes(args)))
     if args.plan:
         return
+    check_generator(args, plan)
     watch = Stopwatch()
-    root = Path(args.out) / "smoke" if args.smoke else Path(args.out)
+    root = output_root(args)
     (root / "tables").mkdir(parents=True, exist_ok=True)
     write_text(root / "tables" / f"table{args.table}.commands.txt", "\n".join(command_lines(plan, args.jobs)) + "\n")
     if args.smoke:

@@ -1,6 +1,8 @@
 """Every figure from small outputs: what is drawn, its files, and what is refused."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,20 +63,43 @@ def test_row_is_one_class(images, tmp_path):
     assert len(figures.row(figures.get_args(argv)).axes) == 2 * 4  # as many as there are
 
 
+def made(root, kind, name, seconds, count=0, **arguments):
+    """A folder of stage 1 or 2, as far as its time goes: `seconds` it took."""
+    folder = root / kind / name
+    folder.mkdir(parents=True)
+    (folder / "timing.json").write_text(json.dumps({"process_seconds": seconds}))
+    (folder / "args.json").write_text(json.dumps(arguments))
+    (folder / "manifest.json").write_text(json.dumps({"count": count}))
+    return arguments
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """D4M and random real at two IPCs, with the seconds that their images took."""
+    """D4M and random real at two IPCs, STM and D4M-G, with the seconds that their images took."""
     root = tmp_path_factory.mktemp("output")
-    for arm, means, hours in (("d4m", (30.0, 50.0), 2), ("random", (20.0, 40.0), 0)):
-        for ipc, mean in zip((10, 50), means):
-            name = images_name("imagenet", ipc, arm)
+    stage1 = {"dataset": "imagenet", "km_expand": 1, "size": 512, "seed": 0, "kmeans": "minibatch", "classes": None}
+    stage1 |= {"max_images_per_class": 0, "dtype": "auto"}
+    for ipc, d4m_mean, random_mean in ((10, 30.0, 20.0), (50, 50.0, 40.0)):
+        d4m, random = (images_name("imagenet", ipc, arm) for arm in ("d4m", "random"))
+        for arm, name, mean in (("d4m", d4m, d4m_mean), ("random", random, random_mean)):
             fake(root, f"{arm}{ipc}", "imagenet", ipc, arm, name, "resnet18", "resnet18", mean)
-            folders = [root / "images" / name]
-            folders += [root / "prototypes" / f"imagenet-ipc{ipc}-kmexpand1"] if arm == "d4m" else []
-            for folder in folders:
-                folder.mkdir(parents=True)
-                seconds = 3600 * hours * ipc / 10 + 36
-                (folder / "timing.json").write_text(json.dumps({"process_seconds": seconds}))
+        hours = 3600 * ipc / 10
+        made(root, "prototypes", f"imagenet-ipc{ipc}-kmexpand1", 2 * hours + 36)
+        prototypes = {"prototype_arguments": {**stage1, "ipc": ipc}, "prototypes": "sha"}
+        own = made(root, "images", d4m, 2 * hours + 36, 1000 * ipc, arm="d4m", ipc=ipc, **prototypes)
+        made(root, "images", random, 36, 1000 * ipc, arm="random", ipc=ipc)
+        from_d4m = {"source": "sha", "source_arguments": own}
+        made(root, "images", images_name("imagenet", ipc, "stm"), hours, 1000 * ipc, arm="stm", **from_d4m)
+        taken = images_name("tiny_imagenet", ipc, "d4m-g")
+        made(root, "images", taken, 36, 200 * ipc, arm="d4m-g", **from_d4m)
+    for arm, dataset in (("stm", "imagenet"), ("d4m-g", "tiny_imagenet")):
+        fake(root, arm, dataset, 50, arm, images_name(dataset, 50, arm), "resnet18", "resnet18", 45.0)
+    # not the same curve: another model, another strength, another recipe
+    d4m = "imagenet", 10, "d4m", images_name("imagenet", 10, "d4m"), "resnet18", "resnet18"
+    fake(root, "other1", *d4m, 1.0, n=5, generator="sd15-tuned")
+    fake(root, "other2", *d4m[:3], d4m[3].replace("s0.7", "s0.5"), *d4m[4:], 2.0, n=5)
+    fake(root, "other3", *d4m, 3.0, n=5, epochs=7)
+    fake(root, "fewer", *d4m, 4.0, n=1)
     return root
 
 
@@ -97,7 +122,31 @@ def test_accuracy_over_ipc_and_time(results, tmp_path):
         paper = lines["D4M (ResNet-18), paper"]
         assert [y for _, y in paper] == [27.9, 55.2, 59.3, 62.6]
         assert paper[0][0] == pytest.approx(10 if kind == "ipc" else 10 * 1000 * 2.7 / 3600)
-        assert len(lines) == 2 + 6
+        others = {label: [y for _, y in points] for label, points in lines.items() if "D4M (ResNet-18, " in label}
+        expected = {"sd15-tuned": [1.0], "imagenet_s0.5_g8_kmexpand1": [2.0], "no known recipe": [3.0]}
+        if kind == "time":  # nobody knows what the images at strength 0.5 took
+            del expected["imagenet_s0.5_g8_kmexpand1"]
+        assert others == {f"D4M (ResNet-18, {word})": y for word, y in expected.items()}
+        assert len(lines) == 2 + len(others) + 6
+
+
+def test_time_is_that_of_all_that_made_the_images(results):
+    hours = {
+        Path(row["path"]).parent.name: figures.distillation_seconds(row) / 3600
+        for row in figures.find_results(results)
+        if row["path"].split("/")[-2] in ("d4m50", "random50", "stm", "d4m-g")
+    }
+    d4m = 2 * 10 + 2 * 0.01
+    assert hours == pytest.approx({"d4m50": d4m, "random50": 0.01, "stm": d4m + 5, "d4m-g": 0.01 + d4m / 5})
+
+
+def test_time_with_a_part_missing_is_none(results, tmp_path):
+    root = tmp_path / "output"
+    shutil.copytree(results, root)
+    shutil.rmtree(root / "prototypes" / "imagenet-ipc50-kmexpand1")
+    rows = {Path(row["path"]).parent.name: row for row in figures.find_results(root)}
+    assert [figures.distillation_seconds(rows[name]) for name in ("d4m50", "stm", "d4m-g")] == [None] * 3
+    assert figures.distillation_seconds(rows["d4m10"]) > 0
 
 
 def test_tsne_of_real_and_synthetic(images, tmp_path):

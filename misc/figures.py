@@ -257,7 +257,8 @@ def paper_curves(dataset, methods):
     for row in paper_rows():
         if row["table"] in ("Table 1", "Table 2") and row["dataset"] == DATASET_TITLES.get(dataset) and "ipc" in row:
             if row["method"] in methods and "student" in row:
-                key = row["method"], row.get("teacher", ""), row["student"]
+                teacher = row.get("teacher", row["student"]).split(" (")[0]  # a note may follow
+                key = row["method"], teacher, row["student"]
                 curves.setdefault(key, []).append((row["ipc"], row["top1"]))
     return {key: sorted(points) for key, points in curves.items()}
 
@@ -279,24 +280,32 @@ def measured_curves(root, dataset, arms, x_of):
 
 
 def draw_curves(axes, measured, paper):
-    """Colour says the networks, marker the method; measured: full lines with error bars; the paper's: dashed, open.
+    """Colour says the networks (the method, if all have one network), marker the method; dashed: the paper's.
 
     measured    {Curve: [(x, mean, std)]};   paper    {(method, teacher, student): [(x, top1)]}
     """
     networks = [(c.teacher, c.student) for c in measured] + [(_model(t), _model(s)) for _, t, s in paper]
     methods = [(ARM_METHODS.get(c.arm, c.arm), c.labels, c.recipe, c.variant) for c in measured]
     methods += [(m, "soft", "", "") for m, _, _ in paper]
-    colours = {network: COLOURS[n % len(COLOURS)] for n, network in enumerate(sorted(set(networks), key=_by_size))}
+    coloured = networks if len(set(networks)) > 1 else methods
+    order = sorted(set(networks), key=_by_size) if coloured is networks else list(dict.fromkeys(methods))
+    colours = {what: COLOURS[n % len(COLOURS)] for n, what in enumerate(order)}
     markers = {method: MARKERS[n % len(MARKERS)] for n, method in enumerate(dict.fromkeys(methods))}
-    styles = [(colours[n], markers[m]) for n, m in zip(networks, methods)]
-    for (key, points), (colour, marker) in zip(measured.items(), styles):
+    styles = [{"color": colours[what], "marker": markers[m]} for what, m in zip(coloured, methods)]
+    drawn = []
+    for (curve, points), style in _as_they_end(measured, styles):
         x, y, error = zip(*points)
-        axes.errorbar(x, y, error, color=colour, marker=marker, capsize=2, elinewidth=0.8, label=curve_title(key))
-    ends = sorted(zip(paper.items(), styles[len(measured) :]), key=lambda entry: -entry[0][1][-1][1])
-    for ((method, teacher, student), points), (colour, marker) in ends:  # listed as the lines end, the highest first
+        drawn.append(axes.errorbar(x, y, error, capsize=2, elinewidth=0.8, label=curve_title(curve), **style))
+    for ((method, teacher, student), points), style in _as_they_end(paper, styles[len(measured) :]):
         label = f"{method} ({network_title(_model(teacher), _model(student))}), paper"
-        style = {"linestyle": (0, (4, 2)), "linewidth": 1.1, "markerfacecolor": "white", "zorder": 1}
-        axes.plot(*zip(*points), color=colour, marker=marker, label=label, **style)
+        dashed = {"linestyle": (0, (4, 2)), "linewidth": 1.1, "markerfacecolor": "white", "zorder": 1}
+        drawn += axes.plot(*zip(*points), label=label, **dashed, **style)
+    axes.legend(handles=drawn, loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=2.2, labelspacing=0.35)
+
+
+def _as_they_end(curves, styles):
+    """((key, points), style) of each curve, the one that ends highest first: the legend reads as the lines do."""
+    return sorted(zip(curves.items(), styles), key=lambda entry: -entry[0][1][-1][1])
 
 
 def _model(title):
@@ -330,7 +339,6 @@ def ipc(args):
     draw_curves(axes, measured, paper)
     xs = sorted({point[0] for points in [*measured.values(), *paper.values()] for point in points})
     finish_axes(axes, "Images per class", xs)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=2.2, labelspacing=0.35)
     return figure
 
 
@@ -387,7 +395,6 @@ def time(args):
     figure, axes = plt.subplots(figsize=(COLUMN, 2.6))
     draw_curves(axes, measured, paper)
     finish_axes(axes, "Process-hours of distillation (paper: V100)", None)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=2.2, labelspacing=0.35)
     return figure
 
 
@@ -457,7 +464,8 @@ def tsne(args):
     for axes, (name, _), own, own_classes in zip(panels[0], sets, points[1:], classes[1:]):
         scatter_classes(axes, points[0], classes[0], own, own_classes, len(folders))
         axes.set_title(name)
-    legend_of_classes(figure, panels[0][-1], titles)
+    figure.subplots_adjust(wspace=0.06)
+    legend_of_classes(panels[0][-1], titles, "real test image" if args.split == "val" else "real training image")
     return figure
 
 
@@ -466,8 +474,9 @@ def class_colours(count):
 
     if count <= 8:
         return COLOURS[:count]
-    palette = matplotlib.colormaps["tab10" if count <= 10 else "tab20"]
-    return [palette(n % palette.N) for n in range(count)]
+    palette = [*matplotlib.colormaps["tab10" if count <= 10 else "tab20"].colors]
+    palette[7 if count <= 10 else 14] = matplotlib_rgb("darkslategray")  # the legend uses grey for all classes
+    return [palette[n % len(palette)] for n in range(count)]
 
 
 def scatter_classes(axes, real, real_classes, own, own_classes, count):
@@ -489,7 +498,7 @@ def matplotlib_rgb(colour):
     return to_rgb(colour)
 
 
-def legend_of_classes(figure, axes, titles):
+def legend_of_classes(axes, titles, real):
     from matplotlib.lines import Line2D
 
     dots = [
@@ -497,9 +506,16 @@ def legend_of_classes(figure, axes, titles):
         for colour, title in zip(class_colours(len(titles)), titles)
     ]
     kinds = [
-        Line2D([], [], marker="o", linestyle="", markersize=3, color="#888888", alpha=0.6, label="real"),
+        Line2D([], [], marker="o", linestyle="", markersize=3, color="#888888", alpha=0.6, label=real),
         Line2D(
-            [], [], marker="*", linestyle="", markersize=8, color="#888888", markeredgecolor="black", label="synthetic"
+            [],
+            [],
+            marker="*",
+            linestyle="",
+            markersize=8,
+            color="#888888",
+            markeredgecolor="black",
+            label="image of the set",
         ),
     ]
     axes.legend(

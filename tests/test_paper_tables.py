@@ -405,6 +405,16 @@ def test_markdown_latex_and_json_agree(results, tmp_path, capsys):
                 assert Path(row["result"]["path"]).is_file()
 
 
+def test_a_baseline_over_other_seeds_says_so(tmp_path, capsys):
+    name = {arm: images_name("cifar10", 10, arm) for arm in ("d4m", "random")}
+    for arm, n in (("d4m", 3), ("random", 2)):
+        fake(tmp_path, arm, "cifar10", 10, arm, name[arm], "convnet_w128", "convnet_w128", 50.0, n=n)
+    fake(tmp_path, "hard", "cifar10", 10, "d4m", name["d4m"], "convnet_w128", None, 40.0, labels="hard", n=3)
+    paper_tables.main(["--output_root", str(tmp_path), "--table", "1"])
+    [line] = [text for text in capsys.readouterr().out.splitlines() if "| 56.2 ± 0.4 |" in text]
+    assert [word.strip() for word in line.split("|")[9:-1]] == ["3", "50.0 ± 0.7 (n = 2)", "40.0 ± 1.0"]
+
+
 def test_what_was_not_run_is_blank(tmp_path, capsys):
     paper_tables.main(["--output_root", str(tmp_path)])
     text = capsys.readouterr().out

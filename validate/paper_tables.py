@@ -440,6 +440,13 @@ def scores(result, which="last"):
     return number(found["mean"], found["std"]) if found else ""
 
 
+def _baseline(row, which):
+    """The scores of a baseline, and how many students it has where that is not the row's n."""
+    found, n = row.get(which), row["result"]["last"]["n"] if row.get("result") else None
+    same = not found or found["last"]["n"] == n
+    return scores(found) + ("" if same else f" (n = {found['last']['n']})")
+
+
 COLUMNS = {
     "data set": lambda r: r["dataset"],
     "IPC": lambda r: str(r["ipc"] or ""),
@@ -450,8 +457,8 @@ COLUMNS = {
     "measured": lambda r: scores(r.get("result")),
     "best": lambda r: scores(r.get("result"), "best"),
     "n": lambda r: str(r["result"]["last"]["n"]) if r.get("result") else "",
-    "random real": lambda r: scores(r.get("random")),
-    "hard labels": lambda r: scores(r.get("hard")),
+    "random real": lambda r: _baseline(r, "random"),
+    "hard labels": lambda r: _baseline(r, "hard"),
 }
 
 
@@ -499,9 +506,12 @@ def columns_of(table, rows):
 NOTES = (
     "Top-1 in percent, mean ± sample standard deviation over n students; measured: last epoch, best: best epoch on "
     "the test set. random real: as many real images a class, same teacher and recipe; hard labels: the same images "
-    "with their class index. Blank: not run."
+    "with their class index; over n students too, where nothing else is said. Blank: not run."
 )
-COST_NOTES = "Seconds and peak GPU memory of stage 2, one image at a time as the paper, and 32. Blank: not run."
+COST_NOTES = (
+    "Seconds and peak GPU memory of stage 2, one image at a time as the paper, and 32 at a time. Blank: not run, for "
+    "memory also: not on a GPU."
+)
 OTHER_NOTES = "Top-1 in percent, mean ± sample standard deviation over n students; no cell above shows these."
 
 

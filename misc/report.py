@@ -26,6 +26,8 @@ ARMS = {
     "decoded": "decoded prototypes, no diffusion",
     "text": "text-to-image, no prototypes",
     "noise": "denoised noise, no prototypes (the release's random initialisation)",
+    "stm": "D4M, optimised further (STM)",
+    "d4m-g": "D4M of a larger data set (D4M-G)",
 }
 STAGES = {
     "teachers": "teacher, on the full data",
@@ -49,12 +51,13 @@ def accuracy_table(root, dataset, ipc):
         n = f"n = {' or '.join(map(str, counts))} seeds, mean ± sample std"
         lines += [f"{dataset}, {ipc} images a class, student {student}: top-1 of the last epoch, %, {n}", ""]
         lines += ["| trained on | soft labels | hard labels |", "|---|---:|---:|"]
-        for arm in sorted({r["arm"] for r in mine}, key=list(ARMS).index):
+        arms = {r["arm"] for r in mine}
+        for arm in [*filter(arms.__contains__, ARMS), *sorted(arms - set(ARMS))]:
             cells = [
                 " / ".join(scores(r) for r in mine if (r["arm"], r["labels"]) == (arm, kind)) or "not run"
                 for kind in ("soft", "hard")
             ]
-            lines.append(f"| {ARMS[arm]} | {cells[0]} | {cells[1]} |")
+            lines.append(f"| {ARMS.get(arm, arm)} | {cells[0]} | {cells[1]} |")
         for (name, arch), teacher in find_teachers(root).items():
             if name == dataset:
                 n = teacher["last"]["n"]

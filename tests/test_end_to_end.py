@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_paper_tables import fake
 
 from distillation import gen_prototype, gen_syn_image, random_real
 from matching import generate_soft_label, train_teacher
@@ -93,6 +94,16 @@ def test_digits_from_scans_to_the_report(tmp_path, capsys):
 
 def test_a_report_of_nothing_is_refused(tmp_path, refused):
     refused(report.main, ["--output_root", tmp_path, "--dataset", "digits", "--ipc", "2"], "no results of stage 4")
+
+
+def test_a_report_lists_every_arm(tmp_path, capsys):
+    for n, arm in enumerate(("foreign", "stm", "d4m", "random"), 1):
+        fake(tmp_path, arm, "imagenet", 10, arm, arm, "resnet18", "resnet18", 10.0 * n)
+    report.main(["--output_root", str(tmp_path), "--dataset", "imagenet", "--ipc", "10"])
+    rows = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if " ± 1.0 " in line]
+    assert [(name.strip().split(",")[0], score.strip()) for name, score in rows] == [
+        ("D4M", "30.0 ± 1.0"), ("random real images", "40.0 ± 1.0"), ("D4M", "20.0 ± 1.0"), ("foreign", "10.0 ± 1.0"),
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif("D4M_TEST_DATA" not in os.environ, reason="D4M_TEST_DATA names a folder of real photographs")

@@ -431,6 +431,23 @@ def test_what_was_not_run_is_blank(tmp_path, capsys):
             assert not any(row.get(name) for name in ("result", "random", "hard", "one", "batch"))
 
 
+def test_a_cost_is_the_papers_generators_at_512_pixels(tmp_path):
+    for name, batch_size, seconds in (("batch1", 1, 200.0), ("batch32", 32, 50.0)):
+        for n, (model, size) in enumerate((("sd-tiny", 512), (DEFAULT_CHECKPOINT, 256), (DEFAULT_CHECKPOINT, 512))):
+            folder = tmp_path / "cost" / name / "images" / f"imagenet_ipc10_s0.7_{n}"
+            folder.mkdir(parents=True)
+            made = {"model": model, "revision": None, "batch_size": batch_size, "prototype_arguments": {"size": size}}
+            (folder / "args.json").write_text(json.dumps(made))
+            (folder / "manifest.json").write_text(json.dumps({"count": 100}))
+            timing = {"units": 100, "process_seconds": seconds * (1 if n == 2 else 100), "cuda_mib": 6144}
+            (folder / "timing.json").write_text(json.dumps(timing))
+    found = paper_tables.find_costs(tmp_path, "imagenet")
+    assert found["one"] == {"sec_per_image": 2.0, "gpu_gb": 6.0, "count": 100}
+    assert found["batch"]["sec_per_image"] == 0.5
+    assert paper_tables.find_costs(tmp_path, "imagenet", "sd-tiny")["one"]["sec_per_image"] == 200
+    assert paper_tables.find_costs(tmp_path, "tiny_imagenet") == {"one": None, "batch": None}
+
+
 def test_a_missing_root_is_refused(tmp_path, refused):
     refused(paper_tables.main, ["--output_root", tmp_path / "nowhere"], "--output_root")
 

@@ -649,7 +649,7 @@ def main(argv=None):
 
 def generator_note(checkpoint):
     """What a table's heading says of images of another model than the paper's."""
-    return "" if checkpoint == DEFAULT_CHECKPOINT else f"Images by {checkpoint}, not the paper's Stable Diffusion v1-5"
+    return "" if checkpoint == DEFAULT_CHECKPOINT else f"Images by {checkpoint} (the paper: Stable Diffusion v1-5)"
 
 
 def show(table, rows, form, folder=None, addition=""):

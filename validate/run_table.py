@@ -432,7 +432,9 @@ def steps_of(cell, args):
     ipc = SMOKE_IPC if args.smoke else cell.ipc
     steps, folders = [], {}
     if cell.arm == "d4m-g" and args.classes:
-        refuse(f"--classes: not for d4m-g, which takes all classes of {DATASET_TITLES[cell.dataset]}")
+        refuse(
+            f"--classes: not for d4m-g, which takes every class of {DATASET_TITLES[cell.dataset]}; choose --method d4m"
+        )
     if trains_teachers(site):
         archs = {"resnet18": cell.arm == "stm", cell.teacher: True}
         steps += [teacher_step(cell.dataset, site, arch) for arch, needed in archs.items() if needed]
@@ -470,12 +472,10 @@ def steps_of(cell, args):
 
 def cost_steps(dataset, site):
     """Table 6: some images made one at a time, as the paper, and in batches; their timing.json says the rest."""
-    steps, folders = [], {}
-    ipc = SMOKE_IPC if site.smoke else COST_IPC
+    ipc, root = SMOKE_IPC if site.smoke else COST_IPC, f"{site.out}/cost"
+    steps, folders = [prototypes_step(dataset, site, ipc, root, site.cost_classes)], {}
     for key, name, batch_size in (("one", "batch1", 1), ("batch", "batch32", site.sd_batch)):
-        root = f"{site.out}/cost/{name}"
-        steps.append(prototypes_step(dataset, site, ipc, root, site.cost_classes))
-        steps.append(images_step(dataset, site, steps[-1], "d4m", root, batch_size))
+        steps.append(images_step(dataset, site, steps[0], "d4m", f"{root}/{name}", batch_size))
         folders[key] = steps[-1].folder
     return steps, folders
 
@@ -511,7 +511,8 @@ def print_plan(table, plan, estimated):
     steps = unique([step for _, own, _ in plan for step in own])
     done = sum(is_complete(step.folder) for step in steps)
     estimate = f"; left: {total(steps)} (estimates)" if estimated else ""
-    print(f"# Table {table}, {TITLES[table]}: {len(plan)} cells, {len(steps)} commands, {done} on disk{estimate}")
+    count = f"{len(plan)} cell{'s' * (len(plan) > 1)}, {len(steps)} commands"
+    print(f"# Table {table}, {TITLES[table]}: {count}, {done} on disk{estimate}")
     for cell, own, _ in plan:
         there = sum(is_complete(step.folder) for step in unique(own))
         alone = f"; {total(own)} if run alone" if estimated else ""

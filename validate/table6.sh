@@ -3,7 +3,7 @@
 # Seconds and peak GPU memory of stage 2, 100 images, one at a time as the paper and 32 at a time.
 # The paper: 2.7 s and 6.1 GB on a V100.
 # --plan says what it will do, time and disk; one cell: sh validate/table6.sh --dataset imagenet
-# --jobs 8: stages 1-3 on 8 GPUs, then one student a GPU; --smoke: the same commands at toy scale on a CPU, under 5 min.
+# --smoke: the same commands at toy scale on a CPU, in a minute.
 set -eu
 cd "$(dirname "$0")/.."
 

@@ -76,7 +76,9 @@ def main(argv=None):
             )
 
     origin = {"prototype_arguments": {**settings, "batch_size": None}, "prototypes": None, "prompts": None}
-    return synthesize_arms(args, ["d4m"], process, pipeline, precision, hashes, class_table(split), stream, origin)
+    return synthesize_arms(
+        args, ["d4m"], process, pipeline, precision, hashes, class_table(split), stream, origin, "stages 1 and 2"
+    )
 
 
 if __name__ == "__main__":

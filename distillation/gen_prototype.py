@@ -43,11 +43,10 @@ from scripts.runtime import (
     StopSignals,
     Stopwatch,
     add_process_flags,
-    append_log,
     generator,
     in_parts,
+    log_run,
     natural,
-    peak_memory,
     positive_int,
     refuse,
     result_of,
@@ -475,14 +474,7 @@ def main(argv=None):
             if pending:
                 result_of(pending)
 
-        append_log(
-            folder,
-            event="run",
-            rank=process.rank,
-            seconds=watch.seconds,
-            units=len(todo),
-            **peak_memory(process.device),
-        )
+        cost = log_run(folder, process, watch, len(todo))
         facts = {
             "dataset": args.dataset,
             "ipc": args.ipc,
@@ -495,7 +487,7 @@ def main(argv=None):
         if not missing:
             write_timing(folder)
     left = f"; {len(missing)} classes are left to other processes" if missing else ""
-    print(f"{folder}: {len(todo)} of {len(files)} classes made in {watch.seconds:.0f} s{left}")
+    print(f"{folder}: {len(todo)} of {len(files)} classes made in {cost}{left}")
     return folder
 
 

@@ -61,12 +61,11 @@ from scripts.runtime import (
     StopSignals,
     Stopwatch,
     add_process_flags,
-    append_log,
     finite,
     generator,
     in_parts,
+    log_run,
     natural,
-    peak_memory,
     positive_int,
     refuse,
     result_of,
@@ -510,11 +509,12 @@ def check_steps(arms, strength, steps):
         refuse(f"--num_inference_steps {steps}: at --strength {strength:g} no step is left")
 
 
-def synthesize_arms(args, arms, process, pipeline, precision, hashes, classes, stream, origin):
+def synthesize_arms(args, arms, process, pipeline, precision, hashes, classes, stream, origin, stages=None):
     """Make the image folder of every arm.
 
     stream    (positions, batch_size) -> iterator of (position, Prototypes); batch_size: of the encoder, if it has one
     origin    {flag: value} of where the prototypes are from
+    stages    for `log_run`: which stages the process runs, if `stream` is one itself
     """
     folders = []
     for arm in arms:
@@ -549,19 +549,12 @@ def synthesize_arms(args, arms, process, pipeline, precision, hashes, classes, s
                 signals,
                 quiet=not process.is_main,
             )
-            append_log(
-                folder,
-                event="run",
-                rank=process.rank,
-                seconds=watch.seconds,
-                units=made,
-                **peak_memory(process.device),
-            )
+            cost = log_run(folder, process, watch, made, stages)
             missing = finish_folder(folder, jobs, settings, classes)
             if not missing:
                 write_timing(folder)
         left = "; the rest is left to other processes" if missing else ""
-        print(f"{folder}: {made} of {len(jobs)} images made in {watch.seconds:.0f} s{left}")
+        print(f"{folder}: {made} of {len(jobs)} images made in {cost}{left}")
         folders.append(folder)
     return folders
 

@@ -27,8 +27,7 @@ from scripts.runtime import (
     StopSignals,
     Stopwatch,
     add_process_flags,
-    append_log,
-    peak_memory,
+    log_run,
     positive_int,
     refuse,
     this_process,
@@ -87,11 +86,11 @@ def main(argv=None):
                 refuse(error)
             save_png(folder / job.file, picture, size, {"source": job.file})
             signals.leave_if_asked()
-        append_log(folder, event="run", rank=process.rank, seconds=watch.seconds, units=len(todo), **peak_memory())
+        cost = log_run(folder, process, watch, len(todo))
         missing = finish_folder(folder, jobs, settings, classes)
         if not missing:
             write_timing(folder)
-    print(f"{folder}: {len(todo)} of {len(jobs)} images made in {watch.seconds:.0f} s")
+    print(f"{folder}: {len(todo)} of {len(jobs)} images made in {cost}")
     return folder
 
 

@@ -42,10 +42,9 @@ from scripts.runtime import (
     StopSignals,
     Stopwatch,
     add_process_flags,
-    append_log,
+    log_run,
     memory_for,
     natural,
-    peak_memory,
     refuse,
     this_process,
 )
@@ -194,14 +193,7 @@ def label_images(args, images, protocol, teachers, teacher_facts, process):
                     bar.update(len(x))
                 write_epoch(folder, epoch, drawn, torch.cat(logits).cpu())
                 signals.leave_if_asked()
-        append_log(
-            folder,
-            event="run",
-            rank=process.rank,
-            seconds=watch.seconds,
-            units=len(todo),
-            **peak_memory(process.device),
-        )
+        cost = log_run(folder, process, watch, len(todo))
         manifest_facts = {
             "dataset": images.dataset,
             "classes": [{"index": c, "folder": f} for c, f in enumerate(images.folders)],
@@ -214,7 +206,7 @@ def label_images(args, images, protocol, teachers, teacher_facts, process):
         if not missing:
             write_timing(folder)
     left = f"; {len(missing)} epochs are left to other processes" if missing else ""
-    print(f"{folder}: {len(todo)} of {epochs} epochs labelled in {watch.seconds:.0f} s{left}")
+    print(f"{folder}: {len(todo)} of {epochs} epochs labelled in {cost}{left}")
     return folder
 
 

@@ -720,7 +720,8 @@ class EpochLabels:
 # ---- feeding
 
 
-KEPT_BYTES = 2**28
+KEPT_BYTES = 2**28  # of replayed batches
+RESIDENT_SHARE = 0.5  # of the free GPU memory that images may take; networks and batches need the rest
 
 
 class Item(NamedTuple):
@@ -744,7 +745,8 @@ class Feed(torch.utils.data.Dataset):
     """Item (epoch, number) -> that whole batch, replayed from stored labels or drawn from the seed.
 
     One `__getitem__` is one batch, so stock PyTorch loads it (`batch_size=None`) and worker processes live for all
-    epochs. On a CUDA device that has room for the images they are kept there and cropped there, with the same bytes.
+    epochs. On a CUDA device that has room for the images they are kept there and cropped there, with the same bytes;
+    else Pillow crops them on the CPU, and a warning says so.
 
     arrays    list of (H, W, 3) uint8; emptied when they have gone to the device
     labels    (folder, {file: sha256}) of stored labels, or None
@@ -762,10 +764,21 @@ class Feed(torch.utils.data.Dataset):
         self.resident = self._on_device()
 
     def _on_device(self):
-        if self.device.type != "cuda" or len(self.sizes.unique(dim=0)) > 1:
+        if self.device.type != "cuda":
+            return None
+        shapes = self.sizes.unique(dim=0).tolist()
+        if len(shapes) > 1:
+            warn(
+                f"images of {len(shapes)} sizes, such as {shapes[0]} and {shapes[-1]}: cropped on the CPU, not the GPU"
+            )
             return None
         needed = sum(array.nbytes for array in self.arrays)
-        if needed > 0.5 * torch.cuda.mem_get_info(self.device)[0]:
+        room = RESIDENT_SHARE * torch.cuda.mem_get_info(self.device)[0]
+        if needed > room:
+            warn(
+                f"the images need {needed / 2**30:.2f} GiB of GPU memory, {room / 2**30:.2f} GiB may be used for them "
+                f"({RESIDENT_SHARE:.0%} of what is free): cropped on the CPU"
+            )
             return None
         resident = torch.empty((len(self.arrays), *self.arrays[0].shape), dtype=torch.uint8, device=self.device)
         for i in range(0, len(self.arrays), 1024):

@@ -38,7 +38,7 @@ from scripts.runtime import (
     add_process_flags,
     append_log,
     generator,
-    peak_memory,
+    log_run,
     positive_int,
     refuse,
     this_process,
@@ -230,19 +230,12 @@ def main(argv=None):
                 append_log(folder, event="batch", batch=number, **losses)
                 bar.set_postfix(losses)
                 signals.leave_if_asked()
-        append_log(
-            folder,
-            event="run",
-            rank=process.rank,
-            seconds=watch.seconds,
-            units=sum(len(batch) for _, (_, batch) in todo),
-            **peak_memory(process.device),
-        )
+        cost = log_run(folder, process, watch, sum(len(batch) for _, (_, batch) in todo))
         missing = finish_folder(folder, jobs, settings, classes)
         if not missing:
             write_timing(folder)
     left = "; the rest is left to other processes" if missing else ""
-    print(f"{folder}: {len(todo)} of {len(batches)} batches made in {watch.seconds:.0f} s{left}")
+    print(f"{folder}: {len(todo)} of {len(batches)} batches made in {cost}{left}")
     return folder
 
 

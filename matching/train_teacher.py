@@ -64,13 +64,12 @@ from scripts.runtime import (
     StopSignals,
     Stopwatch,
     add_process_flags,
-    append_log,
     finite,
     generator,
     join_processes,
+    log_run,
     memory_for,
     natural,
-    peak_memory,
     positive_int,
     refuse,
     this_process,
@@ -306,13 +305,13 @@ def main(argv=None):
                 "top1": result["last"]["top1"],
                 "train_sha256": train.digest() if train.arrays is not None else None,
             }
-            append_log(folder, event="run", rank=0, seconds=watch.seconds, units=units, **peak_memory(process.device))
+            cost = log_run(folder, process, watch, units)
             write_manifest(folder, "teacher", settings, ["model.safetensors", "results.json"], manifest_facts)
             # after the manifest: killed in between, the run goes on from here and not from the beginning
             checkpoint_path(folder, args.seed).unlink(missing_ok=True)
             write_timing(folder)
             last = result["last"]
-            print(f"{folder}: top-1 {last['top1']:.2f}, top-5 {last['top5']:.2f} in {watch.seconds:.0f} s")
+            print(f"{folder}: top-1 {last['top1']:.2f}, top-5 {last['top5']:.2f} in {cost}")
     if accelerator:
         accelerator.end_training()
     return folder

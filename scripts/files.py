@@ -493,7 +493,8 @@ def check_file(flag, folder, name, manifest):
 def write_timing(folder):
     """`folder`/timing.json from the `event: run` lines of its log.jsonl, over all processes and restarts.
 
-    seconds: the longest-working process's sum; process_seconds: of all; units, host_mib, cuda_mib (peaks).
+    seconds: the longest-working process's sum; process_seconds: of all; units; host_mib, cuda_mib: a process's largest
+    peak, of this stage alone but where "since_start_of_process" or "peak_of" (which stages) stands beside it.
     """
     by_rank, total = {}, {"units": 0}
     for line in (Path(folder) / LOG).read_text(encoding="utf-8", errors="replace").splitlines():
@@ -507,6 +508,7 @@ def write_timing(folder):
             for name in ("host_mib", "cuda_mib"):
                 if name in row:
                     total[name] = max(total.get(name, 0), row[name])
+            total |= {name: row[name] for name in ("since_start_of_process", "peak_of") if name in row}
     seconds = {
         "seconds": round(max(by_rank.values(), default=0), 2),
         "process_seconds": round(sum(by_rank.values()), 2),

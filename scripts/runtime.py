@@ -160,7 +160,7 @@ def this_process(device="auto", shard="0/1") -> Process:
 
     Shard i of n of a job of w processes holds ranks i*w .. i*w + w - 1 of n*w: shards and processes compose.
     Refuses a WORLD_SIZE that nobody gave this process a rank in, which would do all the work in every process.
-    From here on a stop signal leaves with status 75.
+    From here on a stop signal leaves with status 75, and `peak_memory` is that of this stage.
     """
     _leave_at_once()
     world, rank, local_rank = _environment("WORLD_SIZE", 1), _environment("RANK", 0), _environment("LOCAL_RANK", 0)
@@ -173,7 +173,9 @@ def this_process(device="auto", shard="0/1") -> Process:
     index, _, count = str(shard).partition("/")
     if not (re.fullmatch("[0-9]{1,9}", index) and re.fullmatch("[0-9]{1,9}", count) and int(index) < int(count)):
         refuse(f"--shard {shard}: expected I/N with 0 <= I < N, such as 0/2")
-    return Process(int(index) * world + rank, int(count) * world, resolve_device(device, local_rank))
+    process = Process(int(index) * world + rank, int(count) * world, resolve_device(device, local_rank))
+    _forget_peak(process.device)
+    return process
 
 
 def _environment(name, default):
@@ -298,14 +300,63 @@ def append_log(folder, **row):
         warn(f"{path}: cannot be written: {error.strerror}")
 
 
+PROC = Path("/proc/self")  # Linux: the high-water mark of resident memory can be read there, and set back
+
+
 def peak_memory(device=None):
-    """Peak memory of this process so far, in MiB: resident, and allocated on the CUDA device."""
-    # ru_maxrss is in KiB on Linux and in bytes on macOS
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    peak = {"host_mib": round(host)}
+    """Peak memory of this process, in MiB: resident (shared pages included), and allocated on the CUDA device.
+
+    Since `this_process` was called or a run was logged; where the system cannot set its mark back, since the process
+    began, and "since_start_of_process" says so. Reading processes count for themselves.
+    """
+    peak = {"host_mib": round(_resident_peak())}
     if device is not None and torch.device(device).type == "cuda":
         peak["cuda_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
+    if _whole_process:
+        peak["since_start_of_process"] = True
     return peak
+
+
+def _resident_peak():
+    """MiB"""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^VmHWM:\s+(\d+) kB", (PROC / "status").read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) / 2**10
+    # in bytes on macOS; on Linux in KiB, and the mark of a larger parent outlives the start of a new program
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+_whole_process = False  # whether the mark could not be set back
+
+
+def _forget_peak(device):
+    """From here on, `peak_memory` is that of what follows (and of what is still held)."""
+    global _whole_process
+    try:
+        (PROC / "clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+    except OSError:
+        _whole_process = True
+    if device.type == "cuda":
+        torch.cuda.init()  # or there is nothing that could be reset
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def log_run(folder, process, watch, units, stages=None):
+    """The line of `folder`/log.jsonl from which timing.json is made; returns "12 s, peak memory 1.2 GiB", to print.
+
+    watch    a Stopwatch; units: how many this process made
+    stages   which ones, if more than the folder's own ran in this process: their peak is one
+    """
+    peak = peak_memory(process.device)
+    of = {"peak_of": stages} if stages else {}
+    append_log(folder, event="run", rank=process.rank, seconds=watch.seconds, units=units, **peak, **of)
+    _forget_peak(process.device)
+    words = [f"{watch.seconds:.0f} s, peak memory {peak['host_mib'] / 2**10:.2f} GiB"]
+    if "cuda_mib" in peak:
+        words.append(f"{peak['cuda_mib'] / 2**10:.2f} GiB on the GPU")
+    note = stages or ("the whole process" if _whole_process else "")
+    return ", ".join(words) + (f" ({note})" if note else "")
 
 
 class Stopwatch:

@@ -95,8 +95,9 @@ def test_image_folders_have_torchvisions_class_indices(made):
     assert folder.classes == ["0", "1", "2"] and folder.targets == [0, 0, 1, 1, 2, 2]
 
 
-def test_distill_makes_the_same_pngs_without_a_prototype_file(made, model):
+def test_distill_makes_the_same_pngs_without_a_prototype_file(made, model, capsys):
     [folder] = distill.main([*STAGE_1, *model, "--num_inference_steps", "5"])
+    assert capsys.readouterr().out.endswith("GiB (stages 1 and 2)\n")
     assert folder.name == made[1].name
     theirs = {k: v for k, v in tree(made[1]).items() if k.endswith(".png")}
     assert {k: v for k, v in tree(folder).items() if k.endswith(".png")} == theirs and len(theirs) == 6

@@ -78,10 +78,15 @@ def test_digits_from_scans_to_the_report(tmp_path, capsys):
     data = ["--dataset", "digits", "--classes", "0-2", "--max_images_per_class", "30"]
     images, results = run_all(tmp_path / "out", data, MODEL, 32, 8, ["d4m", "decoded"])
     assert len(images) == 3 and len(results) == 6
+    printed = capsys.readouterr().out.splitlines()
+    for timing in (tmp_path / "out").rglob("timing.json"):  # every stage's, and its line says the same
+        mib = json.loads(timing.read_text())["host_mib"]
+        [line] = [line for line in printed if line.startswith(f"{timing.parent}: ")]
+        assert line.endswith(f"s, peak memory {mib / 2**10:.2f} GiB") and mib > 100
+    assert len(list((tmp_path / "out").rglob("timing.json"))) == 1 + 3 + 1 + 3 + 6
     for result in results.values():
         last = result["summary"]["last"]["top1"]
         assert last["n"] == 2 and len(last["values"]) == 2 and result["arguments"]["model"] == "convnet_mini"
-    capsys.readouterr()
     report.main(["--output_root", str(tmp_path / "out"), "--dataset", "digits", "--ipc", "2"])
     printed = capsys.readouterr().out
     mean = results[images[0].name, "hard"]["summary"]["last"]["top1"]["mean"]

@@ -217,6 +217,18 @@ def test_images_on_the_device_give_the_same_batch(stored):
     assert torch.equal(on_device.mixed(part), drawn.mixed(whole)[[1, 3]])
 
 
+def test_images_that_do_not_fit_the_gpu_are_cropped_on_the_cpu_with_a_warning(stored, monkeypatch, capsys):
+    _, drawn, _ = stored
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**15, 2**30))  # 21 images have 63 KiB
+    feed = Feed(list(drawn.arrays), _set_of(drawn), drawn.protocol, "cuda")
+    assert feed.resident is None and len(feed.arrays) == 21
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: the images need 0.00 GiB") and "cropped on the CPU" in line
+    mixed = [*drawn.arrays[1:], np.zeros((40, 32, 3), np.uint8)]
+    assert Feed(mixed, _set_of(drawn), drawn.protocol, "cuda").resident is None
+    assert "images of 2 sizes, such as [32, 32] and [40, 32]" in capsys.readouterr().err
+
+
 def _set_of(feed):
     return type("Images", (), {"folders": CLASSES, "dataset": "digits"})
 

@@ -43,8 +43,9 @@ def arguments(images, weights, out, *more):
     return [str(a) for a in argv]
 
 
-def test_stm_resumes_to_the_same_bytes(images, weights, tmp_path):
+def test_stm_resumes_to_the_same_bytes(images, weights, tmp_path, capsys):
     whole = stm.main(arguments(images, weights, tmp_path / "a"))
+    assert " s, peak memory " in capsys.readouterr().out and "host_mib" in (whole / "timing.json").read_text()
     assert whole.name == f"{images.name}_stm_it2_b3"
     manifest = json.loads((whole / "manifest.json").read_text())
     assert manifest["arm"] == "stm" and manifest["count"] == 8 and manifest["image_size"] == 32

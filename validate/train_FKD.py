@@ -88,13 +88,12 @@ from scripts.runtime import (
     StopSignals,
     Stopwatch,
     add_process_flags,
-    append_log,
     finite,
     generator,
     join_processes,
+    log_run,
     memory_for,
     natural,
-    peak_memory,
     refuse,
     this_process,
 )
@@ -386,10 +385,8 @@ def main(argv=None):
             watch = Stopwatch()
             units = train(args, inputs, test, recipe, chunk, folder, process, forward, accelerator)
             if process.is_main:
-                append_log(
-                    folder, event="run", rank=0, seconds=watch.seconds, units=units, **peak_memory(process.device)
-                )
-                finish_folder(folder, settings, inputs, args.seeds, watch.seconds)
+                cost = log_run(folder, process, watch, units)
+                finish_folder(folder, settings, inputs, args.seeds, cost)
     if accelerator:
         accelerator.end_training()
     return folder
@@ -424,8 +421,8 @@ def train(args, inputs, test, recipe, chunk, folder, process, forward, accelerat
         return train_students(job, args.seeds, folder, feed, process, forward, test_model, track, args.num_workers)
 
 
-def finish_folder(folder, settings, inputs, seeds, seconds):
-    """results.json and the manifest."""
+def finish_folder(folder, settings, inputs, seeds, cost):
+    """results.json and the manifest; cost: what `log_run` says."""
     images = inputs.images
     top1 = write_results(folder, settings, images, inputs.teacher_facts, seeds)["summary"]["last"]["top1"]
     files = ["results.json", *(f"{name}{seed}.{end}" for seed in seeds for name, end in SEED_FILES)]
@@ -434,7 +431,7 @@ def finish_folder(folder, settings, inputs, seeds, seconds):
     write_manifest(folder, "student", settings, files, facts)
     write_timing(folder)
     spread = "" if top1["std"] is None else f" +- {top1['std']:.2f}"
-    print(f"{folder}: top-1 {top1['mean']:.2f}{spread} (n = {top1['n']}) in {seconds:.0f} s")
+    print(f"{folder}: top-1 {top1['mean']:.2f}{spread} (n = {top1['n']}) in {cost}")
 
 
 def whole_blocks(rows, count):

@@ -1,7 +1,10 @@
 """Stable Diffusion checkpoints: a pipeline from a hub id, a folder or a single file, and a hash of its weights."""
 
+import contextlib
 import hashlib
 import json
+import logging
+import re
 from pathlib import Path
 
 import torch
@@ -57,7 +60,8 @@ def load_pipeline(
     vae_only        load nothing but the VAE (stage 1): 0.3 GB instead of 4 GB
     config          for a single file: where its configuration is, if not on the hub
     safety_checker  keep the checkpoint's safety checker (it replaces flagged images by black ones)
-    Refuses, in one line, a checkpoint that is missing, gated, or not a Stable Diffusion. Reads safetensors only.
+    Refuses, in one line, a checkpoint that is missing, gated, incomplete, or not a Stable Diffusion. Reads safetensors
+    only.
     """
     absent = {} if safety_checker else {"safety_checker": None, "feature_extractor": None}
     if vae_only:
@@ -76,21 +80,40 @@ def load_pipeline(
     if path.is_dir() and not (path / "model_index.json").is_file():
         refuse(f"{flag}: this folder has no model_index.json, so it is no pipeline in diffusers format")
     try:
-        if path.is_file():
-            pipeline = cls.from_single_file(str(path), config=config, **arguments)
-        else:
-            pipeline = cls.from_pretrained(checkpoint, revision=revision, variant=variant, **arguments)
+        with _logged("diffusers", "transformers") as messages:
+            if path.is_file():
+                pipeline = cls.from_single_file(str(path), config=config, **arguments)
+            else:
+                pipeline = cls.from_pretrained(checkpoint, revision=revision, variant=variant, **arguments)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         hint = "" if path.exists() else HUB_HINT.format(checkpoint)
         if path.is_file() and config is None:
             hint = ". Without internet its configuration has to be named: --single_file_config DIR"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         refuse(f"{flag}: cannot be loaded: {reason}{hint}")
+    random = next((text for text in messages if "newly initialized" in text), None)
+    if random:  # both libraries fill such gaps with random numbers and go on
+        name = re.search(r"^(\S.*?)\s*\|\s*MISSING", random, re.MULTILINE) or re.search(r"\['(.*?)'", random)
+        refuse(f"{flag}: weights are missing from it{f', first {name[1]}' if name else ''}")
     pipeline.set_progress_bar_config(disable=True)
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     hashes = {f"{name}_sha256": weights_hash(network) for name, network in networks.items()}
     cast(pipeline, DTYPES[dtype])
     return pipeline.to(device), hashes
+
+
+@contextlib.contextmanager
+def _logged(*names):
+    """The warnings that these loggers write inside."""
+    messages, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    for name in names:
+        logging.getLogger(name).addHandler(handler)
+    try:
+        yield messages
+    finally:
+        for name in names:
+            logging.getLogger(name).removeHandler(handler)
 
 
 def cast(pipeline, dtype):

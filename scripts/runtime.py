@@ -174,7 +174,7 @@ def this_process(device="auto", shard="0/1") -> Process:
     if not (re.fullmatch("[0-9]{1,9}", index) and re.fullmatch("[0-9]{1,9}", count) and int(index) < int(count)):
         refuse(f"--shard {shard}: expected I/N with 0 <= I < N, such as 0/2")
     process = Process(int(index) * world + rank, int(count) * world, resolve_device(device, local_rank))
-    _forget_peak(process.device)
+    forget_peak_memory(process.device)
     return process
 
 
@@ -330,7 +330,7 @@ def _resident_peak():
 _whole_process = False  # whether the mark could not be set back
 
 
-def _forget_peak(device):
+def forget_peak_memory(device):
     """From here on, `peak_memory` is that of what follows (and of what is still held)."""
     global _whole_process
     try:
@@ -351,7 +351,7 @@ def log_run(folder, process, watch, units, stages=None):
     peak = peak_memory(process.device)
     of = {"peak_of": stages} if stages else {}
     append_log(folder, event="run", rank=process.rank, seconds=watch.seconds, units=units, **peak, **of)
-    _forget_peak(process.device)
+    forget_peak_memory(process.device)
     words = [f"{watch.seconds:.0f} s, peak memory {peak['host_mib'] / 2**10:.2f} GiB"]
     if "cuda_mib" in peak:
         words.append(f"{peak['cuda_mib'] / 2**10:.2f} GiB on the GPU")

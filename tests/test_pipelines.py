@@ -118,6 +118,36 @@ def test_stage_1_loads_only_the_vae(encoder, synthesis):
     assert synthesis.safety_checker is None
 
 
+def rewritten(tiny_sd, tmp_path, part, change):
+    """The checkpoint with the weights of one network passed through `change`."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(tiny_sd, tmp_path / "copy")
+    [path] = (copy / part).glob("*.safetensors")
+    save_file(change(load_file(path)), path, {"format": "pt"})
+    return copy
+
+
+def test_the_hubs_older_names_of_the_text_encoders_weights_are_read(synthesis, tiny_sd, tmp_path):
+    """As in stable-diffusion-v1-5's own file."""
+    old = rewritten(tiny_sd, tmp_path, "text_encoder", lambda w: {f"text_model.{k}": v for k, v in w.items()})
+    _, hashes = load_pipeline(StableDiffusionLatents2ImgPipeline, str(old), torch.device("cpu"), "fp32")
+    assert hashes["text_encoder_sha256"] == weights_hash(synthesis.text_encoder)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+def test_a_checkpoint_that_lacks_weights_is_refused(part, tiny_sd, tmp_path, refused):
+    """The libraries would fill the gap with random numbers."""
+    lacking = rewritten(tiny_sd, tmp_path, part, lambda w: dict(list(w.items())[1:]))
+    refused(
+        lambda argv: load_pipeline(StableDiffusionLatents2ImgPipeline, *argv, torch.device("cpu"), "fp32"),
+        [lacking],
+        "--diffusion_checkpoints_path",
+    )
+
+
 def test_a_single_file_gives_the_same_networks_as_the_folder(synthesis, tiny_sd, tmp_path, refused):
     path = tmp_path / "v1.safetensors"
     save_file(single_file(synthesis), path)

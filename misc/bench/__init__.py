@@ -1,0 +1,1 @@
+"""What `python -m misc.benchmark` is made of."""

@@ -101,7 +101,8 @@ def encode_batch(pipeline, images, keys, names, limit):
     """(B, 3, S, S) uint8 -> (B, 4, S/8, S/8) float16 latents; image i's noise comes from generator(*keys[i])."""
 
     def encode(rows):
-        pixels = images[rows].to(pipeline.vae.device, non_blocking=True) / 255
+        part = images if len(rows) == len(images) else images[rows]  # no copy of a whole batch
+        pixels = part.to(pipeline.vae.device, non_blocking=True) / 255
         latents = pipeline(pixels, [generator(*keys[i]) for i in rows])
         return latents.to(torch.float16).cpu().contiguous()  # the VAE may answer in channels_last
 
@@ -135,6 +136,7 @@ def encode_classes(pipeline, split, positions, size, batch_size, seed, num_worke
         num_workers=num_workers,
         collate_fn=gather,
         prefetch_factor=4 if num_workers else None,
+        pin_memory=pipeline.vae.device.type == "cuda",
     )
     waiting, latents, skipped, seen = {p: len(split.items[p]) for p in positions}, [], [], set()
     with tqdm(total=sum(waiting.values()), desc="encode", unit="image", disable=quiet) as bar:

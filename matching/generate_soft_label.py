@@ -16,6 +16,7 @@ if __name__ == "__main__" and not __package__:  # run by path, our packages woul
     sys.exit(2)
 
 import argparse
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -143,6 +144,19 @@ def name_extras(use_fp16, amp, channels_last):
     return {"fp16": (use_fp16, True), "amp": (amp, "none"), "channelslast": (channels_last, False)}
 
 
+def label_epoch(feed, items, batches, teachers, amp, channels_last, half, bar):
+    """The next `batches` items of `feed` and the teachers' logits of them, on the CPU: [Batch], (N, classes)."""
+    drawn, logits = [], []
+    for item in islice(items, batches):
+        x = feed.mixed(item)
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        drawn.append(item.batch)
+        logits.append(teacher_logits(teachers, x, amp, half))  # stays on the device: nothing waits within an epoch
+        bar.update(len(x))
+    return drawn, torch.cat(logits).cpu()
+
+
 def main(argv=None):
     args = get_args(argv)
     process = this_process(args.device, args.shard)
@@ -181,17 +195,11 @@ def label_images(args, images, protocol, teachers, teacher_facts, process):
         bar = tqdm(total=len(todo) * count, desc="soft labels", unit="image", disable=not process.is_main)
         with StopSignals() as signals, bar:
             for epoch in todo:
-                drawn, logits = [], []
-                for _ in range(batches):
-                    item = next(loader)
-                    x = feed.mixed(item)
-                    if args.channels_last:
-                        x = x.contiguous(memory_format=torch.channels_last)
-                    drawn.append(item.batch)
-                    with memory_for("in labelling", "use --amp bf16, or fewer teachers at once"):
-                        logits.append(teacher_logits(teachers, x, args.amp, args.use_fp16))
-                    bar.update(len(x))
-                write_epoch(folder, epoch, drawn, torch.cat(logits).cpu())
+                with memory_for("in labelling", "use --amp bf16, or fewer teachers at once"):
+                    drawn, logits = label_epoch(
+                        feed, loader, batches, teachers, args.amp, args.channels_last, args.use_fp16, bar
+                    )
+                write_epoch(folder, epoch, drawn, logits)
                 signals.leave_if_asked()
         cost = log_run(folder, process, watch, len(todo))
         manifest_facts = {

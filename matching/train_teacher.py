@@ -336,7 +336,7 @@ def train_teacher(args, recipe, settings, folder, train, val, process, forward):
         train, size, recipe, recipe.batch_size, args.seed, (args.min_scale_crops, args.max_scale_crops),
         settings["bn_batch"], process.rank, process.world,
     )  # fmt: skip
-    pixels, targets = validation_pixels(val, size, process.rank, process.world, args.num_workers)
+    pixels, targets = validation_pixels(val, size, device, process.rank, process.world, args.num_workers)
     keys = data.batches(first, recipe.epochs)
     workers = args.num_workers if data.arrays is None else 0
     loader = iter(DataLoader(data, batch_size=None, sampler=keys, num_workers=workers, generator=torch.Generator()))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from distillation.datasets import DATASETS, BadImage, squash
-from matching.soft_labels import in_threads, normalise
+from matching.soft_labels import fits_gpu, in_threads, normalise
 from scripts.files import atomic
 from scripts.runtime import positive_int, refuse, seed_of
 
@@ -236,8 +236,8 @@ class Average:
 # ---- evaluation
 
 
-def validation_pixels(split, size, rank=0, world=1, num_workers=0, flag="--val_dir"):
-    """Test images of this rank as bytes: (n, size, size, 3) uint8 and (n,) class indices.
+def validation_pixels(split, size, device, rank=0, world=1, num_workers=0, flag="--val_dir"):
+    """Test images of this rank as bytes: (n, size, size, 3) uint8 and (n,) class indices; on a GPU if they fit there.
 
     Small data sets (CIFAR, Tiny-ImageNet, digits) are taken whole; others are resized to size * 256 / 224 on the
     shorter side and cropped in the middle, as the release.
@@ -257,7 +257,10 @@ def validation_pixels(split, size, rank=0, world=1, num_workers=0, flag="--val_d
     for problem in in_threads(read, range(len(items)), num_workers, "reading test images"):
         if problem:
             refuse(f"{flag} {problem}")
-    return torch.from_numpy(out), torch.tensor([c for _, c in items], dtype=torch.int64)
+    pixels, targets = torch.from_numpy(out), torch.tensor([c for _, c in items], dtype=torch.int64)
+    if device.type == "cuda" and fits_gpu("the test images", out.nbytes, device, "sent there at every test"):
+        return pixels.to(device), targets.to(device)
+    return pixels, targets
 
 
 def centre_crop(image, size):
@@ -278,13 +281,14 @@ def evaluate(model, pixels, targets, forward, mean, std, world=1, rows=256):
     """
     model.eval()
     device = forward.device
-    correct = torch.zeros(3, dtype=torch.int64, device=device)
+    correct = torch.zeros(3, dtype=torch.int64, device=device)  # top-1, top-5, images: read back once
+    correct[2] = len(targets)
     for part, target in zip(pixels.split(rows), targets.split(rows)):
         x = forward.lay_out(normalise(part.to(device, non_blocking=True), mean, std))
         outputs = forward(model, x)
         best = outputs.topk(min(5, outputs.shape[1]), 1).indices
-        hits = best == target.to(device)[:, None]
-        correct += torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(target), device=device)])
+        hits = best == target.to(device, non_blocking=True)[:, None]
+        correct[:2] += torch.stack([hits[:, 0].sum(), hits.sum()])
     sum_over_ranks([correct], world)
     top1, top5, count = correct.tolist()
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}

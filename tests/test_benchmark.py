@@ -5,6 +5,7 @@ import torch
 from conftest import tree
 
 from misc import benchmark
+from misc.bench import costs, measure, memory, networks, tables
 from scripts.files import read_json
 
 
@@ -54,13 +55,13 @@ def test_operation_counts_are_those_of_the_real_configuration(result):
 
 def test_the_real_networks_have_the_known_sizes():
     with torch.device("meta"):
-        vae, unet, text = benchmark.networks(True, 512)
+        vae, unet, text = networks.networks(True, 512)
     millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (vae, unet, text)]
     assert millions == pytest.approx([83.65, 859.52, 123.06], abs=0.01)
 
 
 def test_memory_of_stage_2_is_that_of_one_class(tmp_path):
-    small = benchmark.sparse_prototypes(tmp_path, 3, 50, "safetensors")
+    small = memory.sparse_prototypes(tmp_path, 3, 50, "safetensors")
     folder, size = small
     assert size > 3 * 50 * 4 * 64 * 64 * 2
     assert sum(p.stat().st_blocks * 512 for p in folder.glob("*.safetensors")) < size / 10  # holes
@@ -68,7 +69,7 @@ def test_memory_of_stage_2_is_that_of_one_class(tmp_path):
 
 
 def test_costs_are_marked_and_prefer_a_gpu(result, tmp_path):
-    text = benchmark.costs([result[0]])
+    text = costs.costs([result[0]])
     assert "Rates of a GPU: estimated" in text
     cells = [
         c.strip()
@@ -77,9 +78,9 @@ def test_costs_are_marked_and_prefer_a_gpu(result, tmp_path):
         for c in line.split("|")[2:-1]
     ]
     assert cells and all(cell[-2:] in (" m", " c", " e") for cell in cells)
-    rows = [{"what": what, "ours": 100.0} for what in benchmark.GPU_ROWS.values()]
+    rows = [{"what": what, "ours": 100.0} for what in costs.GPU_ROWS.values()]
     gpu = {"machine": {"gpu": "Some GPU"}, "rows": rows, "facts": {}}
-    text = benchmark.costs([result[0], gpu])
+    text = costs.costs([result[0], gpu])
     assert "measured on Some GPU" in text and "| 2 synthesis | 100 s c |" in text
 
 
@@ -87,7 +88,7 @@ def test_a_row_knows_whether_its_target_is_met():
     times = {"release": [(4.0, 2.0), (4.0, 2.0)], "ours": [(1.0, 1.0), (1.0, 0.5)]}
     facts = {"same": "same", "target": 2.5}
     counts = {"release": 100, "ours": 100}
-    row = benchmark.compare(3, "feeding", "image", times, counts, torch.device("cpu"), **facts)
+    row = measure.compare(3, "feeding", "image", times, counts, torch.device("cpu"), **facts)
     assert row["ratios"] == [2, 4] and row["ratio"] == 3 and row["ours"] == 150 and row["met"]
-    assert not benchmark.compare(3, "x", "image", times, counts, torch.device("cpu"), least=1000, **facts)["met"]
-    assert "2.5x: met" in benchmark.table([row])
+    assert not measure.compare(3, "x", "image", times, counts, torch.device("cpu"), least=1000, **facts)["met"]
+    assert "2.5x: met" in tables.table([row])

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from matching.soft_labels import (
     rows_needed,
     write_epoch,
 )
-from scripts.files import read_json
+from scripts.files import read_json, sha256
 from scripts.runtime import generator
 
 
@@ -223,7 +224,9 @@ def test_images_that_do_not_fit_the_gpu_are_cropped_on_the_cpu_with_a_warning(st
     feed = Feed(list(drawn.arrays), _set_of(drawn), drawn.protocol, "cuda")
     assert feed.resident is None and len(feed.arrays) == 21
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: the images need 0.00 GiB") and "cropped on the CPU" in line
+    assert (
+        line.startswith("warning: the images need 0.1 MiB of GPU memory, 0.0 MiB may") and "cropped on the CPU" in line
+    )
     mixed = [*drawn.arrays[1:], np.zeros((40, 32, 3), np.uint8)]
     assert Feed(mixed, _set_of(drawn), drawn.protocol, "cuda").resident is None
     assert "images of 2 sizes, such as [32, 32] and [40, 32]" in capsys.readouterr().err
@@ -240,6 +243,42 @@ def test_small_sets_are_replayed_once_for_all_seeds(stored, monkeypatch):
     _, drawn, _ = stored
     feed = Feed(drawn.arrays, _set_of(drawn), drawn.protocol, "cpu")
     assert len(list(feed.loader([(0, 0), (0, 1), (0, 0), (0, 1)]))) == 4 and len(calls) == 2
+
+
+def test_the_next_epochs_labels_are_hashed_and_checked_ahead(tmp_path, monkeypatch, refused):
+    """Beside the training of this one, in another thread; each file once, and none is used unchecked."""
+    root, hashed, folder = make_images(tmp_path, ipc=7), [], tmp_path / "labels"
+    folder.mkdir()
+    arrays, images = load_pixels("--data", open_images("--data", root))
+    drawn = Feed(arrays, images, protocol(), "cpu")
+    keys = [(epoch, b) for epoch in range(3) for b in range(3)]
+    for epoch in range(3):
+        batches = [item.batch for item in drawn.loader([(epoch, b) for b in range(3)])]
+        write_epoch(folder, epoch, batches, torch.randn(21, 3, generator=generator(epoch)).half())
+    digests = {path.name: sha256(path) for path in folder.iterdir()}
+    main, original = threading.get_ident(), soft_labels.sha256
+
+    def noted(path):
+        hashed.append((path.name, threading.get_ident() != main))
+        return original(path)
+
+    monkeypatch.setattr(soft_labels, "sha256", noted)
+    monkeypatch.setattr(soft_labels, "KEPT_BYTES", 0)  # a second seed reads again
+    feed = Feed(arrays, images, protocol(), "cpu", labels=(folder, digests))
+    for item in feed.loader([*keys, *keys]):
+        if item.number == 2 and item.epoch < 2 and len(hashed) < 3:  # within the epoch: the next file is at hand
+            feed.ahead[item.epoch + 1].result()
+            assert len(hashed) == item.epoch + 2
+    assert hashed == [("epoch_0000.safetensors", False), *((f"epoch_000{e}.safetensors", True) for e in (1, 2))]
+    assert feed.background is None
+    # spoilt while it is not yet at hand: met before its first batch
+    path = folder / "epoch_0002.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    feed = Feed(arrays, images, protocol(), "cpu", labels=(folder, digests))
+    seen = []
+    refused(lambda argv: seen.extend(item.epoch for item in feed.loader(keys)), [], "epoch_0002", "changed since")
+    assert seen == [0, 0, 0, 1, 1, 1] and feed.background is None
 
 
 SPOILT = {

@@ -402,7 +402,9 @@ def train(args, inputs, test, recipe, chunk, folder, process, forward, accelerat
         return whole_blocks(rows, count) if args.online else rows
 
     feed = Feed(arrays, images, protocol, process.device, inputs.labels, rows_of if process.world > 1 else None)
-    pixels, targets = validation_pixels(test, protocol["input_size"], process.rank, process.world, args.num_workers)
+    pixels, targets = validation_pixels(
+        test, protocol["input_size"], process.device, process.rank, process.world, args.num_workers
+    )
 
     def test_model(model):
         return evaluate(model, pixels, targets, forward, facts.mean, facts.std, process.world)
@@ -673,7 +675,7 @@ def evaluate_checkpoint(args, process, forward):
     model = forward.place(model)
     accelerator = join_processes(process)
     test = open_test(dataset, args.val_dir, folders)
-    pixels, targets = validation_pixels(test, size, process.rank, process.world, args.num_workers)
+    pixels, targets = validation_pixels(test, size, process.device, process.rank, process.world, args.num_workers)
     scores = evaluate(model, pixels, targets, forward, facts.mean, facts.std, process.world)
     if process.is_main:
         count = sum(map(len, test.items))

@@ -3,8 +3,8 @@
     python -m misc.bench.accuracy --name digits --seeds 0 1 2 --train_dir DIR --fkd_path DIR --model convnet_mini ...
 
 Everything but --name, --seeds, --device and --out goes to validate.train_FKD, which trains a student from scratch for
-each seed and each way of computing, in turns, in this process. Speed is of the whole run, tests included: in seconds on
-a GPU, in CPU-seconds on a CPU. Writes OUT/accuracy.json, one entry a name, and the table of all of them, OUT/accuracy.md.
+each seed and each way of computing, in turns, in this process. Speed is of the whole run, tests included, in seconds
+on a GPU and in CPU-seconds on a CPU. Writes OUT/accuracy.json, an entry a name, and the table of all, OUT/accuracy.md.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
@@ -87,8 +87,9 @@ def markdown(entries):
             "",
             f"`{entry['command']}`",
             "",
-            f"Commit {entry['commit']}, {entry['date']}, {m.get('gpu') or m['cpu']}, torch threads: {m['torch_threads']}, "
-            f"torch {entry['versions']['torch']}, {entry['seconds']:.0f} s in all.",
+            f"Commit {entry['commit']}, {entry['date']}, {m.get('gpu') or m['cpu']}, "
+            f"torch {entry['versions']['torch']}, torch threads: {m['torch_threads']}; "
+            f"{entry['seconds']:.0f} s in all.",
             "",
             f"| way | top-1 | difference | times as fast ({entry['per']}) |",
             "|---|---:|---:|---:|",

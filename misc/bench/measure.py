@@ -34,9 +34,14 @@ def in_turns(ways, turns, device):
     return times, results
 
 
+def clock_of(device):
+    """Which of `spent`'s two numbers counts: seconds on a GPU, CPU-seconds on a CPU."""
+    return 0 if device.type == "cuda" else 1
+
+
 def compare(stage, what, unit, times, counts, device, release="release", ours="ours", **facts):
     """One row of the table. counts: units a turn of each way; facts: same, known, target, flops (a unit), ..."""
-    clock = 0 if device.type == "cuda" else 1
+    clock = clock_of(device)
     rates = {name: [counts[name] / max(t[clock], 1e-9) for t in times[name]] for name in (release, ours)}
     ratios = [b / a for a, b in zip(rates[release], rates[ours])]
     row = {
@@ -66,12 +71,13 @@ def ceilings(device, n):
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if device.type == "cuda":
         dtypes |= {"tf32": torch.float32, "fp16": torch.float16}
+    before = torch.backends.cuda.matmul.allow_tf32
     for name, dtype in dtypes.items():
-        n = 256 if device.type == "cpu" and name == "bf16" else n  # seconds a product, without hardware for it
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        size = 256 if device.type == "cpu" and name == "bf16" else n  # seconds a product, without hardware for it
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-        found[f"{name}_tflops"] = 2 * n**3 / best(lambda a=a, b=b: a @ b, device) / 1e12
-    torch.backends.cuda.matmul.allow_tf32 = False
+        found[f"{name}_tflops"] = 2 * size**3 / best(lambda a=a, b=b: a @ b, device) / 1e12
+    torch.backends.cuda.matmul.allow_tf32 = before
     x = torch.empty(4 * 1536**2 if device.type == "cpu" else 4 * n * n, dtype=torch.float32, device=device)
     y = torch.ones_like(x)
     found["copy_gb_per_s"] = 2 * x.nbytes / best(lambda: x.copy_(y), device) / 1e9
@@ -133,5 +139,5 @@ def machine(device):
         cpu = names[0] if names else cpu
     found = {"cpu": cpu, "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()}
     if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return found

@@ -1,0 +1,147 @@
+"""Stage 1: reading, encoding, the latent cache, prototype files."""
+
+import json
+import statistics
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from distillation import gen_prototype
+from distillation.prototypes import Prototypes, class_prototypes, read_class, write_class
+from misc.bench.inputs import repeated, write_real
+from misc.bench.measure import clock_of, compare, flops_of, in_turns
+from misc.bench.networks import pipelines, sped_up
+from misc.bench.release import release_images, release_latents
+from scripts.files import sha256
+
+READS = 200  # known of the release's way, images a CPU-second, decoding and resizing alone
+CPU = torch.device("cpu")
+
+
+def stage_1(bench):
+    side = 512 if bench.size.real or bench.size.encode > 8 else 64
+    split = write_real(bench.pictures, bench.root, bench.size.encode)
+    reading(bench, split, side)
+    rate = encoding(bench, split, side)
+    latents = cache(bench, split, side, rate)
+    prototype_files(bench, latents)
+
+
+def reading(bench, split, side):
+    images, count = gen_prototype.SquashedImages(split, side), min(bench.size.encode, 64)
+    ways = {
+        "release": lambda: [release_images([(split, i, side)]) for i in range(count)],
+        "ours": lambda: [images[0, i] for i in range(count)],
+    }
+    times, found = in_turns(ways, bench.size.turns, CPU)
+    same = all(torch.equal((a[0] * 255).round().byte(), b) for a, b in zip(found["release"], found["ours"]))
+    bench.add(
+        compare(
+            1, f"JPEGs read and squashed to {side} px", "image", times, dict.fromkeys(ways, count), CPU,
+            same="same pixels" if same else "DIFFERENT", known=READS,
+            note="decoding and PIL's resize are most of it, on both sides",
+        ),
+        ways,
+    )  # fmt: skip
+
+
+def encoding(bench, split, side):
+    """Images to prototypes; returns our rate, as plain as the stage's defaults."""
+    size, device = bench.size, bench.device
+    pipeline = pipelines(size.real, side, device, bench.root)[0]
+    tokens = torch.zeros(1, 77, dtype=torch.long, device=device)
+    kmeans = gen_prototype.resolve_kmeans_device("auto", device)
+
+    @torch.no_grad()
+    def text():
+        pipeline.text_encoder(tokens)
+
+    def release():
+        return release_latents(pipeline, text, split, side, 10, size.workers, size.ipc)
+
+    def ours(pipeline=pipeline):
+        with ThreadPoolExecutor(1) as background:
+            for _, latents, _ in gen_prototype.class_latents(
+                pipeline, split, [0], side, 32, 0, num_workers=size.workers, quiet=True
+            ):
+                result = background.submit(class_prototypes, latents, size.ipc, size.ipc, "minibatch", kmeans)
+            result.result()
+        return latents
+
+    ways = {"release": release, "ours": ours}
+    ways |= {name: lambda other=other: ours(other) for name, other in sped_up(pipeline, size.faster).items()}
+    bench.warm_up(*ways.values())
+    times, found = in_turns(ways, size.turns, device)
+    flops = flops_of(lambda: pipeline(torch.zeros(1, 3, side, side, device=device)))
+    scale, rates = np.abs(found["release"].astype(np.float32)).max(), {}
+    for name in list(ways)[1:]:
+        off = np.abs(found["release"].astype(np.float32) - found[name].astype(np.float32)).max()
+        row = compare(
+            1, f"images to prototypes{'' if name == 'ours' else ', ' + name}", "image", times,
+            dict.fromkeys(ways, size.encode), device, ours=name, same=f"latents differ by {off / scale:.1e} at most",
+            flops=flops, ceiling="fp16_tflops" if device.type == "cuda" else "fp32_tflops",
+            target=2.5 if size.real else None,
+            note="" if size.real else "a tiny encoder, bound by memory: a batch gains nothing on a CPU",
+        )  # fmt: skip
+        bench.add(row, {"release": ways["release"], "ours": ways[name]})
+        rates[name] = row["ours"]
+    return rates["ours"]
+
+
+def cache(bench, split, side, rate):
+    """A class of ImageNet's size at another IPC, against `rate` from images; returns its latents."""
+    size, device, clock = bench.size, bench.device, clock_of(bench.device)
+    cached = gen_prototype.LatentCache(bench.root / "cache", repeated(split, size.cached), {"side": side})
+    draw = np.random.default_rng(0)
+    latents = draw.normal(0, 1, (size.cached, 4, side // 8, side // 8)).astype(np.float16)
+    cached.save(0, latents, [])
+    kmeans = gen_prototype.resolve_kmeans_device("auto", device)
+
+    def from_cache():
+        assert 0 in cached
+        found = cached.load(0)[0]
+        class_prototypes(found, size.ipc, size.ipc, "minibatch", kmeans)
+        return found
+
+    bench.warm_up(from_cache)
+    times, found = in_turns({"cache": from_cache}, size.turns + 1, device)
+    rates = [size.cached / t[clock] for t in times["cache"]]
+    ratio = statistics.median(rates) / rate
+    bench.add({
+        "stage": 1, "what": "another IPC: from the cache, against our own way from images", "unit": "image",
+        "per": "second" if clock == 0 else "CPU-second", "release": rate, "ours": statistics.median(rates),
+        "ratio": ratio, "ratios": [r / rate for r in rates], "n": len(rates), "target": 12, "met": ratio >= 12,
+        "same": "same latents" if np.array_equal(found["cache"], latents) else "DIFFERENT",
+    }, {"ours": from_cache})  # fmt: skip
+    return latents
+
+
+def prototype_files(bench, latents, classes=3):
+    """The release's one JSON of nested lists against a safetensors file a class, hashed as stage 2 does."""
+    count, prompt, path = max(bench.size.ipc, 2), "tench, Tinca tinca", bench.root / "0000_a.safetensors"
+    prototypes = Prototypes(latents[:count], np.ones(count, np.int64))
+    write_class(path, prototypes, {"class_index": 0, "folder": "a", "prompt": prompt})
+    table = {f"{prompt} {c}": prototypes.latents.astype(np.float64).tolist() for c in range(classes)}
+    (bench.root / "release.json").write_text(json.dumps(table))
+
+    def read_release():
+        with open(bench.root / "release.json") as file:
+            return [torch.tensor(rows, dtype=torch.float16) for rows in json.load(file).values()]
+
+    def read_ours():
+        for _ in range(20 * classes):
+            sha256(path)  # as every class is checked when it is read
+            found = read_class(path)[0].latents
+        return found
+
+    ways = {"release": read_release, "ours": read_ours}
+    times, found = in_turns(ways, bench.size.turns, CPU)
+    same = np.array_equal(found["release"][0].numpy(), found["ours"])
+    bench.add(
+        compare(
+            1, f"prototypes read, {count} a class: JSON, safetensors and its sha256", "class", times,
+            {"release": classes, "ours": 20 * classes}, CPU, same="same fp16" if same else "DIFFERENT", target=100,
+        ),
+        ways,
+    )  # fmt: skip

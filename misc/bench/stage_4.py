@@ -1,0 +1,112 @@
+"""Stage 4: labels read, the start of an epoch, a student's epoch."""
+
+import copy
+
+import torch
+from tqdm import tqdm
+
+from matching.soft_labels import EpochLabels, label_file
+from matching.training import Forward, plain
+from misc.bench.inputs import replay_set
+from misc.bench.measure import compare, in_turns
+from misc.bench.release import ReleaseFeed, load_pickle, release_epoch, start_workers
+from scripts.runtime import Process
+from validate.train_FKD import Job, Recipe, Student, train_epoch
+
+CPU = torch.device("cpu")
+RECIPE = Recipe(schedule="cosine", temperature=20.0)
+
+
+def stage_4(bench):
+    for batch_size in sorted({bench.size.batch, min(bench.size.batch, 100)}, reverse=True):
+        feed = labels(bench, batch_size)
+    start_of_epoch(bench, feed)
+    student(bench)
+
+
+def labels(bench, batch_size):
+    """Ten batches' labels read, by the file and by the pickle; returns their feed."""
+    replay = replay_set(bench.pictures, bench.root, 10 * batch_size, 32, batch_size, CPU)
+    feed, batches = replay.feed, len(replay.batches)
+    folder, digests = feed.labels
+
+    def ours(checked=True):
+        digest = digests[label_file(0)]
+        epoch = EpochLabels(folder, 0, feed.sizes, 1000, batch_size, 32, digest, checked)
+        return [epoch.batch(n)[1].clone()[:1] for n in range(batches)][0]
+
+    ways = {
+        "release": lambda: [load_pickle(replay.pickles, n)[5][:1] for n in range(batches)][0],
+        "ours": ours,
+        "checked": lambda: ours(False),
+    }
+    times, found = in_turns(ways, 2 * bench.size.turns + 1, CPU)
+    same = "same fp16" if torch.equal(found["release"], found["ours"]) else "DIFFERENT"
+    for name in ("ours", "checked"):
+        what = f"labels read, batch {batch_size}" + ("" if name == "ours" else ", hashed and checked too")
+        bench.add(
+            compare(
+                4, what, "batch", times, dict.fromkeys(ways, batches), CPU, ours=name, same=same,
+                target=2.5 if name == "ours" and batch_size == bench.size.batch else None,
+                note="" if name == "ours" else "once a file and run; the release checks nothing",
+            ),
+            {"release": ways["release"], "ours": ways[name]},
+        )  # fmt: skip
+    return feed
+
+
+def start_of_epoch(bench, feed):
+    """Workers spawned against the labels' file opened, hashed and checked."""
+    spawned = bench.size.spawned
+
+    def ours():
+        feed.forget_labels()
+        feed.labels_of(0)
+
+    ways = {"release": lambda: start_workers(spawned), "ours": ours}
+    times, _ = in_turns(ways, bench.size.turns, CPU)
+    bench.add(
+        compare(
+            4, f"start of an epoch: {spawned} of the release's 8 workers spawned, against our labels opened",
+            "epoch", times, dict.fromkeys(ways, 1), CPU, same="nothing to compare", target=50,
+            note=f"all 8 would be {8 // max(spawned, 1)} times as much; our readers, if any, live for all epochs",
+        )
+    )  # fmt: skip
+
+
+def student(bench):
+    """An epoch of a student in two accumulation steps a batch."""
+    size, device, replay = bench.size, bench.device, bench.network_set()
+    batches, process, folder = len(replay.batches), Process(0, 1, device), bench.root / "student"
+    keys = [(0, n) for n in range(batches)]
+    targets = torch.zeros(len(replay.files), dtype=torch.int64)
+    job = Job(
+        bench.arch, RECIPE, replay.feed.protocol, 1000, targets, -(-size.batch // 2), True, [], False, 50, 10
+    )  # fmt: skip
+
+    def way(forward, fused=False):
+        one = Student(job._replace(fused=fused), 0, folder, forward)
+        start = copy.deepcopy(plain(one.model).state_dict())
+
+        def epoch():
+            plain(one.model).load_state_dict(start)  # the same network and optimiser as at the first turn
+            one.optimizer.state.clear()
+            one.epoch = 0
+            replay.feed.forget_labels()
+            items = replay.feed.loader(keys)
+            row = train_epoch(job, one, items, batches, replay.feed, process, forward, tqdm(disable=True))
+            return row["loss"] * batches
+
+        return one, epoch
+
+    plain_student, ours = way(Forward(device))
+    model = copy.deepcopy(plain_student.model)
+    release = ReleaseFeed(replay.files, replay.batches, size.side, replay.pickles)
+    ways = {
+        "release": lambda: release_epoch(copy.deepcopy(model), release, device, bench.spawned),
+        "ours": ours,
+        "bf16 + channels_last + fused": way(Forward(device, "bf16", True), True)[1],
+    }
+    if "channels_last + compile" in size.faster:
+        ways["bf16 + channels_last + fused + compile"] = way(Forward(device, "bf16", True, True), True)[1]
+    bench.network_rows(4, f"an epoch of {bench.arch}", ways, model, True, {"ours": 8})

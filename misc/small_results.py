@@ -1,0 +1,346 @@
+"""The results of validate/cifar10_small.sh: every cell that was run, and what of the paper's claims is seen in them.
+
+    python -m misc.small_results --output_root output/cifar10_small/cpu --scale cpu --data_dir data/cifar10
+
+Writes the part of this scale into RESULTS/cifar10_small.json, then cifar10_small.md from all parts, and one picture
+a scale: synthetic images only, a row an arm.
+"""
+
+if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
+    import sys
+
+    print("error: run it from the repository root: python -m misc.small_results", file=sys.stderr)
+    sys.exit(2)
+
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from distillation.datasets import DATASETS, open_split
+from matching.models import count_parameters, create_model, load_teacher
+from matching.soft_labels import load_pixels, open_images
+from matching.training import Forward, evaluate, validation_pixels
+from misc.bench.measure import commit, machine
+from misc.figures import ARM_METHODS, draw_grid, read_image
+from misc.report import time_table
+from scripts.checkpoints import load_pipeline
+from scripts.files import library_versions, read_json, read_manifest, write_json, write_text
+from scripts.runtime import Parser, refuse, resolve_device
+from validate.paper_tables import find_results, number
+
+DATASET, SIZE = "cifar10", 32
+STRENGTH, GUIDANCE = 0.7, 8.0  # the paper's
+VAE_ONLY = "Real through the VAE"
+# Arms in the order of the table; those of the sweep follow, by strength and guidance.
+ARMS = ["D4M", "Random real", VAE_ONLY, "Decoded prototypes", "Text-to-image", "w/o prototypes", "D4M, full k-means"]
+
+
+# ---- what was run
+
+
+def arm_title(arguments):
+    """How the table calls an image folder, from the arguments in its manifest."""
+    arm, stage_1 = arguments["arm"], arguments.get("prototype_arguments") or {}
+    if arm == "decoded" and stage_1.get("kmeans") == "none":
+        return VAE_ONLY
+    title = ARM_METHODS[arm]
+    if arm == "d4m":
+        title += ", full k-means" if stage_1.get("kmeans") == "full" else ""
+        title += f", strength {arguments['strength']:g}" if arguments["strength"] != STRENGTH else ""
+        title += f", guidance {arguments['guidance_scale']:g}" if arguments["guidance_scale"] != GUIDANCE else ""
+    return title
+
+
+def rank(title):
+    return (ARMS.index(title), "") if title in ARMS else (len(ARMS), title)
+
+
+def find_cells(root):
+    """[{arm, ipc, teacher, student, recipe, labels, top1: {mean, std, n, values}, images}] of all students below."""
+    cells = []
+    for found in find_results(root / "students"):
+        arguments = read_manifest("--output_root", root / "images" / found["images"], "images")["arguments"]
+        batch, epochs = found["arguments"]["batch_size"], found["arguments"]["epochs"]
+        cells.append(
+            {
+                "arm": arm_title(arguments),
+                "ipc": found["ipc"],
+                "teacher": " ".join(found["teacher"]) or None,
+                "student": found["student"],
+                # `recipe` of paper_tables names the paper's own values only; here they are adapted to 32 px
+                "recipe": "rd3" if found["arguments"]["bn_refresh"] else "d4m",
+                "epochs": epochs,
+                "batch_size": batch,
+                "labels": found["labels"],
+                "top1": found["last"],
+                "best": found["best"],
+                "images": found["images"],
+            }
+        )
+    if not cells:
+        refuse(f"--output_root {root}: no student of stage 4 is there")
+    return sorted(cells, key=lambda c: (c["ipc"], c["recipe"], c["student"], c["teacher"] or "", rank(c["arm"])))
+
+
+def find_teachers(root):
+    """{folder: results.json} of the teachers."""
+    return {path.parent: read_json(path) for path in sorted((root / "teachers").glob("*/results.json"))}
+
+
+@torch.no_grad()
+def through_vae(pixels, pipeline, rows=250):
+    """(N, S, S, 3) uint8 -> the decoded means of their posteriors, likewise."""
+    vae, parts = pipeline.vae, []
+    for part in pixels.split(rows):
+        x = part.to(vae.device).permute(0, 3, 1, 2) / 127.5 - 1
+        decoded = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
+        parts.append(((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu())
+    return torch.cat(parts)
+
+
+def judge(root, names, data_dir, model, device):
+    """What each teacher says: {arch: {"test", "test_through_vae": top-1, "images": {image folder: top-1}}}.
+
+    Its accuracy on a synthetic set says whether the pictures are taken for their class.
+    """
+    from scripts.pipeline_stable_diffusion_gen_latents import StableDiffusionGenLatentsPipeline
+
+    facts, forward, found = DATASETS[DATASET], Forward(device), {}
+    test = open_split(DATASET, data_dir, "val", flag="--data_dir")
+    pixels, targets = validation_pixels(test, SIZE, device)
+    pipeline, _ = load_pipeline(StableDiffusionGenLatentsPipeline, model, device, "fp32", vae_only=True)
+    decoded = through_vae(pixels, pipeline)
+    for folder, results in find_teachers(root).items():
+        arch = results["arguments"]["arch"]
+        network = load_teacher(arch, folder, DATASET, test.folders, SIZE, "--output_root")[0].to(device)
+
+        def top1(pixels, targets, network=network):
+            return round(evaluate(network, pixels, targets, forward, facts.mean, facts.std)["top1"], 2)
+
+        found[arch] = {
+            "images_a_class": results["arguments"]["max_images_per_class"] or "all",
+            "test": top1(pixels, targets),
+            "test_through_vae": top1(decoded, targets),
+            "images": {},
+        }
+        for name in names:
+            images = open_images("--output_root", root / "images" / name)
+            arrays, images = load_pixels("--output_root", images)
+            found[arch]["images"][name] = top1(torch.stack([torch.tensor(a) for a in arrays]), images.targets)
+    return found
+
+
+# ---- claims
+
+
+def difference(better, worse):
+    """(mean, standard error) of the top-1 of one cell over another; both over their seeds."""
+    a, b = (cell["top1"] for cell in (better, worse))
+    if a["std"] is None or b["std"] is None:
+        return a["mean"] - b["mean"], math.inf
+    return a["mean"] - b["mean"], math.sqrt(a["std"] ** 2 / a["n"] + b["std"] ** 2 / b["n"])
+
+
+CLAIMS = [  # (the claim, {field: value} of the better cell, of the worse one); other fields are equal
+    ("Prototypes help: D4M above text-to-image (table 4)", {"arm": "D4M"}, {"arm": "Text-to-image"}),
+    ("Prototypes help: D4M above the release's random initialisation (table 4)", {"arm": "D4M"},
+     {"arm": "w/o prototypes"}),
+    ("Diffusion helps: D4M above its decoded prototypes (section 3)", {"arm": "D4M"}, {"arm": "Decoded prototypes"}),
+    ("Distilled images are worth more than as many random real ones", {"arm": "D4M"}, {"arm": "Random real"}),
+    ("Soft labels beat hard ones, on D4M's images (section 3.3)", {"arm": "D4M", "labels": "soft"},
+     {"arm": "D4M", "labels": "hard"}),
+]  # fmt: skip
+KEYS = ("ipc", "recipe", "student", "teacher", "labels")
+
+
+def pairs_of(cells, better, worse):
+    """The pairs of cells that differ in what a claim says and in nothing else."""
+    free = {key for key in (*better, *worse)} | ({"teacher"} if "labels" in better else set())
+    for a in cells:
+        if any(a[key] != value for key, value in better.items()):
+            continue
+        for b in cells:
+            same = all(a[key] == b[key] for key in KEYS if key not in free)
+            if same and all(b[key] == value for key, value in worse.items()):
+                yield a, b
+
+
+def cell_name(cell):
+    teacher = f", teacher {cell['teacher']}" if cell["teacher"] else ""
+    return f"{cell['arm']}, {cell['labels']}, IPC {cell['ipc']}, {cell['recipe']}, {cell['student']}{teacher}"
+
+
+def verdict(better, worse):
+    """One sentence of a pair of cells: seen if the difference is above two standard errors of it."""
+    mean, error = difference(better, worse)
+    word = "seen" if mean > 2 * error else "the opposite is seen" if mean < -2 * error else "not seen"
+    a, b = (number(cell["top1"]["mean"], cell["top1"]["std"]) for cell in (better, worse))
+    return f"{word}: {a} against {b}, {mean:+.1f} ± {error:.1f} ({cell_name(better)}; n = {better['top1']['n']})"
+
+
+def transfer(cells):
+    """Claims that compare more than two arms: {claim: [sentences]}."""
+    found = {
+        "Soft labels transfer over architectures: above hard ones for students of another make-up than the teacher "
+        "(table 5)": [
+            verdict(a, b)
+            for a, b in pairs_of(cells, {"arm": "D4M", "labels": "soft"}, {"arm": "D4M", "labels": "hard"})
+            if a["teacher"] != a["student"]
+        ],
+        "Accuracy grows with IPC (figure 6)": [],
+    }
+    growing = found["Accuracy grows with IPC (figure 6)"]
+    for a in cells:
+        for b in cells:
+            same = all(a[key] == b[key] for key in KEYS if key != "ipc") and a["arm"] == b["arm"] == "D4M"
+            if same and a["ipc"] > b["ipc"]:
+                growing.append(verdict(a, b))
+    sweep = [c for c in cells if c["arm"].startswith("D4M") and "k-means" not in c["arm"] and c["labels"] == "soft"]
+    for what, default in (("strength", STRENGTH), ("guidance", GUIDANCE)):
+        claim = f"The paper's {what} of {default:g} is the best of those tried"
+        found[claim] = []
+        for base in (c for c in sweep if c["arm"] == "D4M"):
+            same = [c for c in sweep if all(c[key] == base[key] for key in KEYS) and what in c["arm"]]
+            if same:
+                best = max(same, key=lambda c: c["top1"]["mean"])
+                found[claim].append(verdict(base, best).replace(" against ", f" against {best['arm']} "))
+    return found
+
+
+def claims(cells):
+    """{claim: [one sentence a pair of cells]}; "not tested" where no pair of cells was run."""
+    found = {text: [verdict(a, b) for a, b in pairs_of(cells, *sides)] for text, *sides in CLAIMS}
+    return {text: sentences or ["not tested"] for text, sentences in {**found, **transfer(cells)}.items()}
+
+
+# ---- the page
+
+
+def table(part):
+    """Markdown: a row an arm, its soft and hard labels side by side."""
+    several = {key: len({c[key] for c in part["cells"]}) > 1 for key in ("ipc", "recipe", "student")}
+    titles = [{"ipc": "IPC"}.get(key, key) for key, more in several.items() if more]
+    teachers = sorted({c["teacher"] for c in part["cells"] if c["teacher"]})
+    head = ["trained on", *titles, *(f"soft, {t}" for t in teachers), "hard"]
+    head += [f"taken for its class by {t}" for t in teachers]
+    lines = ["| " + " | ".join(head) + " |", "|---" * (1 + len(titles)) + "|---:" * (2 * len(teachers) + 1) + "|"]
+    rows = {}
+    for c in part["cells"]:
+        key = (c["arm"], *(str(c[k]) for k, more in several.items() if more))
+        rows.setdefault(key, {"images": c["images"]})[c["teacher"] or "hard"] = c["top1"]
+    for key, row in rows.items():
+        scores = [row.get(column) for column in (*teachers, "hard")]
+        cells = [
+            number(s["mean"], s["std"]) + (f" (n = {s['n']})" if s["n"] != 3 else "") if s else "" for s in scores
+        ]
+        judged = [number(part["teachers"][t]["images"][row["images"]]) for t in teachers]
+        lines.append("| " + " | ".join([*key, *cells, *judged]) + " |")
+    return lines
+
+
+SCALES = {"cpu": "CPU scale", "gpu": "GPU scale"}
+HEAD = """# CIFAR-10, distilled by a small Stable Diffusion of our own
+
+Stable Diffusion's weights know the world; these know the 50,000 training pictures of CIFAR-10 and nothing else. So
+this measures the method, not the paper's numbers. The pictures were re-encoded as JPEG before they came here: results
+are of "CIFAR-10, re-encoded". Made by `sh validate/cifar10_small.sh`; every cell that was run is in the table.
+Top-1 in percent on the 10,000 test pictures, last epoch, mean ± sample standard deviation over n = 3 students where n
+is not given; the choice of images and their noise are one draw. "Seen": the difference is above two standard errors.
+"""
+
+
+def markdown(parts):
+    lines = [HEAD]
+    for scale, title in SCALES.items():
+        if scale not in parts:
+            lines += [f"## {title}", "", "Not run.", ""]
+            continue
+        part = parts[scale]
+        model, hardware = part["model"], part["machine"]
+        where = ", ".join(f"{value} {key}" if key == "cores" else str(value) for key, value in hardware.items()
+                          if key in ("gpu", "cpu", "cores"))  # fmt: skip
+        lines += [
+            f"## {title}",
+            "",
+            f"{where}; torch {part['versions']['torch']}, diffusers {part['versions']['diffusers']}; commit "
+            f"{part['commit']}; {part['date']}. `{part['command']}`",
+            "",
+            f"- generator: VAE {model['parameters']['vae']:,} parameters, latents {model['latent']}, "
+            f"{model['reconstruction_psnr_db']} dB PSNR on {model['reconstruction_psnr_on']}; UNet "
+            f"{model['parameters']['unet']:,} parameters; {model['steps']['vae']:,} + {model['steps']['unet']:,} "
+            "steps of training",
+        ]
+        for arch, t in part["teachers"].items():
+            lines.append(
+                f"- teacher {arch}, trained on {t['images_a_class']} pictures a class: {t['test']:.1f}; of the test "
+                f"pictures sent through the VAE it gets {t['test_through_vae']:.1f}"
+            )
+        for student, count in part["students"].items():
+            lines.append(f"- student {student}: {count:,} parameters")
+        lines += ["", *table(part), "", f"![synthetic images, a row an arm](cifar10_small_{scale}.png)", ""]
+        lines += ["| the paper's claim | here |", "|---|---|"]
+        for claim, sentences in part["claims"].items():
+            lines.append(f"| {claim} | {'<br>'.join(sentences)} |")
+        lines += ["", *part["seconds"]]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def picture(root, cells):
+    """Synthetic images, a row an arm, a column a class; none of real photographs."""
+    shown = {c["arm"]: c["images"] for c in cells if c["arm"] not in ("Random real", VAE_ONLY)}
+    sets = [open_images("--output_root", root / "images" / name) for name in shown.values()]
+    rows = [[read_image(images, folder, 0) for folder in images.folders] for images in sets]
+    names = [arm.removeprefix("D4M, ") for arm in shown]
+    return draw_grid(rows, names, list(sets[0].folders), 0)
+
+
+def get_args(argv=None):
+    parser = Parser(prog="misc.small_results", description=__doc__.split("\n")[0])
+    parser.add_argument("--output_root", type=Path, required=True, help="OUT of the launcher")
+    parser.add_argument("--scale", choices=list(SCALES), required=True)
+    parser.add_argument("--model", default="misc/tiny-sd-cifar10", help="the generator's folder")
+    parser.add_argument("--data_dir", required=True, help="CIFAR-10, for the teachers' say on its test pictures")
+    parser.add_argument("--results", type=Path, default=Path("misc/results"), help="where the page is written")
+    parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    device = resolve_device(args.device)
+    root, page = args.output_root, args.results / "cifar10_small.json"
+    cells = find_cells(root)
+    manifest = read_manifest("--model", args.model, "tiny_sd")
+    names = list(dict.fromkeys(c["images"] for c in cells))
+    factor = manifest["arguments"]["vae_factor"]
+    keep = ("parameters", "steps", "reconstruction_psnr_db", "reconstruction_psnr_on", "content")
+    part = {
+        "command": f"{'SCALE=gpu ' if args.scale == 'gpu' else ''}sh validate/cifar10_small.sh",
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(device),
+        "versions": library_versions(),
+        "model": {key: manifest[key] for key in keep} | {"latent": f"4 x {SIZE // factor} x {SIZE // factor}"},
+        "teachers": judge(root, names, args.data_dir, args.model, device),
+        "students": {
+            name: count_parameters(create_model(name, 10, SIZE)) for name in sorted({c["student"] for c in cells})
+        },
+        "cells": cells,
+        "claims": claims(cells),
+        "seconds": time_table(root),
+    }
+    args.results.mkdir(parents=True, exist_ok=True)
+    parts = {**(read_json(page) if page.exists() else {}), args.scale: part}
+    write_json(page, parts)
+    picture(root, cells).savefig(
+        args.results / f"cifar10_small_{args.scale}.png", dpi=150, metadata={"Software": None}
+    )
+    text = markdown(parts)
+    write_text(page.with_suffix(".md"), text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -206,16 +206,17 @@ def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher
     checkpoint    None or "torchvision": its pinned ImageNet weights (timm's own for timm:NAME); a folder made by
                   train_teacher; or a safetensors / torch file with a state dict, also under "state_dict" or "model" or
                   with a "module." prefix
-    Returns (model, facts); facts = {"arch", "weights", "sha256", "classes", "columns"}, without any path.
+    Returns (model, facts); facts = {"arch", "weights", "sha256", "classes", "columns", "arguments"}, without any path;
+    arguments: train_teacher's, None for other weights.
     """
-    folders = list(folders)
+    folders, arguments = list(folders), None
     if checkpoint == PUBLIC:
         checkpoint = None
     if checkpoint is None:
         state, weights, digest = _public_weights(name, image_size)
         owned = list(known_prompts("imagenet"))
     elif Path(checkpoint).is_dir():
-        state, weights, digest, owned = _teacher_folder(name, Path(checkpoint), dataset, image_size, flag)
+        state, weights, digest, owned, arguments = _teacher_folder(name, Path(checkpoint), dataset, image_size, flag)
     else:
         state = read_state_dict(checkpoint, flag)
         weights, digest, owned = "file", sha256(checkpoint), None
@@ -237,6 +238,7 @@ def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher
         "sha256": digest,
         "classes": len(owned),
         "columns": columns,
+        "arguments": arguments,
     }
 
 
@@ -287,7 +289,7 @@ def _public_weights(name, image_size):
 
 
 def _teacher_folder(name, folder, dataset, image_size, flag):
-    """(state dict, weights name, sha256, class folders) of an output of train_teacher."""
+    """(state dict, weights name, sha256, class folders, arguments) of an output of train_teacher."""
     manifest = read_manifest(flag, folder, "teacher")
     kinds = {"dataset": str, "arch": str, "image_size": int, "mean": list, "std": list, "classes": list}
     odd = next((name for name, kind in kinds.items() if not isinstance(manifest.get(name), kind)), None)
@@ -307,7 +309,8 @@ def _teacher_folder(name, folder, dataset, image_size, flag):
     digest = sha256(path) if path.is_file() else None
     if digest is None or digest != manifest["files"].get(path.name, {}).get("sha256"):
         refuse(f"{flag} {folder}: model.safetensors is not what its manifest says: changed since it was made")
-    return read_state_dict(path, flag), "train_teacher", digest, [c["folder"] for c in manifest["classes"]]
+    owned = [c["folder"] for c in manifest["classes"]]
+    return read_state_dict(path, flag), "train_teacher", digest, owned, manifest["arguments"]
 
 
 def read_state_dict(path, flag):

@@ -171,6 +171,7 @@ def test_teacher_folder_is_checked(tmp_path, refused):
 
     model, facts = load()([])
     assert facts["weights"] == "train_teacher" and facts["columns"] is None
+    assert (facts["arguments"]["arch"], facts["arguments"]["epochs"]) == ("convnet_mini", 1)
     assert load(folders=["0", "2"])([])[0](torch.zeros(1, 3, 32, 32)).shape == (1, 2)
     assert isinstance(load(folders=["0", "2"])([])[0][1], Columns)
     refused(load(folders=["2", "0"]), [], "class order", "column 2", "column 0")

@@ -199,6 +199,17 @@ def test_choosing_nothing_is_refused(refused):
 # ---- the right cell gets the right number
 
 
+def teacher_arguments(dataset, arch, **changed):
+    """What train_teacher records of a teacher by its own recipe."""
+    from distillation.datasets import DATASETS
+    from matching.train_teacher import default_recipe
+    from validate.paper_tables import TEST_IMAGES
+
+    own = {"input_size": DATASETS[dataset].image_size, "momentum": 0.9, "schedule": "cosine", "label_smoothing": 0.0}
+    own |= {"classes": None, "max_images_per_class": 0, "amp": "none", "val_images": TEST_IMAGES[dataset], "seed": 0}
+    return {"dataset": dataset, "arch": arch, **default_recipe(dataset, arch)._asdict(), **own, **changed}
+
+
 def fake(
     root,
     name,
@@ -215,6 +226,7 @@ def fake(
     classes=None,
     generator=DEFAULT_CHECKPOINT,
     unet="u",
+    teacher_epochs=None,
     **changed,
 ):
     """A results.json as stage 4 writes it, with top-1 values around `mean`."""
@@ -233,6 +245,9 @@ def fake(
     if labels == "hard":
         arguments |= {"loss": "ce", "temperature": 3.0}
         teacher = None
+    made_with = teacher_arguments(dataset, teacher) if weights == "train_teacher" and teacher else None
+    if teacher_epochs:
+        made_with["epochs"] = teacher_epochs
     values = [mean + (i - (n - 1) / 2) for i in range(n)]
     std = (sum((v - mean) ** 2 for v in values) / (n - 1)) ** 0.5 if n > 1 else None
     top1 = {"mean": mean, "std": std, "n": n, "values": values}
@@ -246,7 +261,7 @@ def fake(
             "count": ipc * classes,
             "generator": made_by,
         },
-        "teacher": [{"arch": teacher, "weights": weights, "sha256": "y"}] if teacher else [],
+        "teacher": [{"arch": teacher, "weights": weights, "sha256": "y", "arguments": made_with}] if teacher else [],
         "summary": {"last": {"top1": top1, "top5": top1}, "best": {"top1": {**top1, "mean": mean + 0.5}}},
         "seeds": [],
     }
@@ -297,6 +312,8 @@ def results(tmp_path_factory):
                 fake(root, f"{len(made):03d}j", *own, decoy, labels, n=9, bn_batch=1024)  # other BatchNorm batches
                 fake(root, f"{len(made):03d}k", *own, decoy, labels, n=9, input_size=128)  # another size
                 fake(root, f"{len(made):03d}l", *own, decoy, labels, n=9, test_images=100)  # a part of the test set
+                if cell.dataset != "imagenet":  # a teacher that was trained less
+                    fake(root, f"{len(made):03d}m", *own, decoy, labels, n=9, teacher_epochs=3)
     return root
 
 
@@ -320,7 +337,7 @@ DECOYS = {  # suffix of its folder -> what it is listed with
     "a": "batch_size 7", "b": "another result over as many seeds or more is shown", "c": "images ",
     "d": "teacher vgg11", "e": "weights file", "f": "classes 7", "g": "precision bf16", "h": "generator sd15-tuned",
     "i": f"generator {DEFAULT_CHECKPOINT} (unet w)", "j": "bn_batch 1024", "k": "input_size 128",
-    "l": "test images 100",
+    "l": "test images 100", "m": "teacher's epochs 3",
 }  # fmt: skip
 
 
@@ -356,12 +373,8 @@ def test_another_generator_fills_cells_only_where_it_is_named(results, capsys):
 
 
 def test_of_several_teachers_the_table_takes_those_of_its_recipe(tmp_path):
-    from matching.train_teacher import default_recipe
-
     def teacher(name, top1, arch="convnet_w128", **changed):
-        own = {"input_size": 32, "momentum": 0.9, "schedule": "cosine", "label_smoothing": 0.0, "classes": None}
-        own |= {"max_images_per_class": 0, "amp": "none", "val_images": 10000, "seed": 0}
-        arguments = {"dataset": "cifar10", "arch": arch, **default_recipe("cifar10", arch)._asdict(), **own, **changed}
+        arguments = teacher_arguments("cifar10", arch, **changed)
         scores = {which: {"epoch": 1, "top1": top1, "top5": 99.0} for which in ("last", "best")}
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(
@@ -678,6 +691,7 @@ def test_table_1_on_cifar10_photographs(tmp_path, capsys, monkeypatch):
         found = json.loads((folder / "results.json").read_text())
         assert (found["images"]["arm"], found["arguments"]["labels"]) == (arm, labels)
         assert found["images"]["count"] == 30 and found["arguments"]["dataset"] == "cifar10"
+        assert [t["arguments"]["epochs"] for t in found["teacher"]] == ([] if which == "hard" else [3])
         values = [top1_again(folder / f"student_seed{seed}.safetensors", data) for seed in (0, 1)]
         assert row[which]["last"]["values"] == pytest.approx(values)
         assert row[which]["last"]["mean"] == pytest.approx(sum(values) / 2) and row[which]["last"]["n"] == 2

@@ -229,6 +229,7 @@ def read_result(path):
         "generator_sha256": _hashes(images.get("generator")),
         "teacher": [t["arch"] for t in found["teacher"]],
         "weights": [t["weights"] for t in found["teacher"]],
+        "teacher_differs": [odd for t in found["teacher"] for odd in _teacher_differences(t.get("arguments"))],
         "classes": images.get("classes"),
         "count": images.get("count"),
         "student": arguments["model"],
@@ -286,7 +287,12 @@ def find_teachers(root):
 
 
 def _teacher_differences(arguments):
-    """["epochs 3", ...]: what is not as train_teacher's own recipe for this data set and network has it."""
+    """["epochs 3", ...]: what is not as train_teacher's own recipe for this data set and network has it.
+
+    arguments    train_teacher's; None for weights that are not its
+    """
+    if arguments is None:
+        return []
     dataset = arguments["dataset"]
     wanted = default_recipe(dataset, arguments["arch"])._asdict() | {
         "input_size": DATASETS[dataset].image_size, "momentum": 0.9, "schedule": "cosine", "label_smoothing": 0.0,
@@ -322,6 +328,8 @@ def differences(cell, row, arm, labels, checkpoint):
         facts["teacher"] = row["teacher"], [cell.teacher]
         facts["weights"] = row["weights"], [paper_weights(cell)]
     odd = [f"{what} {_word(has)}" for what, (has, wanted) in facts.items() if has != wanted]
+    if labels == "soft":
+        odd += [f"teacher's {word}" for word in row["teacher_differs"]]
     return odd + recipe_differences(paper_recipe(cell.dataset), row["arguments"])
 
 

@@ -649,7 +649,7 @@ def write_results(folder, settings, images, teachers, seeds):
     results = {
         "arguments": settings,
         "images": {"name": images.name, "classes": len(images.folders), **images.facts()},
-        "teacher": [{k: t[k] for k in ("arch", "weights", "sha256")} for t in teachers],
+        "teacher": [{k: t.get(k) for k in ("arch", "weights", "sha256", "arguments")} for t in teachers],
         "summary": {
             which: {k: summary([s[which][k] for s in by_seed]) for k in ("top1", "top5")} for which in ("last", "best")
         },

@@ -78,6 +78,7 @@ def main(argv=None):
         "classes": args.classes,
         "max_images_per_class": args.max_images_per_class,
         "images_sha256": split.fingerprint(),
+        "images": sum(map(len, split.items)),
     }
     name = output_name(
         f"{args.dataset}_ipc{args.ipc}_random",

@@ -138,6 +138,7 @@ class ImageSet(NamedTuple):
     content      digest of all files; None for a foreign folder until its pixels were read
     digests      {file: sha256} from the manifest; {} for a foreign folder
     generator    the Stable Diffusion that made them (`generator_of`); None for real images and a foreign folder
+    real_images  how many real images they were distilled or chosen from; None where that is not known
     """
 
     root: Path
@@ -153,6 +154,7 @@ class ImageSet(NamedTuple):
     ipc: int | None
     foreign: bool
     generator: dict | None
+    real_images: int | None
 
     def facts(self):
         """What labels and results record of the images; stage 4 compares the labels' with its own."""
@@ -164,20 +166,33 @@ class ImageSet(NamedTuple):
             "image_size": self.image_size,
             "foreign": self.foreign,
             "generator": self.generator,
+            "real_images": self.real_images,
         }
 
 
 def generator_of(arguments):
     """{"model", "revision", "vae_sha256", "unet_sha256", ...} from the arguments of an image folder's manifest.
 
-    Images that were taken or optimised further name what they come from. None where no diffusion model had a part.
+    None where no diffusion model had a part.
     """
-    while isinstance(arguments.get("source_arguments"), dict):
-        arguments = arguments["source_arguments"]
+    arguments = _origin(arguments)
     if "model" not in arguments:
         return None
     hashes = {name: value for name, value in arguments.items() if name.endswith("_sha256")}
     return {"model": arguments["model"], "revision": arguments.get("revision"), **hashes}
+
+
+def real_images_of(arguments):
+    """How many real images there were, from the same arguments; None where they do not say it."""
+    arguments = _origin(arguments)
+    return (arguments.get("prototype_arguments") or arguments).get("images")
+
+
+def _origin(arguments):
+    """Images that were taken or optimised further name what they come from."""
+    while isinstance(arguments.get("source_arguments"), dict):
+        arguments = arguments["source_arguments"]
+    return arguments
 
 
 def wrong_field(record, fields):
@@ -235,6 +250,7 @@ def open_images(flag, root, dataset=None):
         manifest["ipc"],
         False,
         generator_of(manifest["arguments"]),
+        real_images_of(manifest["arguments"]),
     )
 
 
@@ -292,6 +308,7 @@ def _foreign(flag, root, name, found, dataset):
         "foreign",
         counts.pop() if len(counts) == 1 else None,
         True,
+        None,
         None,
     )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from matching import generate_soft_label
-from matching.soft_labels import generator_of
+from matching.soft_labels import generator_of, real_images_of
 from scripts.checkpoints import DEFAULT_CHECKPOINT
 from validate import paper_tables, run_table
 from validate.paper_tables import TABLES, images_name, paper_cells, paper_recipe, paper_rows
@@ -203,10 +203,11 @@ def teacher_arguments(dataset, arch, **changed):
     """What train_teacher records of a teacher by its own recipe."""
     from distillation.datasets import DATASETS
     from matching.train_teacher import default_recipe
-    from validate.paper_tables import TEST_IMAGES
+    from validate.paper_tables import TEST_IMAGES, TRAIN_IMAGES
 
     own = {"input_size": DATASETS[dataset].image_size, "momentum": 0.9, "schedule": "cosine", "label_smoothing": 0.0}
     own |= {"classes": None, "max_images_per_class": 0, "amp": "none", "val_images": TEST_IMAGES[dataset], "seed": 0}
+    own["train_images"] = TRAIN_IMAGES[dataset]
     return {"dataset": dataset, "arch": arch, **default_recipe(dataset, arch)._asdict(), **own, **changed}
 
 
@@ -227,11 +228,12 @@ def fake(
     generator=DEFAULT_CHECKPOINT,
     unet="u",
     teacher_epochs=None,
+    real_images=None,
     **changed,
 ):
     """A results.json as stage 4 writes it, with top-1 values around `mean`."""
     from matching.models import TEACHER_WEIGHTS
-    from validate.paper_tables import CLASSES, RECIPES, TEST_IMAGES
+    from validate.paper_tables import CLASSES, RECIPES, TEST_IMAGES, TRAIN_IMAGES
 
     recipe = RECIPES[paper_recipe(dataset)]
     arguments = {"model": student, "labels": labels, "dataset": dataset, "amp": "none"}
@@ -239,6 +241,7 @@ def fake(
     arguments["test_images"] = TEST_IMAGES[dataset]
     classes = classes or CLASSES[dataset]
     hashes = {"unet_sha256": unet, "vae_sha256": "v", "text_encoder_sha256": "t"}
+    real_images = real_images or TRAIN_IMAGES["imagenet" if arm == "d4m-g" else dataset]
     made_by = None if arm == "random" else {"model": generator, "revision": None, **hashes}
     if weights is None:
         weights = f"torchvision {TEACHER_WEIGHTS[teacher]}" if dataset == "imagenet" else "train_teacher"
@@ -260,6 +263,7 @@ def fake(
             "classes": classes,
             "count": ipc * classes,
             "generator": made_by,
+            "real_images": real_images,
         },
         "teacher": [{"arch": teacher, "weights": weights, "sha256": "y", "arguments": made_with}] if teacher else [],
         "summary": {"last": {"top1": top1, "top5": top1}, "best": {"top1": {**top1, "mean": mean + 0.5}}},
@@ -312,6 +316,7 @@ def results(tmp_path_factory):
                 fake(root, f"{len(made):03d}j", *own, decoy, labels, n=9, bn_batch=1024)  # other BatchNorm batches
                 fake(root, f"{len(made):03d}k", *own, decoy, labels, n=9, input_size=128)  # another size
                 fake(root, f"{len(made):03d}l", *own, decoy, labels, n=9, test_images=100)  # a part of the test set
+                fake(root, f"{len(made):03d}n", *own, decoy, labels, n=9, real_images=500)  # a part of the data
                 if cell.dataset != "imagenet":  # a teacher that was trained less
                     fake(root, f"{len(made):03d}m", *own, decoy, labels, n=9, teacher_epochs=3)
     return root
@@ -337,7 +342,7 @@ DECOYS = {  # suffix of its folder -> what it is listed with
     "a": "batch_size 7", "b": "another result over as many seeds or more is shown", "c": "images ",
     "d": "teacher vgg11", "e": "weights file", "f": "classes 7", "g": "precision bf16", "h": "generator sd15-tuned",
     "i": f"generator {DEFAULT_CHECKPOINT} (unet w)", "j": "bn_batch 1024", "k": "input_size 128",
-    "l": "test images 100", "m": "teacher's epochs 3",
+    "l": "test images 100", "m": "teacher's epochs 3", "n": "real images 500",
 }  # fmt: skip
 
 
@@ -649,6 +654,9 @@ def test_a_generator_is_what_the_images_come_from_in_the_end():
     for arguments in (own, stm, {"arm": "stm-g", "source_arguments": stm}):
         assert generator_of(arguments) == expected
     assert generator_of({"arm": "random", "images_sha256": "4"}) is None
+    own["prototype_arguments"] = {"images": 50000}
+    assert real_images_of({"source_arguments": own}) == 50000 == real_images_of({"arm": "random", "images": 50000})
+    assert real_images_of({**own, "prototype_arguments": None}) is None
 
 
 # ---- a cell on CIFAR-10 photographs, from the launcher to the table
@@ -690,7 +698,8 @@ def test_table_1_on_cifar10_photographs(tmp_path, capsys, monkeypatch):
         folder = Path(row[which]["path"]).parent
         found = json.loads((folder / "results.json").read_text())
         assert (found["images"]["arm"], found["arguments"]["labels"]) == (arm, labels)
-        assert found["images"]["count"] == 30 and found["arguments"]["dataset"] == "cifar10"
+        images = found["images"]
+        assert (images["count"], images["real_images"], found["arguments"]["dataset"]) == (30, 60, "cifar10")
         assert [t["arguments"]["epochs"] for t in found["teacher"]] == ([] if which == "hard" else [3])
         values = [top1_again(folder / f"student_seed{seed}.safetensors", data) for seed in (0, 1)]
         assert row[which]["last"]["values"] == pytest.approx(values)
@@ -699,7 +708,7 @@ def test_table_1_on_cifar10_photographs(tmp_path, capsys, monkeypatch):
     assert len(seen) == 3
     facts = json.loads((Path(row["result"]["path"]).parent / "manifest.json").read_text())
     assert [c["folder"] for c in facts["classes"]] == ["airplane", "automobile", "bird"]
-    assert facts["images"]["generator"]["model"] == "tiny-sd-digits"
+    assert facts["images"]["generator"]["model"] == "tiny-sd-digits" and facts["images"]["real_images"] == 60
 
     # of the paper's own cell this is no number: it stays blank, and the results stand aside with what differs
     paper_tables.main(["--output_root", str(tmp_path / "out"), "--table", "1"])

@@ -58,6 +58,7 @@ TITLES = {
     OTHER: "results that are no cell's number",
 }
 CLASSES = {"imagenet": 1000, "tiny_imagenet": 200, "cifar10": 10, "cifar100": 100}
+TRAIN_IMAGES = {"imagenet": 1281167, "tiny_imagenet": 100000, "cifar10": 50000, "cifar100": 50000}
 TEST_IMAGES = {"imagenet": 50000, "tiny_imagenet": 10000, "cifar10": 10000, "cifar100": 10000}
 
 
@@ -232,6 +233,7 @@ def read_result(path):
         "teacher_differs": [odd for t in found["teacher"] for odd in _teacher_differences(t.get("arguments"))],
         "classes": images.get("classes"),
         "count": images.get("count"),
+        "real_images": images.get("real_images"),
         "student": arguments["model"],
         "labels": "hard" if arguments["labels"] == "hard" else "soft",
         "recipe": recipe_name(arguments),
@@ -297,6 +299,7 @@ def _teacher_differences(arguments):
     wanted = default_recipe(dataset, arguments["arch"])._asdict() | {
         "input_size": DATASETS[dataset].image_size, "momentum": 0.9, "schedule": "cosine", "label_smoothing": 0.0,
         "classes": None, "max_images_per_class": 0, "amp": "none",
+        "train_images": TRAIN_IMAGES.get(dataset, arguments.get("train_images")),
         "val_images": TEST_IMAGES.get(dataset, arguments.get("val_images")),
     }  # fmt: skip
     return [f"{name} {arguments.get(name)}" for name, value in wanted.items() if arguments.get(name) != value]
@@ -315,10 +318,11 @@ def differences(cell, row, arm, labels, checkpoint):
     facts = {
         "data set": (row["dataset"], cell.dataset),
         "arm": (row["arm"], arm),
+        "generator": (row["generator"], None if arm == "random" else checkpoint),
         "images": (row["images"], images_name(cell.dataset, cell.ipc, arm)),
         "classes": (row["classes"], CLASSES[cell.dataset]),
         "number of images": (row["count"], cell.ipc * CLASSES[cell.dataset]),
-        "generator": (row["generator"], None if arm == "random" else checkpoint),
+        "real images": (row["real_images"], TRAIN_IMAGES["imagenet" if arm == "d4m-g" else cell.dataset]),
         "student": (row["student"], cell.student),
         "labels": (row["labels"], labels),
         "precision": (row["arguments"].get("amp"), "none"),
@@ -498,7 +502,7 @@ OTHER_COLUMNS = {
     "measured": lambda r: scores(r["result"]),
     "best": lambda r: scores(r["result"], "best"),
     "n": lambda r: str(r["result"]["last"]["n"]),
-    "differs from the nearest cell in": lambda r: ", ".join(r["why"][:4]) + (" ..." if len(r["why"]) > 4 else ""),
+    "differs from the nearest cell in": lambda r: ", ".join(r["why"][:5]) + (", ..." if len(r["why"]) > 5 else ""),
 }
 
 

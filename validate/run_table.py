@@ -51,6 +51,7 @@ from validate.paper_tables import (
     OTHER,
     TABLES,
     TITLES,
+    TRAIN_IMAGES,
     file_name,
     find_costs,
     find_results,
@@ -210,7 +211,6 @@ MILLIONS = {  # of parameters
     "resnet18": 11.7, "resnet50": 25.6, "resnet101": 44.5, "mobilenet_v2": 3.5, "efficientnet_b0": 5.3, "swin_t": 28.3,
     "vit_b_16": 86.6, "convnet_w128": 0.3,
 }  # fmt: skip
-IMAGES = {"imagenet": 1281167, "tiny_imagenet": 100000, "cifar10": 50000, "cifar100": 50000}
 PNG_KIB = {224: 60, 64: 8, 32: 2.5}
 
 
@@ -218,7 +218,7 @@ class Estimate:
     """Hours and GiB of each stage for one of the paper's data sets."""
 
     def __init__(self, dataset, site):
-        self.real, self.classes, self.site = IMAGES[dataset], CLASSES[dataset], site
+        self.real, self.classes, self.site = TRAIN_IMAGES[dataset], CLASSES[dataset], site
 
     def prototypes(self, ipc, classes=None):
         share = (classes or self.classes) / self.classes

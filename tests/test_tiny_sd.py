@@ -190,3 +190,59 @@ def test_feature_distance_is_zero_for_equal_images_and_reaches_only_the_decoded_
     decoded = (images + 0.1 * torch.randn_like(images)).requires_grad_()
     distance(decoded, images).backward()
     assert decoded.grad.abs().sum() > 0 and all(p.grad is None for p in network.parameters())
+
+
+def test_the_loss_weighs_noise_levels_by_min_snr():
+    """min(SNR, gamma) / SNR an image, against the formula written out; gamma 0 is the plain squared error."""
+    from types import SimpleNamespace
+
+    alphas = train_tiny_sd.make_scheduler().alphas_cumprod
+    timesteps = torch.tensor([5, 300, 700, 999])
+    draw = torch.Generator().manual_seed(0)
+    latents, noise, answer = torch.randn((3, 4, 4, 8, 8), generator=draw)
+
+    def unet(noised, t, embeddings):
+        signal = alphas[t].view(-1, 1, 1, 1)
+        assert torch.allclose(noised, signal.sqrt() * latents + (1 - signal).sqrt() * noise)
+        assert torch.equal(embeddings[:, 0, 0], torch.tensor([2.0, 0.0, 2.0, 1.0]))  # each latent its own text
+        return SimpleNamespace(sample=answer)
+
+    def text_encoder(tokens):
+        return SimpleNamespace(last_hidden_state=tokens[:, :, None].float())
+
+    def loss(gamma):
+        tokens, which = torch.tensor([[0], [1], [2]]), torch.tensor([2, 0, 2, 1])
+        return train_tiny_sd.diffusion_loss(
+            unet, text_encoder, tokens, which, latents, noise, timesteps, alphas, gamma
+        )
+
+    errors = [float(((a - n) ** 2).mean()) for a, n in zip(answer, noise)]
+    plain = sum(errors) / 4
+    assert [float(x) for x in loss(0)] == pytest.approx([plain, plain])
+    snr = [float(alphas[t] / (1 - alphas[t])) for t in timesteps]
+    assert snr[0] > 5 > snr[3]
+    expected = sum(e * min(s, 5) / s for e, s in zip(errors, snr)) / 4
+    assert [float(x) for x in loss(5.0)] == pytest.approx([expected, plain])
+
+
+@pytest.mark.parametrize("attention, levels", [("inner", 2), ("middle", 0)])
+def test_attention_is_where_the_flag_says(attention, levels):
+    unet = train_tiny_sd.make_unet(16, [16, 16, 32], 1, attention, 16)
+    crossed = [type(block).__name__ for block in unet.down_blocks if "CrossAttn" in type(block).__name__]
+    assert len(crossed) == levels and "CrossAttn" in type(unet.mid_block).__name__
+    prompt = torch.randn(1, 4, 16)
+    assert unet(torch.randn(2, 4, 16, 16), 3, prompt.expand(2, -1, -1)).sample.shape == (2, 4, 16, 16)
+
+
+def test_a_folder_to_be_handed_on_shows_no_real_image(tmp_path):
+    from PIL import Image
+
+    widths = {}
+    for samples in ("real", "text"):
+        train(tmp_path / samples, "--samples", samples)
+        with Image.open(tmp_path / samples / "samples.png") as image:
+            widths[samples] = round(image.width / (2 * 32 + 2))
+    assert widths == {"real": 12, "text": 6}
+    same, differ = bytes_of(tmp_path / "real"), bytes_of(tmp_path / "text")
+    changed = {name for name in same if same[name] != differ[name]}
+    assert changed == {"samples.png", "README.md", "manifest.json"}  # the model is the same

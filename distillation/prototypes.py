@@ -61,7 +61,9 @@ def class_prototypes(latents, k, batch_size, method="minibatch", device="cpu") -
     elif method == "full":
         centres = _lloyd(rows, k)
     elif torch.device(device).type == "cuda":
-        centres = _minibatch_torch(rows, k, batch_size, device)
+        # beside the encoder, not behind it: in its stream each number read back would wait for a whole batch of images
+        with torch.cuda.stream(torch.cuda.Stream(device, priority=-1)):
+            centres = _minibatch_torch(rows, k, batch_size, device)
     else:
         centres = _minibatch_sklearn(rows, k, batch_size)
     sizes = np.bincount(_nearest(torch.from_numpy(rows), torch.from_numpy(centres)).numpy(), minlength=k)
@@ -94,46 +96,45 @@ def _minibatch_torch(rows, k, batch_size, device):
     from sklearn.cluster import kmeans_plusplus
 
     random = np.random.RandomState(0)
-    buffers = list(_buffers(rows, batch_size))
+    first = rows[:batch_size]
     # scikit-learn fixes its batch size at the first call, to at most the rows it is given there
-    step = min(batch_size, len(buffers[0]))
-    centres = torch.from_numpy(kmeans_plusplus(buffers[0], k, random_state=random)[0]).to(device)  # (k, d)
-    counts = np.zeros(k)
-    since_reassignment = 0
-    for buffer in buffers:
+    step = min(batch_size, len(first))
+    centres = torch.from_numpy(kmeans_plusplus(first, k, random_state=random)[0]).to(device)  # (k, d)
+    counts = torch.zeros(k, dtype=torch.float64, device=device)
+    empty, since_reassignment = True, 0
+    for x in _buffers(torch.from_numpy(rows).to(device), batch_size):  # (n, d)
         since_reassignment += step
-        reassign = bool((counts == 0).any()) or since_reassignment >= 10 * k
+        reassign = empty or since_reassignment >= 10 * k
         since_reassignment = 0 if reassign else since_reassignment
-        x = torch.from_numpy(buffer).to(device)  # (n, d)
         members = torch.nn.functional.one_hot(_nearest(x, centres), k).to(x.dtype)  # (n, k)
-        new = members.sum(0).cpu().numpy()  # (k,)
-        before = torch.from_numpy(counts).to(device)[:, None]
-        counts = counts + new
-        after = torch.from_numpy(np.maximum(counts, 1)).to(device)[:, None]
-        moved = (centres * before + members.T @ x) * (1 / after)
-        centres = torch.where(torch.from_numpy(new > 0).to(device)[:, None], moved, centres)
+        new = members.sum(0)  # (k,)
+        before, counts = counts, counts + new
+        moved = (centres * before[:, None] + members.T @ x) * (1 / counts.clamp(min=1))[:, None]
+        centres = torch.where(new[:, None] > 0, moved, centres)
         if reassign:
             centres, counts = _reassign(centres, counts, x, random)
+        if empty:
+            empty = bool((counts == 0).any())
     return centres.cpu().numpy()
 
 
 def _reassign(centres, counts, x, random, ratio=0.01):
     """scikit-learn's rule: centres with under 1 % of the largest count get a random row of the buffer each."""
+    device, counts = counts.device, counts.cpu().numpy().copy()
     weak = counts < ratio * counts.max()
     if weak.sum() > 0.5 * len(x):
         weak[np.argsort(counts)[int(0.5 * len(x)) :]] = False
     if weak.any():
         chosen = random.choice(len(x), replace=False, size=weak.sum())
         centres = centres.clone()
-        centres[torch.from_numpy(np.flatnonzero(weak)).to(x.device)] = x[torch.from_numpy(chosen).to(x.device)]
-    counts = counts.copy()
-    counts[weak] = counts[~weak].min()
-    return centres, counts
+        centres[torch.from_numpy(np.flatnonzero(weak)).to(device)] = x[torch.from_numpy(chosen).to(device)]
+        counts[weak] = counts[~weak].min()
+    return centres, torch.from_numpy(counts).to(device)
 
 
 def _nearest(rows, centres):
     """(n, d), (k, d) -> (n,) index of the nearest centre; the first one among equals, on every device."""
-    distance = centres.square().sum(1) - 2 * rows @ centres.T  # |x|^2 is the same for every centre
+    distance = centres.square().sum(1) - rows @ (2 * centres.T)  # |x|^2 is the same for every centre
     first = torch.arange(len(centres), device=rows.device).expand_as(distance)
     return torch.where(distance == distance.amin(1, keepdim=True), first, len(centres)).amin(1)
 

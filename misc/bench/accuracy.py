@@ -1,6 +1,7 @@
 """What --amp bf16, --channels_last and --fused do to a student's accuracy, beside what they do to its speed.
 
     python -m misc.bench.accuracy --name digits --seeds 0 1 2 --train_dir DIR --fkd_path DIR --model convnet_mini ...
+    sh misc/bench/accuracy.sh                            # the table of misc/benchmarks/accuracy.md, from nothing
 
 Everything but --name, --seeds, --device and --out goes to validate.train_FKD, which trains a student from scratch for
 each seed and each way of computing, in turns, in this process. Speed is of the whole run, tests included, in seconds
@@ -78,6 +79,7 @@ def markdown(entries):
     lines += [
         "Top-1 in % of the last epoch, mean ± sample std over the seeds; difference to the first row seed by seed;",
         "speed as a multiple of the first row's, tests included. All three are off in the faithful preset.",
+        "`sh misc/bench/accuracy.sh` makes the images, the labels and this table.",
     ]
     for name, entry in entries.items():
         rows, m = entry["rows"], entry["machine"]

@@ -39,9 +39,12 @@ def clock_of(device):
     return 0 if device.type == "cuda" else 1
 
 
-def compare(stage, what, unit, times, counts, device, release="release", ours="ours", **facts):
-    """One row of the table. counts: units a turn of each way; facts: same, known, target, flops (a unit), ..."""
-    clock = clock_of(device)
+def compare(stage, what, unit, times, counts, device, release="release", ours="ours", clock=None, **facts):
+    """One row of the table. counts: units a turn of each way; facts: same, known, target, flops (a unit), ...
+
+    clock   which of `spent`'s two numbers; default: the device's
+    """
+    clock = clock_of(device) if clock is None else clock
     rates = {name: [counts[name] / max(t[clock], 1e-9) for t in times[name]] for name in (release, ours)}
     ratios = [b / a for a, b in zip(rates[release], rates[ours])]
     row = {

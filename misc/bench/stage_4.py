@@ -1,6 +1,8 @@
 """Stage 4: labels read, the start of an epoch, a student's epoch."""
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from tqdm import tqdm
@@ -8,7 +10,7 @@ from tqdm import tqdm
 from matching.soft_labels import EpochLabels, label_file
 from matching.training import Forward, plain
 from misc.bench.inputs import replay_set
-from misc.bench.measure import compare, in_turns
+from misc.bench.measure import compare, in_turns, spent
 from misc.bench.release import ReleaseFeed, load_pickle, release_epoch, start_workers
 from scripts.runtime import Process
 from validate.train_FKD import Job, Recipe, Student, train_epoch
@@ -18,9 +20,9 @@ RECIPE = Recipe(schedule="cosine", temperature=20.0)
 
 
 def stage_4(bench):
-    for batch_size in sorted({bench.size.batch, min(bench.size.batch, 100)}, reverse=True):
-        feed = labels(bench, batch_size)
-    start_of_epoch(bench, feed)
+    feeds = [labels(bench, n) for n in sorted({bench.size.batch, min(bench.size.batch, 100)}, reverse=True)]
+    waiting(bench, feeds[0])
+    start_of_epoch(bench, feeds[-1])
     student(bench)
 
 
@@ -53,6 +55,32 @@ def labels(bench, batch_size):
             {"release": ways["release"], "ours": ways[name]},
         )  # fmt: skip
     return feed
+
+
+def waiting(bench, feed, nap=0.3):
+    """Seconds that training waits for its second epoch's labels: hashed when asked for, or beside the first epoch,
+    which is stubbed by `nap` seconds of sleep.
+    """
+    times = {"release": [], "ours": []}
+    for _ in range(2 * bench.size.turns + 1):
+        for name, following in (("release", {}), ("ours", {0: 1})):
+            feed.forget_labels()
+            feed.following, feed.background = following, ThreadPoolExecutor(1)
+            feed.labels_of(0)
+            time.sleep(nap)
+            before = spent(CPU)
+            feed.labels_of(1)
+            times[name].append(tuple(b - a for a, b in zip(before, spent(CPU))))
+            feed.background.shutdown()
+            feed.background = None
+    count = len(feed.sizes)
+    bench.add(
+        compare(
+            4, f"wait for the labels of {count:,} images: hashed when asked for, against beside the epoch before",
+            "wait", times, {"release": 1, "ours": 1}, CPU, clock=0, same="same file, same checks",
+            note=f"ours on both sides; wall clock, a core to spare, the epoch stubbed by {nap} s of sleep",
+        )
+    )  # fmt: skip
 
 
 def start_of_epoch(bench, feed):

@@ -225,8 +225,9 @@ class Curve(NamedTuple):
 def curve_of(result):
     paper, name = images_name(result["dataset"], result["ipc"], result["arm"]), result["images"]
     odd = [result["generator"]] if result["generator"] not in (None, DEFAULT_CHECKPOINT) else []
-    odd += [re.sub(r"_ipc\d+", "", name)] if name != paper else []
-    recipe = "" if result["recipe"] in ("d4m", "d4m-cifar") else result["recipe"] or "no known recipe"
+    shorter = name.removeprefix(paper).removeprefix("_")  # _size64 of images that are the paper's otherwise
+    odd += [re.sub(rf"^{result['dataset']}_ipc\d+_", "", shorter)] if name != paper else []
+    recipe = "" if result["recipe"] in ("d4m", "d4m-cifar") else result["recipe"] or "own recipe"
     teacher = "+".join(result["teacher"] or ["none"])
     return Curve(result["arm"], result["labels"], teacher, result["student"], recipe, ", ".join(odd))
 
@@ -284,7 +285,8 @@ def draw_curves(axes, measured, paper):
 
     measured    {Curve: [(x, mean, std)]};   paper    {(method, teacher, student): [(x, top1)]}
     """
-    networks = [(c.teacher, c.student) for c in measured] + [(_model(t), _model(s)) for _, t, s in paper]
+    networks = [(c.student if c.teacher == "none" else c.teacher, c.student) for c in measured]
+    networks += [(_model(t), _model(s)) for _, t, s in paper]
     methods = [(ARM_METHODS.get(c.arm, c.arm), c.labels, c.recipe, c.variant) for c in measured]
     methods += [(m, "soft", "", "") for m, _, _ in paper]
     coloured = networks if len(set(networks)) > 1 else methods

@@ -123,9 +123,9 @@ def test_accuracy_over_ipc_and_time(results, tmp_path):
         assert [y for _, y in paper] == [27.9, 55.2, 59.3, 62.6]
         assert paper[0][0] == pytest.approx(10 if kind == "ipc" else 10 * 1000 * 2.7 / 3600)
         others = {label: [y for _, y in points] for label, points in lines.items() if "D4M (ResNet-18, " in label}
-        expected = {"sd15-tuned": [1.0], "imagenet_s0.5_g8_kmexpand1": [2.0], "no known recipe": [3.0]}
+        expected = {"sd15-tuned": [1.0], "s0.5_g8_kmexpand1": [2.0], "own recipe": [3.0]}
         if kind == "time":  # nobody knows what the images at strength 0.5 took
-            del expected["imagenet_s0.5_g8_kmexpand1"]
+            del expected["s0.5_g8_kmexpand1"]
         assert others == {f"D4M (ResNet-18, {word})": y for word, y in expected.items()}
         assert len(lines) == 2 + len(others) + 6
 

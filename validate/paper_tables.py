@@ -491,6 +491,12 @@ COST_COLUMNS = {
 }
 
 
+def _shortened(why, most=5):
+    """The first words of `differences`, without the values that have a column of their own."""
+    words = [w.split()[0] if w.split()[0] in ("generator", "images", "student", "labels") else w for w in why[:most]]
+    return ", ".join(words + ["..."] * (len(why) > most))
+
+
 OTHER_COLUMNS = {
     "data set": lambda r: DATASET_TITLES[r["dataset"]],
     "IPC": lambda r: str(r["ipc"] or ""),
@@ -502,7 +508,7 @@ OTHER_COLUMNS = {
     "measured": lambda r: scores(r["result"]),
     "best": lambda r: scores(r["result"], "best"),
     "n": lambda r: str(r["result"]["last"]["n"]),
-    "differs from the nearest cell in": lambda r: ", ".join(r["why"][:5]) + (", ..." if len(r["why"]) > 5 else ""),
+    "differs from the nearest cell in": lambda r: _shortened(r["why"]),
 }
 
 

@@ -23,6 +23,7 @@ import re
 import time
 from pathlib import Path
 
+from matching.models import model_name
 from scripts.files import read_json, write_json, write_text
 from scripts.runtime import Parser, resolve_device
 
@@ -35,6 +36,9 @@ def get_args(argv=None):
     parser.add_argument("--stage", nargs="+", type=int, choices=STAGES, default=STAGES)
     parser.add_argument(
         "--images", default=None, metavar="DIR", help="photographs [$D4M_TEST_DATA, else made from noise]"
+    )
+    parser.add_argument(
+        "--arch", type=model_name, default=None, help="of stages 3-4 [resnet18; on a CPU convnet_mini]"
     )
     parser.add_argument("--profile", action="store_true", help="name what each way spends its time in (one more turn)")
     parser.add_argument("--memory", action="store_true", help="only the host memory of stage 2, ImageNet at IPC 200")
@@ -68,14 +72,15 @@ def main(argv=None):
         torch.set_num_threads(1)  # threads that wait for each other would count as CPU-seconds
     name = re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()) if device.type == "cuda" else "cpu"
     name += "" if stages == list(STAGES) else "-stage" + "".join(map(str, stages))
-    name += "-profile" * args.profile
+    name += (f"-{args.arch.replace(':', '-')}" if args.arch else "") + "-profile" * args.profile
 
     def save(result):
         write_json(out / f"{name}.json", result)
         write_text(out / f"{name}.md", markdown(result))
 
     images = args.images or os.environ.get("D4M_TEST_DATA")
-    result = run(device, SIZES["quick" if args.quick else device.type], stages, images, args.profile, save)
+    size = SIZES["quick" if args.quick else device.type]
+    result = run(device, size, stages, images, args.profile, args.arch, save)
     print(f"\n{out / name}.json, {out / name}.md: {result['seconds']} s")
     return out / f"{name}.json"
 

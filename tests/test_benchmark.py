@@ -14,7 +14,8 @@ def result(tmp_path_factory):
     out = tmp_path_factory.mktemp("benchmark")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("D4M_TEST_DATA", raising=False)
-        path = benchmark.main(["--device", "cpu", "--quick", "--profile", "--out", str(out)])
+        argv = ["--device", "cpu", "--quick", "--profile", "--arch", "convnet-w128", "--out", str(out)]
+        path = benchmark.main(argv)
     return read_json(path), path
 
 
@@ -33,6 +34,8 @@ def test_every_stage_is_there_and_its_outputs_agree(result):
             off = row["same"].split("differ by ")[1].split()[0]
             assert float(off) <= (1 if "pixels" in row["same"] else 1e-3), row["what"]
     assert any("0 of" in row["same"] for row in rows)  # crops
+    assert sum("channels_last" in row["what"] for row in rows) == 4 and result[1].stem == "cpu-convnet_w128-profile"
+    assert all(peak["host_mib"] > 100 for peak in result[0]["peak_memory"].values())
     assert result[0]["facts"]["crop_bytes_that_differ"] == {"224": 0, "64": 0, "32": 0}
 
 

@@ -12,7 +12,7 @@ import torch
 
 from misc.bench.inputs import photographs, replay_set
 from misc.bench.measure import ceilings, commit, compare, flops_of, in_turns, machine, top_costs
-from misc.bench.networks import real_flops
+from misc.bench.networks import pipelines, real_flops
 from misc.bench.stage_1 import stage_1
 from misc.bench.stage_2 import stage_2
 from misc.bench.stage_3 import stage_3
@@ -45,7 +45,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "cuda": Size(2, True, ("channels_last + compile",), 512, 768, 4, 10, 1300, (3, 64), 50, 1024, 10240, 224, 8, 8192),
+    "cuda": Size(2, True, ("channels_last + compile",), 256, 512, 4, 10, 1300, (3, 64), 50, 1024, 10240, 224, 8, 8192),
     "cpu": Size(3, False, (), 256, 16, 0, 10, 1300, (4, 16), 10, 1024, 1024, 64, 2, 1536),
     "quick": Size(1, False, ("channels_last",), 16, 8, 0, 2, 12, (2, 4), 4, 8, 16, 32, 1, 64),
 }
@@ -54,14 +54,24 @@ SIZES = {
 class Bench:
     """What the stages share: device, sizes, pictures, a temporary folder; the rows as they come."""
 
-    def __init__(self, device, size, pictures, root, profile, log):
+    def __init__(self, device, size, pictures, root, profile, log, arch=None):
         self.device, self.size, self.pictures, self.root = device, size, pictures, root
         self.profile, self.rows, self.facts, self.log = profile, [], {}, log
         self.images = SimpleNamespace(folders=tuple(range(1000)), dataset="imagenet")
-        self.arch = "resnet18" if size.real else "convnet_mini"
+        self.arch = arch or ("resnet18" if size.real else "convnet_mini")  # of stages 3 and 4
         self.spawned = size.spawned if device.type == "cuda" else 0  # the release's workers beside the networks
         self.limits = ceilings(device, size.matmul)
-        self._network_set = None
+        self._network_set, self._pipelines = None, (None, None)
+
+    def pipelines(self, side):
+        """(stage 1's pipeline, stage 2's) for pictures of `side` px, made once: random numbers take seconds."""
+        if self._pipelines[0] != side:
+            self._pipelines = side, pipelines(self.size.real, side, self.device, self.root)
+        return self._pipelines[1]
+
+    def drop_pipelines(self):
+        """Their memory is none of stage 3's and 4's."""
+        self._pipelines = None, None
 
     def warm_up(self, *ways):
         """On a GPU: memory is taken, kernels are chosen or compiled, before anything is timed."""
@@ -120,14 +130,15 @@ class Bench:
             )  # fmt: skip
 
 
-def run(device, size, stages, images=None, profile=False, save=lambda result: None, log=print):
+def run(device, size, stages, images=None, profile=False, arch=None, save=lambda result: None, log=print):
     """Everything that is measured, as one JSON value; save: called with what there is after each stage."""
     started, before = time.perf_counter(), os.getloadavg() if hasattr(os, "getloadavg") else None
     with tempfile.TemporaryDirectory(prefix="d4m-benchmark-") as root:
         pictures, kind = photographs(images, size.pictures)
-        bench = Bench(device, size, pictures, Path(root), profile, log)
+        bench = Bench(device, size, pictures, Path(root), profile, log, arch)
         result = {
             "command": f"python -m misc.benchmark --device {device.type} --stage {' '.join(map(str, stages))}"
+            + (f" --arch {arch}" if arch else "")
             + " --profile" * profile,
             "commit": commit(),
             "date": time.strftime("%Y-%m-%d"),

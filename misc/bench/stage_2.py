@@ -9,7 +9,7 @@ from distillation import gen_syn_image
 from distillation.datasets import read_rgb
 from distillation.prototypes import Prototypes
 from misc.bench.measure import compare, flops_of, in_turns
-from misc.bench.networks import pipelines, sped_up
+from misc.bench.networks import sped_up
 from misc.bench.release import NEGATIVE, release_synthesis
 
 PER_CLASS = 10
@@ -18,7 +18,7 @@ PER_CLASS = 10
 def stage_2(bench):
     size, device, root = bench.size, bench.device, bench.root
     side = 512 if size.real else 64
-    pipeline = pipelines(size.real, side, device, root)[1]
+    pipeline = bench.pipelines(side)[1]
     few, many = size.synthesis
     classes = [{"index": c, "folder": f"class{c}", "prompt": f"tench {c}"} for c in range(-(-many // PER_CLASS))]
     jobs = gen_syn_image.list_jobs(classes, PER_CLASS, PER_CLASS)[:many]
@@ -68,3 +68,4 @@ def stage_2(bench):
             ),
             {"release": ways["release"], "ours": ways[name]},
         )  # fmt: skip
+    bench.drop_pipelines()

@@ -91,27 +91,19 @@ class Site(NamedTuple):
     eval_every: int = 50
     stm_iterations: int = 4000
     stm_batch: int = 100
-    teacher: dict | None = None  # flags of train_teacher; None: torchvision's weights
+    teacher: bool = False  # nobody publishes one: it is trained
+    teacher_epochs: int | None = None
     smoke: bool = False
 
 
 # The paper is silent on CIFAR and Tiny-ImageNet. CIFAR: DD-Ranking's settings (500 epochs, batch 100); five trainings,
-# as the paper. Tiny-ImageNet: ImageNet's, at 64 px. Teachers: the usual recipes of 32-px networks and of
-# Tiny-ImageNet's ResNets.
-CIFAR_TEACHER = {
-    "epochs": 200, "batch_size": 128, "learning_rate": 0.1, "weight_decay": 5e-4, "warmup_epochs": 0,
-    "augment": "pad_crop", "flip": 0.5,
-}  # fmt: skip
-TINY_TEACHER = {
-    "epochs": 200, "batch_size": 256, "learning_rate": 0.2, "weight_decay": 1e-4, "warmup_epochs": 5, "augment": "rrc",
-    "flip": 0.5,
-}  # fmt: skip
+# as the paper. Tiny-ImageNet: ImageNet's, at 64 px. Teachers: train_teacher's own recipes.
 SMALL = {"epochs": 500, "batch": 100, "accumulation": 1, "bn_batch": 100, "seeds": (0, 1, 2, 3, 4)}
 FULL = {
     "imagenet": {},
-    "tiny_imagenet": {"image_size": 64, "teacher": TINY_TEACHER},
-    "cifar10": {"image_size": 32, "teacher": CIFAR_TEACHER, **SMALL},
-    "cifar100": {"image_size": 32, "teacher": CIFAR_TEACHER, **SMALL},
+    "tiny_imagenet": {"image_size": 64, "teacher": True},
+    "cifar10": {"image_size": 32, "teacher": True, **SMALL},
+    "cifar100": {"image_size": 32, "teacher": True, **SMALL},
 }
 SMOKE = {
     "size": 32, "image_size": 32, "sd_batch": 8, "cost_classes": ("0-2",), "workers": 0, "epochs": 2, "batch": 8,
@@ -135,10 +127,9 @@ def open_site(dataset, args):
         places = (getattr(args, f"{dataset}_dir"), prompts, args.diffusion_checkpoints_path, args.out)
         return with_changes(Site(dataset, *places, **{**full, "seeds": seeds, "workers": args.num_workers}), args)
     data = f"{args.out}/smoke/data"
-    teacher = SMOKE_TEACHER if full.get("teacher") else None
     seeds = tuple(args.seeds or (0, 1))[: 2 if dataset.startswith("cifar") else 1]  # two where they cost little
     places = (data, f"{data}/prompts.txt", args.diffusion_checkpoints_path, f"{args.out}/smoke/{dataset}")
-    return Site("imagefolder", *places, **{**SMOKE, "teacher": teacher, "seeds": seeds})
+    return Site("imagefolder", *places, **{**SMOKE, "teacher": "teacher" in full, "seeds": seeds})
 
 
 CHANGES = ("classes", "size", "epochs", "batch_size", "teacher_epochs")  # flags that leave the paper's run
@@ -148,11 +139,10 @@ def with_changes(site, args):
     """The Site with the values of CHANGES that were given."""
     if args.batch_size:
         site = site._replace(batch=args.batch_size, bn_batch=min(site.bn_batch, args.batch_size))
-    if args.teacher_epochs and site.teacher:
-        site = site._replace(teacher={**site.teacher, "epochs": args.teacher_epochs})
     if args.classes:
         site = site._replace(classes=tuple(args.classes), cost_classes=tuple(args.classes))
-    return site._replace(size=args.size or site.size, epochs=args.epochs or site.epochs)
+    values = {"size": args.size or site.size, "epochs": args.epochs or site.epochs}
+    return site._replace(**values, teacher_epochs=args.teacher_epochs)
 
 
 # ---- steps
@@ -331,11 +321,10 @@ def stm_step(dataset, site, images, ipc):
 
 def teacher_step(dataset, site, arch):
     """Train a teacher that nobody publishes; in --smoke also a stand-in for torchvision's."""
-    from matching.train_teacher import recipe_of, teacher_name
+    from matching.train_teacher import default_recipe, recipe_of, teacher_name
 
-    recipe = dict(site.teacher or SMOKE_TEACHER)
-    if arch.startswith("convnet"):  # at 0.1 they stay at chance
-        recipe["learning_rate"] = min(recipe["learning_rate"], 0.01)
+    recipe = dict(SMOKE_TEACHER) if site.smoke else default_recipe(dataset, arch)._asdict()
+    recipe["epochs"] = site.teacher_epochs or recipe["epochs"]
     argv = flags(
         dataset=site.dataset, data_dir=site.data_dir, classes=site.classes, arch=arch, input_size=site.image_size,
         **recipe, eval_every=10, num_workers=site.workers, output_dir=f"{site.out}/teachers",
@@ -348,7 +337,7 @@ def teacher_step(dataset, site, arch):
 
 
 def trains_teachers(site):
-    return bool(site.teacher) or site.smoke
+    return site.teacher or site.smoke
 
 
 def teacher_checkpoint(dataset, site, arch):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from matching import generate_soft_label
+from matching import generate_soft_label, train_teacher
 from matching.soft_labels import generator_of, real_images_of
 from scripts.checkpoints import DEFAULT_CHECKPOINT
 from validate import paper_tables, run_table
@@ -172,6 +172,22 @@ def test_a_cell_has_the_launchers_values(dataset, stem, teacher, tmp_path):
             if step.kind == "student":
                 args |= {"fkd_seed": None}
         assert {k: v for k, v in ours.items() if k not in free} == {k: v for k, v in by_hand.items() if k not in free}
+
+
+@pytest.mark.parametrize("table", (1, 2, 3, 4, 5))
+def test_what_the_commands_make_fills_their_cells(table):
+    """Students and teachers of the full commands have the recipes that a result needs to fill a cell."""
+    from test_recipes import arguments_of
+
+    for cell, steps, _ in plan(table):
+        for step in steps:
+            args = run_table.parsed(step.module, step.argv)
+            if step.kind == "student":
+                arguments = arguments_of(args, cell.dataset)
+                assert paper_tables.recipe_differences(paper_recipe(cell.dataset), arguments) == [], step.line()
+            elif step.kind == "teacher":
+                recorded = {**vars(args), **train_teacher.recipe_of(args)._asdict()}
+                assert {"train_images None", "val_images None"} == set(paper_tables.teacher_differences(recorded))
 
 
 def test_cells_find_their_images_by_the_stages_own_names():

@@ -230,7 +230,7 @@ def read_result(path):
         "generator_sha256": _hashes(images.get("generator")),
         "teacher": [t["arch"] for t in found["teacher"]],
         "weights": [t["weights"] for t in found["teacher"]],
-        "teacher_differs": [odd for t in found["teacher"] for odd in _teacher_differences(t.get("arguments"))],
+        "teacher_differs": [odd for t in found["teacher"] for odd in teacher_differences(t.get("arguments"))],
         "classes": images.get("classes"),
         "count": images.get("count"),
         "real_images": images.get("real_images"),
@@ -280,7 +280,7 @@ def find_teachers(root):
             arguments = found["arguments"]
             rest = {k: v for k, v in arguments.items() if k not in ("seed", "eval_every")}
             key = (arguments["dataset"], arguments["arch"]), json.dumps(rest, sort_keys=True)
-            groups.setdefault(key, (_teacher_differences(arguments), []))[1].append(found)
+            groups.setdefault(key, (teacher_differences(arguments), []))[1].append(found)
     best = {}
     for (name, _), (differs, found) in sorted(groups.items(), key=lambda entry: (len(entry[1][0]), -len(entry[1][1]))):
         scores = {which: summary([f[which]["top1"] for f in found]) for which in ("last", "best")}
@@ -288,7 +288,7 @@ def find_teachers(root):
     return best
 
 
-def _teacher_differences(arguments):
+def teacher_differences(arguments):
     """["epochs 3", ...]: what is not as train_teacher's own recipe for this data set and network has it.
 
     arguments    train_teacher's; None for weights that are not its

@@ -153,12 +153,12 @@ def titles_of(images, folders):
     return [short(prompts.get(folder, folder)) for folder in folders]
 
 
-def draw_grid(rows, names, titles, size):
-    """rows: lists of PIL images, one row a method.   -> figure"""
+def draw_grid(rows, names, titles):
+    """rows: lists of PIL images, one row a method; titles: one a column.   -> figure"""
     plt = _pyplot()
     columns = len(rows[0])
     label, side = 0.22, (PAGE - 0.22) / columns  # inches
-    title = 0.2 if titles else 0.02
+    title = 0.2
     height = title + side * len(rows)
     figure = plt.figure(figsize=(PAGE, height), dpi=100)
     gap, heads, names_drawn = 0.03, [], []
@@ -169,7 +169,7 @@ def draw_grid(rows, names, titles, size):
             # small images are shown as they are, pixel by pixel
             axes.imshow(image, interpolation="nearest" if image.width <= 64 else "lanczos", aspect="auto")
             axes.set_axis_off()
-            if r == 0 and titles:
+            if r == 0:
                 heads.append(axes.set_title(titles[c], fontsize=8, pad=3))
         middle = (height - title - (r + 0.5) * side) / height
         names_drawn.append(
@@ -192,7 +192,7 @@ def grid(args):
     sets = open_sets(args.images, args.names)
     folders = choose_classes(args.classes, sets[0][1], args.count)
     rows = [[read_image(images, folder, args.image) for folder in folders] for _, images in sets]
-    return draw_grid(rows, [name for name, _ in sets], titles_of(sets[0][1], folders), args.image)
+    return draw_grid(rows, [name for name, _ in sets], titles_of(sets[0][1], folders))
 
 
 def row(args):
@@ -202,7 +202,8 @@ def row(args):
         int((images.targets == images.folders.index(folder)).sum()) for _, images in sets if folder in images.folders
     )
     rows = [[read_image(images, folder, i) for i in range(min(args.count, available))] for _, images in sets]
-    return draw_grid(rows, [name for name, _ in sets], None, 0)
+    title = titles_of(sets[0][1], [folder])  # above the first image
+    return draw_grid(rows, [name for name, _ in sets], title + [""] * (len(rows[0]) - 1))
 
 
 # ---- figures 6 and 8: curves

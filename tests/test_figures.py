@@ -60,7 +60,9 @@ def test_grid_shows_the_images_where_they_belong(images, tmp_path):
 def test_row_is_one_class(images, tmp_path):
     argv = ["row", "--images", *images, "--class_folder", "7", "--count", "9"]
     check_files(figures.main([*argv, "--output", str(tmp_path / "figure5")]))
-    assert len(figures.row(figures.get_args(argv)).axes) == 2 * 4  # as many as there are
+    figure = figures.row(figures.get_args(argv))
+    assert len(figure.axes) == 2 * 4  # as many as there are
+    assert [axes.get_title() for axes in figure.axes] == ["seven"] + [""] * 7
 
 
 def made(root, kind, name, seconds, count=0, **arguments):

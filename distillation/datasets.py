@@ -9,10 +9,12 @@ torchvision's ImageFolder gives and what its ImageNet teachers were trained with
 and folder name, never by prompt: two ImageNet classes share the word "crane".
 """
 
+import contextlib
 import csv
 import hashlib
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -103,7 +105,10 @@ class Split:
                 if self.arrays is not None:
                     state.update(self.arrays[item].tobytes())
                 else:
-                    state.update(f"{item.name} {os.stat(item).st_size}\n".encode())
+                    status = os.stat(item)
+                    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+                        refuse(f"{item}: not a file")
+                    state.update(f"{item.name} {status.st_size}\n".encode())
         return state.hexdigest()
 
     def digest(self):
@@ -381,7 +386,10 @@ def _has_folders(path):
 def _images_below(folder, others=None):
     """The images in `folder` and below, sorted; what looks like one and is not taken goes to `others`."""
     found = []
-    for parent, _, names in os.walk(folder, followlinks=True):  # asks no file for its status: ImageNet has a million
+    for parent, folders, names in os.walk(folder, followlinks=True):  # asks no file for its status: a million
+        for link in (os.path.join(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))):
+            if Path(parent).resolve().is_relative_to(Path(link).resolve()):  # each image would be found 40 times
+                refuse(f"{link}: a link to {os.readlink(link)}, a folder that it is in")
         for name in names:
             extension = os.path.splitext(name)[1].lower()
             if extension in EXTENSIONS and not name.startswith("."):
@@ -406,6 +414,9 @@ def _folders(dataset, root, split, flag):
     if not _has_folders(base):
         refuse(f"{flag} {root}: no class folders in {base}; {dataset} needs {_expected(dataset)}")
     wanted = known_prompts(dataset)
+    broken = next((p for p in sorted(base.iterdir()) if p.is_symlink() and not p.exists()), None)
+    if broken:
+        refuse(f"{flag} {root}: {broken} is a broken link, to {os.readlink(broken)}")
     names = sorted(p.name for p in base.iterdir() if p.is_dir() and not p.name.startswith("."))
     others = []
     found = {name: _images_below(base / name, others) for name in names if not wanted or name in wanted}
@@ -423,9 +434,19 @@ def _by_annotation(folder, wnid_of, flag):
     return by_class
 
 
+@contextlib.contextmanager
+def _as_ground_truth(path):
+    """Whatever is wrong inside somebody's file is one line that names it."""
+    try:
+        yield
+    except Exception as error:
+        refuse(f"{path}: cannot be read as ground truth: {type(error).__name__}: {error}")
+
+
 def _tiny_annotations(path):
     """val_annotations.txt: `val_0.JPEG<TAB>n03444034<TAB>box` -> {file name: wnid}."""
-    rows = [line.split("\t") for line in path.read_text().splitlines() if line]
+    with _as_ground_truth(path):
+        rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line]
     for number, row in enumerate(rows, 1):
         if len(row) < 2 or not WNID.match(row[1]):
             refuse(f"{path}, line {number}: expected file name, tab, wnid")
@@ -440,21 +461,24 @@ def _imagenet_ground_truth(root, base, flag):
 
     kaggle = found("LOC_val_solution.csv")  # ImageId,"wnid x y x y ..."
     if kaggle:
-        with open(kaggle, newline="") as file:
+        with _as_ground_truth(kaggle), open(kaggle, newline="", encoding="utf-8") as file:
             return {f"{row['ImageId']}.JPEG": row["PredictionString"].split()[0] for row in csv.DictReader(file)}
     wnids = found("imagenet_2012_validation_synset_labels.txt")  # line i = wnid of image i
     if wnids:
-        lines = wnids.read_text().split()
+        with _as_ground_truth(wnids):
+            lines = wnids.read_text(encoding="utf-8").split()
         return {f"ILSVRC2012_val_{i:08d}.JPEG": wnid for i, wnid in enumerate(lines, 1)}
     name = "ILSVRC2012_validation_ground_truth.txt"  # line i = ILSVRC id of image i, needs meta.mat
     truth = next((p for pattern in ("", "*devkit*/", "*devkit*/data/") for p in root.glob(pattern + name)), None)
     if truth and (truth.parent / "meta.mat").is_file():
         from scipy.io import loadmat
 
-        synsets = loadmat(truth.parent / "meta.mat", squeeze_me=True)["synsets"]
-        wnid_of_id = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets}
-        ids = [int(line) for line in truth.read_text().split()]
-        return {f"ILSVRC2012_val_{i:08d}.JPEG": wnid_of_id[number] for i, number in enumerate(ids, 1)}
+        with _as_ground_truth(truth.parent / "meta.mat"):
+            synsets = loadmat(truth.parent / "meta.mat", squeeze_me=True)["synsets"]
+            wnid_of_id = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets}
+        with _as_ground_truth(truth):
+            ids = [int(line) for line in truth.read_text(encoding="utf-8").split()]
+            return {f"ILSVRC2012_val_{i:08d}.JPEG": wnid_of_id[number] for i, number in enumerate(ids, 1)}
     refuse(
         f"{flag} {root}: {base} is flat and no ground truth is beside it: LOC_val_solution.csv, "
         "imagenet_2012_validation_synset_labels.txt, or the devkit's "

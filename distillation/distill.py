@@ -25,7 +25,7 @@ from distillation.gen_prototype import (
 )
 from distillation.gen_syn_image import add_synthesis_flags, check_steps, load_synthesis, synthesize_arms
 from scripts.checkpoints import add_checkpoint_flags
-from scripts.runtime import Parser, add_process_flags, positive_int, refuse, this_process
+from scripts.runtime import Parser, add_process_flags, entry_point, positive_int, refuse, this_process
 
 
 def get_args(argv=None):
@@ -38,6 +38,7 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
+@entry_point
 def main(argv=None):
     args = get_args(argv)
     if args.num_prototypes not in (None, args.ipc):

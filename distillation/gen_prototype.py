@@ -43,6 +43,7 @@ from scripts.runtime import (
     StopSignals,
     Stopwatch,
     add_process_flags,
+    entry_point,
     generator,
     in_parts,
     log_run,
@@ -406,6 +407,7 @@ def class_table(split):
     return [{"index": c, "folder": f, "prompt": p} for c, f, p in zip(split.class_ids, split.folders, split.prompts)]
 
 
+@entry_point
 def main(argv=None):
     args = get_args(argv)
     process = this_process(args.device, args.shard)

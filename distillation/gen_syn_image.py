@@ -61,7 +61,8 @@ from scripts.runtime import (
     StopSignals,
     Stopwatch,
     add_process_flags,
-    finite,
+    at_least_one,
+    entry_point,
     generator,
     in_parts,
     log_run,
@@ -71,6 +72,7 @@ from scripts.runtime import (
     result_of,
     seed_of,
     this_process,
+    unicode_text,
     unit_interval,
     warn,
 )
@@ -392,12 +394,12 @@ def add_synthesis_flags(parser):
         "--strength", "-s", type=unit_interval, default=0.7, help="how far prototypes are noised, in (0, 1]"
     )
     group.add_argument(
-        "--guidance_scale", "-g", type=finite, default=8.0, help="classifier-free guidance; 1 turns it off"
+        "--guidance_scale", "-g", type=at_least_one, default=8.0, help="classifier-free guidance; 1 turns it off"
     )
     group.add_argument(
         "--num_inference_steps", type=positive_int, default=50, help="of the whole schedule; 50 at 0.7 is 36 calls"
     )
-    group.add_argument("--negative_prompt", default=NEGATIVE_PROMPT)
+    group.add_argument("--negative_prompt", type=unicode_text, default=NEGATIVE_PROMPT)
     group.add_argument(
         "--num_prototypes",
         type=positive_int,
@@ -467,6 +469,7 @@ def load_synthesis(args, process):
         safety_checker=args.safety_checker == "on",
         config=args.single_file_config,
     )
+    check_steps([], args.strength, args.num_inference_steps, pipeline.scheduler.config.num_train_timesteps)
     hashes = {name: hashes[name] for name in ("vae_sha256", "unet_sha256", "text_encoder_sha256")}
     hashes |= {
         "scheduler_sha256": config_hash(pipeline.scheduler),
@@ -503,8 +506,10 @@ def check_model(where, source, pipeline, vae_sha256):
         refuse(f"{where}: latents of shape {source.latent_shape}, this checkpoint's UNet takes {channels} channels")
 
 
-def check_steps(arms, strength, steps):
-    """Refuse a schedule of which nothing is left after `strength`."""
+def check_steps(arms, strength, steps, most=1000):
+    """Refuse a schedule of which nothing is left after `strength`, or of more steps than the `most` of training."""
+    if steps > most:
+        refuse(f"--num_inference_steps {steps}: this checkpoint was trained with {most}")
     if int(steps * strength) < 1 and set(arms) - {"decoded", "text"}:
         refuse(f"--num_inference_steps {steps}: at --strength {strength:g} no step is left")
 
@@ -559,6 +564,7 @@ def synthesize_arms(args, arms, process, pipeline, precision, hashes, classes, s
     return folders
 
 
+@entry_point
 def main(argv=None):
     args = get_args(argv)
     check_steps(args.arm, args.strength, args.num_inference_steps)

@@ -29,7 +29,7 @@ from scripts.files import (
     write_bytes,
     write_text,
 )
-from scripts.runtime import Parser, refuse
+from scripts.runtime import Parser, entry_point, refuse
 
 FORMATS = {"json": ".json", "safetensors": ".safetensors"}
 
@@ -380,6 +380,7 @@ def open_prototypes(path, dataset, verify=False):
     return PrototypeFolder(path, verify=verify)
 
 
+@entry_point
 def main(argv=None):
     parser = Parser(prog="distillation.prototypes", description=__doc__.split("\n")[0])
     parser.add_argument("folder", help="a finished prototype folder")

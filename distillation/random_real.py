@@ -27,6 +27,7 @@ from scripts.runtime import (
     StopSignals,
     Stopwatch,
     add_process_flags,
+    entry_point,
     log_run,
     natural,
     positive_int,
@@ -54,6 +55,7 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
+@entry_point
 def main(argv=None):
     args = get_args(argv)
     process = this_process(args.device, args.shard)

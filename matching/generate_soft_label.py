@@ -43,6 +43,7 @@ from scripts.runtime import (
     StopSignals,
     Stopwatch,
     add_process_flags,
+    entry_point,
     log_run,
     memory_for,
     natural,
@@ -157,6 +158,7 @@ def label_epoch(feed, items, batches, teachers, amp, channels_last, half, bar):
     return drawn, torch.cat(logits).cpu()
 
 
+@entry_point
 def main(argv=None):
     args = get_args(argv)
     process = this_process(args.device, args.shard)
@@ -199,6 +201,9 @@ def label_images(args, images, protocol, teachers, teacher_facts, process):
                     drawn, logits = label_epoch(
                         feed, loader, batches, teachers, args.amp, args.channels_last, args.use_fp16, bar
                     )
+                if not logits.abs().max().isfinite():
+                    hint = "; --no_use_fp16 keeps numbers above 65,504" if args.use_fp16 else ""
+                    refuse(f"--arch {' '.join(args.arch)}: logits of epoch {epoch} are NaN or infinite{hint}")
                 write_epoch(folder, epoch, drawn, logits)
                 signals.leave_if_asked()
         cost = log_run(folder, process, watch, len(todo))

@@ -30,7 +30,18 @@ from scripts.files import (
     sha256,
     write_bytes,
 )
-from scripts.runtime import BATCH, ORDER, finite, generator, natural, positive_int, refuse, unit_interval, warn
+from scripts.runtime import (
+    BATCH,
+    ORDER,
+    epoch_count,
+    generator,
+    natural,
+    positive,
+    positive_int,
+    refuse,
+    unit_interval,
+    warn,
+)
 
 # differs from the release: one input size for both stages (its stage 4 always crops to 224)
 # The release's ImageNet protocol; `cutmix` is what its launcher asks for with --mix_type.
@@ -68,15 +79,15 @@ def add_protocol_flags(parser, stored):
             *names, default=None, help=f"{help} (default: {'the labels’, else ' if stored else ''}{text})", **kwargs
         )
 
-    flag("--epochs", type=positive_int, help="epochs")
+    flag("--epochs", type=epoch_count, help="epochs")
     flag("-b", "--batch_size", type=positive_int, help="images a batch, over all processes")
     flag("--input_size", type=positive_int, help="pixels of the teacher's and student's input")
     flag("--min_scale_crops", type=unit_interval, help="least share of the image's area in a crop")
     flag("--max_scale_crops", type=unit_interval, help="largest share")
     flag("--flip", type=probability, help="probability of a horizontal flip; 0 for digits and text")
     flag("--mix_type", choices=("mixup", "cutmix", "none"), help="how two images of a batch are mixed")
-    flag("--mixup", type=finite, help="alpha of mixup's Beta(alpha, alpha)")
-    flag("--cutmix", type=finite, help="alpha of CutMix's Beta(alpha, alpha)")
+    flag("--mixup", type=positive, help="alpha of mixup's Beta(alpha, alpha)")
+    flag("--cutmix", type=positive, help="alpha of CutMix's Beta(alpha, alpha)")
     flag("--fkd_seed", type=natural, help="seed of every draw of a batch")
 
 
@@ -84,14 +95,14 @@ def protocol_of(given, image_size):
     """{flag: value}: what was given on the command line, and PROTOCOL for the rest."""
     protocol = {name: default if given.get(name) is None else given[name] for name, default in PROTOCOL.items()}
     protocol["input_size"] = protocol["input_size"] or image_size
-    if protocol["min_scale_crops"] > protocol["max_scale_crops"]:
-        refuse(
-            f"--min_scale_crops {protocol['min_scale_crops']}: above --max_scale_crops {protocol['max_scale_crops']}"
-        )
-    for name in ("mixup", "cutmix"):
-        if protocol[name] <= 0:
-            refuse(f"--{name} {protocol[name]}: expected a number above 0")
+    check_scales(protocol["min_scale_crops"], protocol["max_scale_crops"])
     return protocol
+
+
+def check_scales(least, largest):
+    """Refuse a range of crops that is none."""
+    if least > largest:
+        refuse(f"--min_scale_crops {least}: above --max_scale_crops {largest}")
 
 
 def labels_name(images, archs, protocol, image_size, extra=None):

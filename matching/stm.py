@@ -37,6 +37,7 @@ from scripts.runtime import (
     Stopwatch,
     add_process_flags,
     append_log,
+    entry_point,
     generator,
     log_run,
     positive_int,
@@ -183,6 +184,7 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
+@entry_point
 def main(argv=None):
     args = get_args(argv)
     process = this_process(args.device, args.shard)

@@ -24,11 +24,21 @@ from tqdm import tqdm
 
 from distillation.datasets import DATASETS, BadImage, add_dataset_flags, open_split, squash
 from matching.models import count_parameters, create_model, model_name
-from matching.soft_labels import batches_of, draw_crops, epoch_batches, normalise, probability, resize_exact
+from matching.soft_labels import (
+    batches_of,
+    check_scales,
+    draw_crops,
+    epoch_batches,
+    normalise,
+    probability,
+    resize_exact,
+)
 from matching.training import (
     Forward,
     add_training_flags,
     average_buffers,
+    check_warmup,
+    checked_loss,
     checkpoint_path,
     chunk_size,
     evaluate,
@@ -38,6 +48,7 @@ from matching.training import (
     make_optimizer,
     plain,
     rank_chunks,
+    restore,
     save_checkpoint,
     save_weights,
     seeded,
@@ -64,12 +75,16 @@ from scripts.runtime import (
     StopSignals,
     Stopwatch,
     add_process_flags,
-    finite,
+    below_one,
+    entry_point,
+    epoch_count,
     generator,
     join_processes,
     log_run,
     memory_for,
     natural,
+    not_negative,
+    positive,
     positive_int,
     refuse,
     this_process,
@@ -173,11 +188,11 @@ def get_args(argv=None):
         "--output_dir", default="output/teachers", help="results go to a folder below, named by the flags"
     )
     group = parser.add_argument_group("recipe (defaults by data set: see RECIPES in this file)")
-    group.add_argument("--epochs", type=positive_int, default=None)
+    group.add_argument("--epochs", type=epoch_count, default=None)
     group.add_argument("-b", "--batch_size", type=positive_int, default=None, help="images a step, over all processes")
-    group.add_argument("-lr", "--learning_rate", type=finite, default=None, help="peak; SGD")
-    group.add_argument("--momentum", type=finite, default=0.9)
-    group.add_argument("--weight_decay", type=finite, default=None, help="on matrices and convolutions")
+    group.add_argument("-lr", "--learning_rate", type=positive, default=None, help="peak; SGD")
+    group.add_argument("--momentum", type=below_one, default=0.9)
+    group.add_argument("--weight_decay", type=not_negative, default=None, help="on matrices and convolutions")
     group.add_argument("--warmup_epochs", type=natural, default=None)
     group.add_argument("--schedule", choices=("cosine", "linear", "step", "constant"), default="cosine")
     group.add_argument("--label_smoothing", type=probability, default=0.0)
@@ -241,12 +256,16 @@ def teacher_name(args, recipe):
     return output_name(f"{args.dataset}_{args.arch.replace(':', '-')}", options, defaults)
 
 
+@entry_point
 def main(argv=None):
     args = get_args(argv)
     process = this_process(args.device)
     if args.shard != "0/1":
         refuse(f"--shard {args.shard}: training is one job; use torchrun for several processes")
     recipe = recipe_of(args)
+    if args.warmup_epochs is not None:
+        check_warmup(args.warmup_epochs, recipe.epochs)
+    check_scales(args.min_scale_crops, args.max_scale_crops)
     facts = DATASETS[args.dataset]
     size = args.input_size or facts.image_size
     train = open_split(
@@ -327,9 +346,8 @@ def train_teacher(args, recipe, settings, folder, train, val, process, forward):
     optimizer = make_optimizer(model, True, recipe.learning_rate, recipe.weight_decay, args.momentum, args.fused)
     checkpoint, first, rows = checkpoint_path(folder, args.seed), 0, []
     if checkpoint.exists():
-        state = load_checkpoint(checkpoint)
-        plain(model).load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        state = load_checkpoint(checkpoint, recipe.epochs)
+        restore(checkpoint, state, model, optimizer)
         first, rows = state["epoch"], state["rows"]
     require_space("--output_dir", folder, 12 * count_parameters(model) + 2**20)
     data = TrainingImages(
@@ -376,7 +394,7 @@ def train_teacher(args, recipe, settings, folder, train, val, process, forward):
             average_buffers(model, seen, process.world)
             asked = torch.tensor([float(signals.name is not None)], device=device)
             sum_over_ranks([total, asked], process.world)
-            row = {"epoch": epoch, "lr": lr, "loss": total.item() / steps}
+            row = {"epoch": epoch, "lr": lr, "loss": checked_loss(total.item() / steps, epoch, "--learning_rate")}
             if (epoch + 1) % args.eval_every == 0 or epoch + 1 == recipe.epochs:
                 row |= evaluate(model, pixels, targets, forward, facts.mean, facts.std, process.world)
                 bar.set_postfix(top1=f"{row['top1']:.2f}")

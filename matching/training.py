@@ -64,6 +64,12 @@ def lr_factor(schedule, epoch, epochs, cos_stretch=1.0, warmup_epochs=0, step_fa
     return step_factor ** sum(epoch >= milestone for milestone in (2 * epochs // 3, 5 * epochs // 6))
 
 
+def check_warmup(warmup_epochs, epochs):
+    """Refuse a warm-up that never ends."""
+    if warmup_epochs >= epochs:
+        refuse(f"--warmup_epochs {warmup_epochs}: not below the {epochs} epochs of training")
+
+
 def set_lr(optimizer, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -91,6 +97,13 @@ def mse_ce_loss(outputs, logits, targets, other, lam, ce_weight):
     """EDC: mean squared error of the logits (mean over classes) + ce_weight x cross-entropy, summed over the rows."""
     mse = F.mse_loss(outputs, logits.to(outputs.dtype), reduction="sum") / outputs.shape[1]
     return mse + ce_weight * hard_loss(outputs, targets, other, lam)
+
+
+def checked_loss(loss, epoch, flag):
+    """The mean loss of an epoch; refuses to go on from one that is no number: none that follows would be."""
+    if not math.isfinite(loss):
+        refuse(f"epoch {epoch}: the loss is {loss}; lower {flag}")
+    return loss
 
 
 # ---- colours (Minimax's hard-label protocol)
@@ -166,7 +179,11 @@ def sum_over_ranks(tensors, world):
     for dtype in sorted({t.dtype for t in tensors}, key=str):
         same = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in same])
-        dist.all_reduce(flat)
+        try:
+            dist.all_reduce(flat)
+        except RuntimeError as error:
+            reason = str(error).split("\n")[0][:200]
+            refuse(f"another of the {world} processes has died; run the same command to go on ({reason})")
         for t, part in zip(same, flat.split([t.numel() for t in same])):
             t.copy_(part.view_as(t))
 
@@ -315,16 +332,32 @@ def save_checkpoint(path, state):
         temporary.write_bytes(buffer.getbuffer())
 
 
-def load_checkpoint(path):
-    """What save_checkpoint wrote; refuses, in one line, what is none."""
+def load_checkpoint(path, epochs):
+    """What save_checkpoint wrote before the last of `epochs`; refuses, in one line, what is none."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a damaged file makes it raise
         reason = str(error).split("\n")[0] or type(error).__name__
         refuse(f"{path}: not a checkpoint ({reason[:200]}); remove it to begin anew")
-    if not isinstance(state, dict) or "epoch" not in state:
+    if not isinstance(state, dict) or not {"epoch", "model", "optimizer", "rows"} <= state.keys():
         refuse(f"{path}: not a checkpoint of this stage; remove it to begin anew")
+    epoch, rows = state["epoch"], state["rows"]
+    whole = type(epoch) is int and 0 <= epoch < epochs and isinstance(rows, list) and len(rows) == epoch
+    if not (whole and all(isinstance(row, dict) for row in rows)):
+        refuse(f"{path}: not after one of the {epochs} epochs, with a row for each; remove it to begin anew")
     return state
+
+
+def restore(path, state, model, optimizer, average=None):
+    """Put what load_checkpoint gave into a network, its optimiser and its Average; refuses what is of others."""
+    try:
+        plain(model).load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if average:
+            average.model.load_state_dict(state["ema"])
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).split("\n")[0][:200]
+        refuse(f"{path}: of another network or optimiser ({reason}); remove it to begin anew")
 
 
 def save_weights(path, model):

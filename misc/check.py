@@ -32,7 +32,7 @@ import torch
 from distillation.datasets import DATASETS, BadImage, known_prompts, open_split, read_label_file
 from distillation.prototypes import default_size, open_prototypes
 from scripts.files import free_space
-from scripts.runtime import EXIT_REFUSED, Parser, resolve_device
+from scripts.runtime import EXIT_REFUSED, Parser, entry_point, resolve_device
 
 SAMPLE = 64  # images decoded of a data set
 SHOWN = 5  # problems of one kind that are listed each
@@ -622,6 +622,7 @@ def get_args(argv=None):
     return parser.parse_args(words[:1]).what, words[1:]
 
 
+@entry_point
 def main(argv=None):
     what, flags = get_args(argv)
     plan = Plan()

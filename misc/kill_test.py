@@ -4,10 +4,11 @@
     python -m misc.kill_test --kills 50 --signal TERM --ranks 2
 
 Digits and a tiny model on the CPU. Every run is forked from this process, in which everything is imported already;
-else imports would be all that is hit. A kill counts if it falls between the first unit's file and the manifest. After
-each, every file must be whole; the command is run again (and perhaps killed again) until it ends; then the tree, logs
-and timing aside, must be that of the uninterrupted run, and only what was missing may have been made. Exit status 1
-if not.
+else imports would be all that is hit. A kill counts if it falls between the first unit's file and the manifest; the
+histogram says how many of the units were finished then. After each, every file must be whole; the command is run
+again (and perhaps killed again) until it ends; then the tree, logs and timing aside, must be that of the uninterrupted
+run, and the units that were there before a run must be the very files that are there after it (inode and time). Exit
+status 1 if not.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
@@ -19,7 +20,6 @@ if __name__ == "__main__" and not __package__:  # run by path, our packages woul
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from scripts.files import LOG, MANIFEST, VOLATILE
+from scripts.files import MANIFEST, VOLATILE
 from scripts.runtime import EXIT_STOPPED, Parser, positive_int, refuse
 
 EMBEDDED_MODEL = Path(__file__).parent / "tiny-sd-digits"
@@ -187,8 +187,9 @@ def damaged(folder, wanted):
 class Stage(NamedTuple):
     """One stage of the test.
 
-    units     the final names of its units, in groups that are made together
+    units     the final names of its units, in groups that are made together; for stage 4, its epochs
     first     a pattern of the first file that says that a unit is finished
+    tally     a file that gets a byte for every epoch that stage 4 trains, which leaves no file of its own
     """
 
     name: str
@@ -197,6 +198,26 @@ class Stage(NamedTuple):
     folder: Path
     units: list
     first: str
+    tally: Path | None = None
+
+
+def tallied(module, name, path):
+    """`module.main` with a byte in `path` for every call of `module.name` in rank 0; only in a forked child."""
+
+    def main(argv):
+        original = getattr(module, name)
+
+        def call(*args, **kwargs):
+            result = original(*args, **kwargs)
+            if os.environ.get("RANK", "0") == "0":
+                with open(path, "ab") as file:
+                    file.write(b".")
+            return result
+
+        setattr(module, name, call)
+        return module.main(argv)
+
+    return main
 
 
 DIGITS = ["--dataset", "digits", "--num_workers", "0", "--device", "cpu"]
@@ -257,12 +278,13 @@ def build_stages(root, model, size="full"):
     def training(labels):
         return Stage(
             "4 student",
-            train_FKD.main,
+            tallied(train_FKD, "train_epoch", root / "tally"),
             [*DIGITS, "--train_dir", str(images), "--fkd_path", str(labels), "--model", "convnet_mini", "--bn_batch",
              "16", "--eval_every", "4", "--checkpoint_every", "1", "--output_dir", str(root / "students")],
             root / "students",
             [[epoch] for epoch in range(epochs)],
             "*/[cs]*seed0.*",
+            root / "tally",
         )  # fmt: skip
 
     return stages, matching, training
@@ -313,27 +335,49 @@ class Harness:
         folder = self.stage.folder
         return (folder / MANIFEST).exists() or next(folder.glob(f"*/{MANIFEST}"), None) is not None
 
-    def missing(self):
-        """Number of units' parts that a rerun has to make."""
-        if self.stage.name.startswith("4"):
-            if list(self.stage.folder.glob("*/seed0.json")):
-                return 0
-            path = next(self.stage.folder.glob("*/checkpoint_seed0.pt"), None)
-            done = torch.load(path, map_location="cpu", weights_only=True)["epoch"] if path else 0
-            return len(self.stage.units) - done
-        base = self.stage.folder if self.stage.name[0] in "12" else only_child(self.stage.folder)
-        return sum(len(group) for group in self.stage.units if not all((base / name).exists() for name in group))
+    def base(self):
+        """The folder that holds the units: stage 3 and 4 make one below their root."""
+        return self.stage.folder if self.stage.name[0] in "12" else only_child(self.stage.folder)
 
-    def made(self):
-        """What the last run says that it made, over its ranks."""
-        rows = [json.loads(line) for path in self.stage.folder.rglob(LOG) for line in path.read_text().splitlines()]
-        last = {row["rank"]: row["units"] for row in rows if row.get("event") == "run"}
-        return sum(last.values())
+    def epochs_done(self):
+        """Epochs of stage 4 that need not be trained again."""
+        files = [self.base() / name for name in ("student_seed0.safetensors", "seed0.json", "checkpoint_seed0.pt")]
+        with contextlib.suppress(FileNotFoundError):  # the checkpoint goes when the other two are there
+            if not all(path.exists() for path in files[:2]):
+                return torch.load(files[2], map_location="cpu", weights_only=True)["epoch"]
+        return len(self.stage.units) if all(path.exists() for path in files[:2]) else 0
+
+    def finished_units(self):
+        """{name: (inode, time of its last change)} of the files of whole units; stage 4 has none."""
+        stamps = {}
+        for group in self.stage.units if self.begun() and not self.stage.tally else []:
+            paths = [self.base() / name for name in group]
+            with contextlib.suppress(FileNotFoundError):
+                stamps |= {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
+        return stamps
+
+    def progress(self):
+        """Share of the units that are finished."""
+        if not self.begun():
+            return 0.0
+        done = self.epochs_done() if self.stage.tally else len(self.finished_units())
+        return done / sum(map(len, self.stage.units))
+
+    def too_much(self, before, done, ended):
+        """What a run made that was there already, from what `before` and `done` were before it; says so, or None."""
+        if self.stage.tally:
+            made = self.stage.tally.stat().st_size if self.stage.tally.exists() else 0
+            most = len(self.stage.units) - done
+            return f"{made} epochs trained, {most} were missing" if made > most or (ended and made < most) else None
+        after = self.finished_units()
+        redone = sorted(name for name, stamp in before.items() if after.get(name) != stamp)
+        return f"{redone[:3]} were there and were written again" if redone else None
 
     def stop_once(self, number, whom):
-        """Start, send signal `number` at a random instant to `whom` ("all", or one rank); (share of the way, ends).
+        """Start, send signal `number` at a random instant to `whom` ("all", or one rank); (share of the units, ends).
 
-        The share is None if the signal came before the first unit's file or after the manifest.
+        The share of the units that were finished then; None if the signal came before the first unit's file, or after
+        the manifest or the end of the process.
         """
         fresh = not self.begun()
         runs, begin = self.start(), time.monotonic()
@@ -341,21 +385,41 @@ class Harness:
             time.sleep(0.0005)
         # a rerun is hit anywhere, from its start on
         length = self.run_seconds if fresh else self.run_seconds + (time.monotonic() - begin)
-        share = self.rng.random()
-        end = time.monotonic() + share * length * 1.1
+        end = time.monotonic() + self.rng.random() * length * 1.1
         while time.monotonic() < end and any([run.running() for run in runs]):
             time.sleep(0.0005)
-        inside = self.begun() and not self.finished() and all([run.running() for run in runs])
-        self.run_seconds *= 1.03 if inside else 0.93  # the machine is busier or less busy than at the first run
-        for run in runs if whom == "all" else [runs[whom]]:
+        victims = runs if whom == "all" else [runs[whom]]
+        begun, share = self.begun(), self.progress()
+        for run in victims:
             run.send(number)
+        if number == signal.SIGKILL:
+            while any([run.running() for run in victims]):
+                pass
+            share = self.progress() if begun else None  # what the dead one left
+        hit = begun and not self.finished()
         collective = self.stage.name.startswith("4") and whom != "all"  # the others wait for the dead one
         if collective:
             time.sleep(0.2)
             for run in runs:
                 run.send(signal.SIGKILL)
         ends = [run.wait() for run in runs]
-        return (min(share, 1.0) if inside else None), ends
+        hit = hit and all(ends[runs.index(run)].status != 0 for run in victims)
+        self.run_seconds *= 1.03 if hit else 0.93  # the machine is busier or less busy than at the first run
+        return (share if hit else None), ends
+
+    def new_tally(self):
+        if self.stage.tally:
+            self.stage.tally.unlink(missing_ok=True)
+
+    def check_made(self, before, done, report, ended=False):
+        """After a run: whether it made what was there already; returns what is there now, and starts a new tally."""
+        problem = self.too_much(before, done, ended)
+        if problem:
+            report["too_much"] += 1
+            report["problems"].append(f"{self.stage.name}: {problem}")
+        report["kept"] += done or len(before)
+        self.new_tally()
+        return self.finished_units(), self.epochs_done() if self.stage.tally and self.begun() else 0
 
     def finish(self):
         """Run to the end."""
@@ -382,12 +446,14 @@ def torture(harness, number, kills, seconds, report):
             report["problems"].append(f"{stage.name}: only {report['counted']} signals within {seconds:.0f} s")
             break
         shutil.rmtree(stage.folder)
-        chance = 1.0
+        harness.new_tally()
+        before, done, chance = {}, 0, 1.0
         while harness.rng.random() < chance and not harness.finished() and report["counted"] < kills:
             chance = 0.5
             whom = "all" if number != signal.SIGKILL or harness.world == 1 else harness.rng.randrange(harness.world)
             share, ends = harness.stop_once(number, whom)
             report["sent"] += 1
+            before, done = harness.check_made(before, done, report)
             if share is not None:
                 report["counted"] += 1
                 report["shares"].append(share)
@@ -397,10 +463,8 @@ def torture(harness, number, kills, seconds, report):
             bad = damaged(stage.folder, harness.wanted)
             report["unreadable"] += len(bad)
             report["problems"] += [f"{stage.name}: {name} is damaged" for name in bad]
-        begun = harness.begun()
-        missing = harness.missing() if begun else None
-        done = harness.finished()
         failed = harness.finish()
+        harness.check_made(before, done, report, ended=not failed)
         report["problems"] += [f"{stage.name}: the rerun failed: {end.err[-300:]}" for end in failed]
         report["completed"] += 1
         if tree(stage.folder) != harness.wanted:
@@ -408,36 +472,34 @@ def torture(harness, number, kills, seconds, report):
             new = tree(stage.folder)
             odd = sorted(k for k in {**new, **harness.wanted} if new.get(k) != harness.wanted.get(k))
             report["problems"].append(f"{stage.name}: {odd[:5]} differ from the uninterrupted run")
-        if begun and not done and not failed and harness.made() != missing:
-            report["too_much"] += 1
-            report["problems"].append(f"{stage.name}: {missing} were missing, the rerun made {harness.made()}")
 
 
 BINS = 10
 
 
 def histogram(shares):
-    counts = [0] * BINS
+    """Counts by tenths of the units; the last: all units were there, and no manifest."""
+    counts = [0] * (BINS + 1)
     for share in shares:
-        counts[min(int(share * BINS), BINS - 1)] += 1
+        counts[int(share * BINS + 1e-9)] += 1
     return counts
 
 
 def print_report(reports, number, world, seconds):
     print(f"\n{signal.Signals(number).name}, {world} process{'es' * (world > 1)}, {seconds:.0f} s")
-    print(f"{'stage':<15}{'counted':>8}{'sent':>6}  {'by share of the way from first file to manifest':<50}")
+    print(f"{'stage':<15}{'counted':>8}{'sent':>6}  by tenths of the units finished when it fell; last: all of them")
     for name, r in reports.items():
         bars = " ".join(f"{n:>3}" for n in histogram(r["shares"]))
         print(f"{name:<15}{r['counted']:>8}{r['sent']:>6}  {bars}")
     total = {key: sum(r[key] for r in reports.values()) for key in COUNTS}
     print(
         f"{total['counted']} counted: {total['unreadable']} unreadable files, {total['different']} of "
-        f"{total['completed']} finished trees differ, {total['too_much']} reruns made more than was missing "
-        f"({total['temporary']} temporary files seen)"
+        f"{total['completed']} finished trees differ, {total['too_much']} runs made more than was missing "
+        f"({total['kept']} units were there before a run, {total['temporary']} temporary files seen)"
     )
 
 
-COUNTS = ("counted", "sent", "unreadable", "different", "completed", "too_much", "temporary")
+COUNTS = ("counted", "sent", "unreadable", "different", "completed", "too_much", "kept", "temporary")
 
 
 def run(root, model, kills, number=signal.SIGKILL, world=1, seed=0, numbers="1234", size="full", seconds=3600):

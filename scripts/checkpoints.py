@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import re
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def load_pipeline(
                 pipeline = cls.from_single_file(str(path), config=config, **arguments)
             else:
                 pipeline = cls.from_pretrained(checkpoint, revision=revision, variant=variant, **arguments)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except Exception as error:  # whatever a damaged file of a checkpoint makes the libraries raise
         hint = "" if path.exists() else HUB_HINT.format(checkpoint)
         if path.is_file() and config is None:
             hint = ". Without internet its configuration has to be named: --single_file_config DIR"
@@ -97,6 +98,13 @@ def load_pipeline(
         refuse(f"{flag}: weights are missing from it{f', first {name[1]}' if name else ''}")
     pipeline.set_progress_bar_config(disable=True)
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    factor = pipeline.vae.config.scaling_factor
+    if not (isinstance(factor, (int, float)) and 0 < factor < math.inf):
+        refuse(f"{flag}: the scaling factor of its VAE is {factor!r}, expected a number above 0")
+    if not vae_only:  # transformers makes a tokenizer up if its file is not there
+        words, wanted = len(pipeline.tokenizer.get_vocab()), pipeline.text_encoder.config.vocab_size
+        if words != wanted:
+            refuse(f"{flag}: its tokenizer has {words} words, its text_encoder {wanted}")
     hashes = {f"{name}_sha256": weights_hash(network) for name, network in networks.items()}
     cast(pipeline, DTYPES[dtype])
     return pipeline.to(device), hashes
@@ -107,13 +115,17 @@ def _logged(*names):
     """The warnings that these loggers write inside."""
     messages, handler = [], logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
-    for name in names:
-        logging.getLogger(name).addHandler(handler)
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(min(logger.level, logging.WARNING))  # also where the user wants to hear of errors alone
     try:
         yield messages
     finally:
-        for name in names:
-            logging.getLogger(name).removeHandler(handler)
+        for logger, level in zip(loggers, levels):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
 
 def cast(pipeline, dtype):

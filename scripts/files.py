@@ -170,7 +170,9 @@ def output_name(stem, options, defaults):
             continue
         if isinstance(value, bool):
             parts.append(name if value else f"no-{name}")
-        elif isinstance(value, (int, float)):
+        elif isinstance(value, int):
+            parts.append(f"{name}{value}")  # all digits: seeds 1234567 and 1234568 are two folders
+        elif isinstance(value, float):
             parts.append(f"{name}{value:g}")
         else:
             text = "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
@@ -247,7 +249,7 @@ def _lock(flag, folder, process):
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
         for other in _other_locks(folder):  # the same folder at another number of processes
-            if not other.name.endswith(f"-of-{process.world}"):
+            if not other.name.endswith(f"-of-{process.world}") and not other.is_dir():
                 with contextlib.suppress(FileNotFoundError), open(other, "r+", encoding="utf-8") as held:
                     if not _flock(held):
                         _refuse_held(flag, folder, held)
@@ -350,7 +352,8 @@ def sweep(folder, locked=True):
     for path in Path(folder).rglob(".*.tmp"):
         match = _TEMPORARY.match(path.name)
         if match and (alone or (match["host"] == _host() and not _alive(int(match["pid"])))):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(IsADirectoryError):  # not ours
+                path.unlink(missing_ok=True)
 
 
 def _alive(pid):
@@ -490,6 +493,16 @@ def check_file(flag, folder, name, manifest):
         refuse(f"{flag} {folder}: the content of {name} is not what its manifest says: changed since it was made")
 
 
+def log_rows(folder):
+    """The rows of `folder`/log.jsonl that can be read: half a line is left by a kill, none by a full disk."""
+    rows = []
+    with contextlib.suppress(OSError):
+        for line in (Path(folder) / LOG).read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
 def write_timing(folder):
     """`folder`/timing.json from the `event: run` lines of its log.jsonl, over all processes and restarts.
 
@@ -497,12 +510,10 @@ def write_timing(folder):
     peak, of this stage alone but where "since_start_of_process" or "peak_of" (which stages) stands beside it.
     """
     by_rank, total = {}, {"units": 0}
-    for line in (Path(folder) / LOG).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # half a line: killed, or the disk was full
-            continue
-        if row.get("event") == "run":
+    for row in log_rows(folder):
+        if row.get("event") == "run" and all(
+            isinstance(row.get(n), (int, float)) for n in ("rank", "seconds", "units")
+        ):
             by_rank[row["rank"]] = by_rank.get(row["rank"], 0) + row["seconds"]
             total["units"] += row["units"]
             for name in ("host_mib", "cuda_mib"):

@@ -7,8 +7,8 @@ of work, so a result never depends on what ran before it, on the number of proce
 import argparse
 import contextlib
 import datetime
+import functools
 import json
-import math
 import os
 import re
 import resource
@@ -25,6 +25,9 @@ from tqdm import tqdm
 
 EXIT_REFUSED = 2
 EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: nothing is wrong, run the same command again
+EXIT_INTERRUPTED = 130  # what a shell says of Ctrl-C
+LARGEST = 2**63 - 1  # of an integer in a flag: more fits no tensor
+LARGEST_FLOAT = 3e38  # and of a float: more is infinite in float32
 
 
 class Refusal(SystemExit):
@@ -57,6 +60,32 @@ def _say(line):
     """One line on stderr, not behind a progress bar that stands there."""
     tqdm.write(line, file=sys.stderr)
     sys.stderr.flush()
+
+
+def entry_point(main):
+    """What every script's `main` wears, so that trouble which no check can foresee is one line and status 2, too.
+
+    That is: the system refuses a file (it vanished, its name is too long, the disk fails), or a reading process died.
+    Ctrl-C is one line and status 130.
+    """
+
+    @functools.wraps(main)
+    def run(argv=None):
+        try:
+            return main(argv)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            refuse(f"{error.filename}: {error.strerror}")
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            refuse("a reading process died, most likely for want of memory; --num_workers 0 reads in this one")
+        except KeyboardInterrupt:
+            _say("interrupted; run the same command to go on")
+            raise SystemExit(EXIT_INTERRUPTED) from None
+
+    return run
 
 
 class _Help(argparse.HelpFormatter):
@@ -108,28 +137,66 @@ def add_process_flags(parser):
     group.add_argument("--num_workers", type=natural, default=4, help="image-reading processes; 0 reads in this one")
 
 
-def positive_int(text):
+def positive_int(text, most=LARGEST):
     """argparse type: an integer of at least 1."""
-    value = int(text)
+    value = natural(text, most)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
 
 
-def natural(text):
+def epoch_count(text):
+    """argparse type: a number of epochs; a million have a file, or a row of results, each."""
+    return positive_int(text, 10**6)
+
+
+def natural(text, most=LARGEST):
     """argparse type: an integer of at least 0."""
     value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is more than {most}")
+    return value
+
+
+def finite(text):
+    """argparse type: a float that is neither NaN nor infinite, in float32 either."""
+    value = float(text)
+    if not abs(value) < LARGEST_FLOAT:  # NaN is not below anything
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return value
+
+
+def positive(text):
+    """argparse type: a float above 0."""
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def not_negative(text):
+    """argparse type: a float of at least 0."""
+    value = finite(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
 
 
-def finite(text):
-    """argparse type: a float that is neither NaN nor infinite."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not finite")
+def at_least_one(text):
+    """argparse type: a float of at least 1."""
+    value = finite(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
+
+
+def unicode_text(text):
+    """argparse type: text that can be written to a file; bytes that are not UTF-8 reach a flag as lone surrogates."""
+    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8")
+    return text
 
 
 def unit_interval(text):
@@ -137,6 +204,14 @@ def unit_interval(text):
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return value
+
+
+def below_one(text):
+    """argparse type: a float in [0, 1): a decay, a momentum."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
     return value
 
 
@@ -193,7 +268,11 @@ def resolve_device(name="auto", local_rank=0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "mps", "cuda"):
         refuse(f"--device {name}: expected auto, cpu, mps, cuda or cuda:N")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        refuse(f"--device {name}: this machine, or this PyTorch, has no MPS")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         index = local_rank if device.index is None else device.index
@@ -215,8 +294,10 @@ def join_processes(process, tracker=None, folder=None):
 
     try:
         accelerator = Accelerator(cpu=process.device.type == "cpu", log_with=tracker, project_dir=folder)
-    except ValueError as error:
-        refuse(f"--tracker {tracker}: {error}")
+    except (ValueError, RuntimeError) as error:  # a port that is none, a host that does not answer
+        at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        what = f"{process.world} processes cannot meet at {at}" if process.world > 1 else f"--tracker {tracker}"
+        refuse(f"{what}: {str(error).splitlines()[0]}")
     if accelerator.num_processes != process.world:
         refuse(f"{process.world} processes were asked for, accelerate sees {accelerator.num_processes}; use torchrun")
     if tracker and not accelerator.log_with:

@@ -48,3 +48,20 @@ def test_the_harness_notices_a_stage_that_writes_over_its_files(tmp_path, monkey
     (tmp_path / "out/a.json").write_text("who")
     (tmp_path / "out/checkpoint_seed0.pt").write_bytes(b"PK half a checkpoint")
     assert len(kill_test.damaged(tmp_path / "out", wanted)) == 2
+
+
+def test_the_harness_notices_work_that_is_done_twice(tmp_path):
+    """A unit written again with the same bytes, and an epoch trained again, are more than was missing."""
+    (tmp_path / "out").mkdir()
+    for name in "ab":
+        (tmp_path / "out" / name).write_text(name)
+    stage = kill_test.Stage("1 prototypes", None, [], tmp_path / "out", [["a"], ["b"], ["c"]], "a")
+    harness = kill_test.Harness(stage, 1, None)
+    before = harness.finished_units()
+    assert harness.progress() == 2 / 3 and harness.too_much(before, 0, True) is None
+    (tmp_path / "new").write_text("b")
+    (tmp_path / "new").rename(tmp_path / "out/b")
+    assert "['b'] were there and were written again" in harness.too_much(before, 0, True)
+    harness.stage = stage._replace(tally=tmp_path / "tally")
+    (tmp_path / "tally").write_bytes(b"...")
+    assert harness.too_much({}, 0, True) is None and "1 were missing" in harness.too_much({}, 2, True)

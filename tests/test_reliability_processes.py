@@ -9,15 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import tree
 from reliability import STAGE_1, STAGE_2
+from stage34 import PROTOCOL, make_teacher
 
 from distillation import distill, gen_prototype, gen_syn_image, random_real
 from matching import generate_soft_label, train_teacher
-from misc.kill_test import Forked, forked, rank_environment
+from matching.training import load_checkpoint
+from misc.kill_test import Forked, forked, free_port, rank_environment
 from scripts import files
 from scripts.files import MANIFEST, atomic, output_folder, write_manifest
 from scripts.runtime import Process
@@ -33,19 +36,24 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 
 def slowly(main, seconds):
-    """A stage that takes `seconds` longer for every batch that goes through the VAE or the UNet."""
+    """A stage that takes `seconds` longer for every batch of the VAE or the UNet, of labels, and for every epoch."""
 
     def run(argv):
         from diffusers import AutoencoderKL, UNet2DConditionModel
 
-        for network, name in ((AutoencoderKL, "encode"), (UNet2DConditionModel, "forward")):
-            original = getattr(network, name)
+        for place, name in (
+            (AutoencoderKL, "encode"),
+            (UNet2DConditionModel, "forward"),
+            (generate_soft_label, "teacher_logits"),
+            (train_FKD, "train_epoch"),
+        ):
+            original = getattr(place, name)
 
-            def wait(self, *args, _original=original, **kwargs):
+            def wait(*args, _original=original, **kwargs):
                 time.sleep(seconds)
-                return _original(self, *args, **kwargs)
+                return _original(*args, **kwargs)
 
-            setattr(network, name, wait)
+            setattr(place, name, wait)
         main(argv)
 
     return run
@@ -59,12 +67,51 @@ def stage_2(model, made, *more):
     return [*STAGE_2, *model, "--prototype_path", str(made[0]), *more]
 
 
+class Stage(NamedTuple):
+    """One stage with what it makes when nothing goes wrong.
+
+    root      the folder below which it writes
+    units     for each of two ranks, the files that are its own
+    """
+
+    main: object
+    argv: list
+    root: str
+    reference: Path
+    units: tuple
+
+    @property
+    def folder(self):
+        return Path(self.root) / self.reference.name
+
+
+@pytest.fixture(scope="module")
+def stages(made, model, tmp_path_factory):
+    """{1: Stage, ... 4: Stage}: three classes, three batches of images, three epochs."""
+    root = tmp_path_factory.mktemp("stages")
+    argv_3 = ["--data", str(made[1]), "--arch", "convnet_mini", "--teacher_checkpoint", str(make_teacher(root))]
+    argv_3 += [*PROTOCOL, "--device", "cpu"]
+    labels = generate_soft_label.main([*argv_3, "--fkd_path", str(root / "labels")])[0]
+    argv_4 = ["--train_dir", str(made[1]), "--fkd_path", str(labels), "--model", "convnet_mini", "--bn_batch", "2"]
+    argv_4 += ["--num_workers", "0", "--device", "cpu", "--eval_every", "1"]
+    student = train_FKD.main([*argv_4, "--output_dir", str(root / "students")])
+    pngs = [[f"{c}/{c}_{i:04d}.png" for i in (0, 1)] for c in range(3)]
+    jsons, epochs = (["0000_0.json", "0002_2.json"], ["0001_1.json"]), ([0, 2], [1])
+    epochs = tuple([f"epoch_{epoch:04d}.safetensors" for epoch in mine] for mine in epochs)
+    return {
+        1: Stage(gen_prototype.main, stage_1(model), "output/prototypes", made[0], jsons),
+        2: Stage(gen_syn_image.main, stage_2(model, made), "output/images", made[1], (pngs[0] + pngs[1], pngs[2])),
+        3: Stage(generate_soft_label.main, argv_3, "output/labels", labels, epochs),
+        4: Stage(train_FKD.main, argv_4, "output/students", student, ([], [])),
+    }
+
+
 # ---- the same bytes for any number of processes
 
 
-def at_once(main, argv, world):
+def at_once(main, argv, world, port=0):
     """All ranks of `main` at the same time, in forked processes; returns how they ended."""
-    runs = [Forked(main, argv, environment=rank_environment(rank, world)) for rank in range(world)]
+    runs = [Forked(main, argv, environment=rank_environment(rank, world, port)) for rank in range(world)]
     return [run.wait() for run in runs]
 
 
@@ -139,35 +186,104 @@ def test_odd_shards_are_refused(shard, model, refused):
     refused(gen_prototype.main, stage_1(model, f"--shard={shard}"), f"--shard {shard}: expected I/N")
 
 
-def rank_dies(rounds, made, model, seed):
+def finished_files(folder):
+    """{name: bytes} of what lies under final names; a checkpoint, which is gone in the end, must load."""
+    found = {name: data for name, data in tree(folder).items() if not name.startswith(".")}
+    if found.pop("checkpoint_seed0.pt", None):
+        load_checkpoint(folder / "checkpoint_seed0.pt", 3)
+    return found
+
+
+def rank_dies(stage, rounds, seed):
     """SIGKILL to one of two ranks at random: the other ends its part, all files are whole, a rerun completes."""
-    rng = random.Random(seed)
+    rng, wanted = random.Random(seed), tree(stage.reference)
     for _ in range(rounds):
         shutil.rmtree("output", ignore_errors=True)
-        folder = Path("output/prototypes") / made[0].name
-        main = slowly(gen_prototype.main, 0.02)
-        runs = [Forked(main, stage_1(model), environment=rank_environment(rank, 2)) for rank in (0, 1)]
-        while not list(folder.glob("0*.json")) and runs[0].running():
+        main = slowly(stage.main, 0.02)
+        runs = [Forked(main, stage.argv, environment=rank_environment(rank, 2)) for rank in (0, 1)]
+        while not any((stage.folder / name).exists() for name in sum(stage.units, [])) and runs[0].running():
             time.sleep(0.001)
         time.sleep(rng.random() * 0.2)
         victim = rng.randrange(2)
         runs[victim].send(signal.SIGKILL)
         ends = [run.wait() for run in runs]
-        assert ends[1 - victim].status == 0
-        found = {name: data for name, data in tree(folder).items() if not name.startswith(".")}
-        assert found.items() <= tree(made[0]).items()
-        assert set(found) >= {"args.json", *(("0000_0.json", "0002_2.json") if victim else ("0001_1.json",))}
-        assert [end.status for end in at_once(gen_prototype.main, stage_1(model), 2)] == [0, 0]
-        assert tree(folder) == tree(made[0])
+        assert ends[1 - victim].status == 0, ends[1 - victim].err[-300:]
+        found = finished_files(stage.folder)
+        assert found.items() <= wanted.items() and set(found) >= {"args.json", *stage.units[1 - victim]}
+        assert [end.status for end in at_once(stage.main, stage.argv, 2)] == [0, 0]
+        assert tree(stage.folder) == wanted
 
 
-def test_a_dying_rank_leaves_whole_files_and_a_rerun_completes(made, model):
-    rank_dies(2, made, model, seed=0)
+def uninterrupted(stage, argv):
+    """The bytes of two ranks that train to the end."""
+    ends = at_once(stage.main, [*argv, "--output_dir", "straight"], 2, free_port())
+    assert [end.status for end in ends] == [0, 0]
+    return tree(Path("straight") / stage.reference.name)
+
+
+def student_rank_dies(stage, rounds, seed):
+    """Training needs both ranks: the other says so in one line, and the same command goes on from the checkpoint."""
+    rng, argv = random.Random(seed), [*stage.argv, "--checkpoint_every", "1"]
+    wanted = uninterrupted(stage, argv)
+    for _ in range(rounds):
+        shutil.rmtree("output", ignore_errors=True)
+        port, victim, main = free_port(), rng.randrange(2), slowly(stage.main, 0.3)
+        runs = [Forked(main, argv, environment=rank_environment(rank, 2, port)) for rank in (0, 1)]
+        while not (stage.folder / "checkpoint_seed0.pt").exists() and runs[0].running():
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.3)
+        runs[victim].send(signal.SIGKILL)
+        end = [run.wait() for run in runs][1 - victim]
+        assert end.status == 2 and "Traceback" not in end.err and len(end.errors) == 1, end.err[-500:]
+        assert "another of the 2 processes has died; run the same command to go on" in end.errors[0]
+        assert finished_files(stage.folder).items() <= wanted.items()
+        assert (stage.folder / "checkpoint_seed0.pt").exists()
+        assert [end.status for end in at_once(stage.main, argv, 2, free_port())] == [0, 0]
+        assert tree(stage.folder) == wanted
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_dying_rank_leaves_whole_files_and_a_rerun_completes(number, stages):
+    rank_dies(stages[number], 1, seed=0)
+
+
+def test_a_dying_rank_of_a_training_is_one_line_and_a_rerun_goes_on(stages):
+    student_rank_dies(stages[4], 1, seed=0)
 
 
 @pytest.mark.slow
-def test_10_kills_of_one_of_two_ranks(made, model):
-    rank_dies(10, made, model, seed=1)
+def test_10_kills_of_one_of_two_ranks(stages):
+    for number, rounds in ((1, 3), (2, 2), (3, 3)):
+        rank_dies(stages[number], rounds, seed=number)
+    student_rank_dies(stages[4], 2, seed=4)
+
+
+SLOW_STUDENT = """
+import os, pathlib
+from test_reliability_processes import slowly, train_FKD
+
+pathlib.Path("rank-" + os.environ["RANK"]).write_text(str(os.getpid()))
+slowly(train_FKD.main, 2)(None)
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_student_again_whose_rank_died(stages):
+    """--max-restarts: torchrun stops the other rank and starts both anew; they go on from the checkpoint."""
+    argv = [*stages[4].argv, "--checkpoint_every", "1"]
+    wanted = uninterrupted(stages[4], argv)
+    Path("slow_student.py").write_text(SLOW_STUDENT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    with open("printed", "w") as printed:
+        run = subprocess.Popen([*launch, "slow_student.py", *argv], env=environment, stdout=printed, stderr=printed)
+    while not (stages[4].folder / "checkpoint_seed0.pt").exists() and run.poll() is None:
+        time.sleep(0.01)
+    first = [int(Path(f"rank-{rank}").read_text()) for rank in (0, 1)]
+    os.kill(first[1], signal.SIGKILL)
+    assert run.wait(300) == 0, Path("printed").read_text()[-2000:]
+    assert not {int(Path(f"rank-{rank}").read_text()) for rank in (0, 1)} & set(first)
+    assert tree(stages[4].folder) == wanted
 
 
 # ---- one writer
@@ -259,19 +375,18 @@ def limited(main, size):
     return run
 
 
-def disk_full(sizes, main, argv, folder, reference):
+def disk_full(stage, sizes, *more):
     """At each size: one line that names the path, no truncated file under a final name; then the rerun completes."""
-    wanted = tree(reference)
+    wanted, folder, argv = tree(stage.reference), stage.folder, [*stage.argv, *more]
     for size in sizes:
         shutil.rmtree(folder, ignore_errors=True)
-        end = forked(limited(main, size), argv)
+        end = forked(limited(stage.main, size), argv)
         assert end.status == 2, f"{size} bytes: {end.err[-300:]}"
         assert len(end.errors) == 1 and f"cannot write {folder}" in end.errors[0], (size, end.errors)
         assert "Traceback" not in end.err
-        found = {name: data for name, data in tree(folder).items() if not name.startswith(".")}
-        assert found.items() <= wanted.items(), f"{size} bytes left a truncated file"
+        assert finished_files(folder).items() <= wanted.items(), f"{size} bytes left a truncated file"
         assert not [name for name in tree(folder) if name.endswith(".tmp")]
-    assert forked(main, argv).status == 0
+    assert forked(stage.main, argv).status == 0
     assert tree(folder) == wanted
 
 
@@ -281,16 +396,15 @@ def sizes_below(reference, count):
     return sorted({1, largest - 1, *(int(largest ** (n / count)) for n in range(1, count))})
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_full_disk_leaves_no_truncated_file(count, made, model):
-    """10 sizes for each of stages 1 and 2 in the long version."""
-    for argv, main, reference, root in (
-        (stage_1(model), gen_prototype.main, made[0], "output/prototypes"),
-        (stage_2(model, made), gen_syn_image.main, made[1], "output/images"),
-    ):
-        sizes = sizes_below(reference, count)
-        assert len(sizes) >= min(count, 10)
-        disk_full(sizes, main, argv, Path(root) / reference.name, reference)
+@pytest.mark.parametrize("count", [2, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_full_disk_leaves_no_truncated_file(number, count, stages):
+    """6 sizes and more for each of the four stages in the long version."""
+    sizes = sizes_below(stages[number].reference, count)
+    assert len(sizes) >= count
+    disk_full(stages[number], sizes)
+    if number == 4:  # a checkpoint is larger than all that is left in the end
+        disk_full(stages[4], sizes[-1:], "--checkpoint_every", "1")
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_made(made, model, refused, monkeypatch):

@@ -439,7 +439,7 @@ def test_stage_3_refuses(images, teacher, tmp_path, refused, monkeypatch):
     refused(main, [*mine, "--dataset", "cifar10"], "cifar10", "digits")
     refused(main, [*mine, "--gpu", "0"], "--gpu", "--device")
     refused(main, [*mine, "--seed", "1"], "--fkd_seed")
-    refused(main, [*mine, "--cutmix", "0"], "--cutmix 0.0")
+    refused(main, [*mine, "--cutmix", "0"], "--cutmix: 0 is not above 0")
     changed = copy(images, tmp_path)
     path = changed / "1" / "1_0002.png"
     Image.open(path).rotate(90).save(path)

@@ -41,12 +41,15 @@ from matching.soft_labels import (
     open_images,
     protocol_of,
     teacher_logits,
+    wrong_field,
 )
 from matching.training import (
     Average,
     Forward,
     add_training_flags,
     average_buffers,
+    check_warmup,
+    checked_loss,
     checkpoint_path,
     chunk_size,
     color_jitter,
@@ -59,6 +62,7 @@ from matching.training import (
     mse_ce_loss,
     plain,
     rank_chunks,
+    restore,
     save_checkpoint,
     save_weights,
     seeded,
@@ -88,14 +92,19 @@ from scripts.runtime import (
     StopSignals,
     Stopwatch,
     add_process_flags,
-    finite,
+    at_least_one,
+    below_one,
+    entry_point,
     generator,
     join_processes,
     log_run,
     memory_for,
     natural,
+    not_negative,
+    positive,
     refuse,
     this_process,
+    unit_interval,
 )
 
 RETIRED = {
@@ -152,11 +161,13 @@ def get_args(argv=None):
     group.add_argument("--model", type=model_name, default="resnet18", help="see matching/models.py")
     group.add_argument("--seeds", nargs="+", type=natural, default=[0], help="one student from scratch for each")
     group.add_argument("--sgd", action="store_true", help="SGD instead of AdamW")
-    group.add_argument("--adamw_lr", type=finite, default=0.001)
-    group.add_argument("--adamw_weight_decay", type=finite, default=0.01, help="on matrices and convolutions only")
-    group.add_argument("-lr", "--learning_rate", type=finite, default=1.024, help="of SGD")
-    group.add_argument("--momentum", type=finite, default=0.875, help="of SGD")
-    group.add_argument("--weight_decay", type=finite, default=3e-5, help="of SGD")
+    group.add_argument("--adamw_lr", type=positive, default=0.001)
+    group.add_argument(
+        "--adamw_weight_decay", type=not_negative, default=0.01, help="on matrices and convolutions only"
+    )
+    group.add_argument("-lr", "--learning_rate", type=positive, default=1.024, help="of SGD")
+    group.add_argument("--momentum", type=below_one, default=0.875, help="of SGD")
+    group.add_argument("--weight_decay", type=not_negative, default=3e-5, help="of SGD")
     group.add_argument(
         "--schedule", choices=("linear", "cosine", "step", "constant"), default="linear", help="learning rate by epoch"
     )
@@ -164,26 +175,37 @@ def get_args(argv=None):
         "--cos", dest="schedule", action="store_const", const="cosine", help="same as --schedule cosine"
     )
     group.add_argument(
-        "--cos_stretch", type=finite, default=1.0, help="cosine over this many times the epochs; 2 ends at half (RDED)"
+        "--cos_stretch",
+        type=at_least_one,
+        default=1.0,
+        help="cosine over this many times the epochs; 2 ends at half (RDED)",
     )
     group.add_argument(
-        "--step_factor", type=finite, default=0.2, help="of --schedule step, at 2/3 and 5/6 of the epochs"
+        "--step_factor", type=unit_interval, default=0.2, help="of --schedule step, at 2/3 and 5/6 of the epochs"
     )
     group.add_argument("--warmup_epochs", type=natural, default=0, help="linear, before the schedule")
-    group.add_argument("-T", "--temperature", type=finite, default=3.0, help="of both sides of the KL; no T^2 factor")
+    group.add_argument(
+        "-T", "--temperature", type=positive, default=3.0, help="of both sides of the KL; no T^2 factor"
+    )
     group.add_argument(
         "--loss",
         choices=("kl", "mse_ce"),
         default="kl",
         help="kl (paper); mse_ce: squared error of logits + --ce_weight x cross-entropy (EDC)",
     )
-    group.add_argument("--ce_weight", type=finite, default=0.025, help="of --loss mse_ce")
-    group.add_argument("--ema", type=finite, default=0.0, help="decay of averaged weights, which are tested; 0: none")
+    group.add_argument("--ce_weight", type=not_negative, default=0.025, help="of --loss mse_ce")
+    group.add_argument(
+        "--ema", type=below_one, default=0.0, help="decay of averaged weights, which are tested; 0: none"
+    )
     group.add_argument(
         "--bn_refresh", action="store_true", help="an extra forward on un-mixed images refreshes BatchNorm (RDED)"
     )
-    group.add_argument("--color_jitter", type=finite, default=0.0, help="with --hard_label: strength (Minimax: 0.4)")
-    group.add_argument("--lighting", type=finite, default=0.0, help="with --hard_label: PCA noise (Minimax: 0.1)")
+    group.add_argument(
+        "--color_jitter", type=not_negative, default=0.0, help="with --hard_label: strength (Minimax: 0.4)"
+    )
+    group.add_argument(
+        "--lighting", type=not_negative, default=0.0, help="with --hard_label: PCA noise (Minimax: 0.1)"
+    )
 
     group = parser.add_argument_group("batches (stored labels fix them: a flag that differs is refused)")
     add_protocol_flags(group, stored=True)
@@ -219,16 +241,6 @@ def _check_flags(args):
         refuse("--color_jitter, --lighting: only with --hard_label; the teacher's labels are of images without them")
     if len(set(args.seeds)) < len(args.seeds):
         refuse(f"--seeds {' '.join(map(str, args.seeds))}: a seed stands twice")
-    if args.temperature <= 0:
-        refuse(f"--temperature {args.temperature}: expected a number above 0")
-    if args.cos_stretch < 1:
-        refuse(f"--cos_stretch {args.cos_stretch}: expected at least 1")
-    if min(args.adamw_lr, args.learning_rate) <= 0:
-        refuse(f"--adamw_lr {args.adamw_lr}, --learning_rate {args.learning_rate}: expected numbers above 0")
-    if args.epochs is not None and args.warmup_epochs >= args.epochs:
-        refuse(f"--warmup_epochs {args.warmup_epochs}: not below --epochs {args.epochs}")
-    if not 0 <= args.ema < 1:
-        refuse(f"--ema {args.ema}: expected 0 <= decay < 1")
 
 
 def recipe_of(args):
@@ -346,6 +358,7 @@ def read_inputs(args, process):
 # ---- main
 
 
+@entry_point
 def main(argv=None):
     args = get_args(argv)
     process = this_process(args.device)
@@ -354,6 +367,7 @@ def main(argv=None):
         return evaluate_checkpoint(args, process, forward)
     inputs = read_inputs(args, process)
     images, protocol, recipe = inputs.images, inputs.protocol, recipe_of(args)
+    check_warmup(recipe.warmup_epochs, protocol["epochs"])
     test = open_test(images.dataset, args.val_dir, images.folders)
     chunk = chunk_size(protocol["batch_size"], process.world, args.gradient_accumulation_steps, args.bn_batch)
     settings = {
@@ -476,11 +490,8 @@ class Student:
         )
         self.epoch, self.rows, self.random = 0, [], has_random_layers(model)
         if self.path.exists():
-            state = load_checkpoint(self.path)
-            plain(self.model).load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.average:
-                self.average.model.load_state_dict(state["ema"])
+            state = load_checkpoint(self.path, job.protocol["epochs"])
+            restore(self.path, state, self.model, self.optimizer, self.average)
             self.epoch, self.rows = state["epoch"], state["rows"]
 
     @property
@@ -510,12 +521,13 @@ def train_students(job, seeds, folder, feed, process, forward, test_model, track
     batches = batches_of(count, job.protocol["batch_size"])
     todo = []
     for seed in seeds:
-        if (folder / f"seed{seed}.json").exists():
+        if all((folder / f"{name}{seed}.{end}").exists() for name, end in SEED_FILES):
+            read_rows(folder, seed, epochs)
             if process.is_main:
                 checkpoint_path(folder, seed).unlink(missing_ok=True)
         else:
             path = checkpoint_path(folder, seed)
-            todo.append((seed, load_checkpoint(path)["epoch"] if path.exists() else 0))
+            todo.append((seed, load_checkpoint(path, epochs)["epoch"] if path.exists() else 0))
     keys = [(epoch, b) for _, first in todo for epoch in range(first, epochs) for b in range(batches)]
     items = feed.loader(keys, num_workers)
     units = sum(epochs - first for _, first in todo)
@@ -583,8 +595,10 @@ def train_epoch(job, student, items, batches, feed, process, forward, bar):
     if student.average:
         student.average.copy_buffers(plain(model))
     sum_over_ranks([total], process.world)
+    flag = "--learning_rate" if recipe.optimizer == "sgd" else "--adamw_lr"
+    loss = checked_loss(total.item() / batches, epoch, flag)
     student.epoch += 1
-    return {"epoch": epoch, "lr": lr, "loss": total.item() / batches}
+    return {"epoch": epoch, "lr": lr, "loss": loss}
 
 
 def prepare(job, item, feed, process, own):
@@ -631,18 +645,34 @@ def refresh_batch_norm(model, forward, feed, item, chunks, own, process, key):
             forward(model, x[rows])
 
 
+KEPT = ("epoch", "top1", "top5")
+
+
+def read_rows(folder, seed, epochs):
+    """The rows of a finished seed; refuses, in one line, a file that no run of ours has written."""
+    path = folder / f"seed{seed}.json"
+    found = read_json(path)
+    rows = found.get("rows") if isinstance(found, dict) else None
+    if not isinstance(rows, list) or len(rows) != epochs or not all(isinstance(row, dict) for row in rows):
+        refuse(f"{path}: does not hold the rows of {epochs} epochs; remove it to train this seed again")
+    for row in [row for row in rows if "top1" in row] + rows[-1:]:
+        odd = wrong_field(row, dict.fromkeys(KEPT, (int, float)))
+        if odd:
+            refuse(f"{path}: a row of a test does not say {odd}; remove it to train this seed again")
+    return rows
+
+
 def write_results(folder, settings, images, teachers, seeds):
     """results.json: no seconds and no paths in it, so that equal runs give equal bytes."""
-    keep = ("epoch", "top1", "top5")
     by_seed = []
     for seed in seeds:
-        rows = read_json(folder / f"seed{seed}.json")["rows"]
+        rows = read_rows(folder, seed, settings["epochs"])
         tested = [row for row in rows if "top1" in row]
         by_seed.append(
             {
                 "seed": seed,
-                "last": {k: tested[-1][k] for k in keep},
-                "best": {k: max(tested, key=lambda row: row["top1"])[k] for k in keep},
+                "last": {k: tested[-1][k] for k in KEPT},
+                "best": {k: max(tested, key=lambda row: row["top1"])[k] for k in KEPT},
                 "rows": rows,
             }
         )

@@ -1,0 +1,439 @@
+"""What else goes wrong around a run: one line for each of the things that no check of ours had foreseen."""
+
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from reliability import STAGE_1, STAGE_2, image_folder
+from safetensors.torch import load_file, save_file
+from stage34 import PROTOCOL, TEACHER, copy, make_images, make_teacher, redo_manifest
+
+from distillation import gen_prototype, gen_syn_image
+from matching import generate_soft_label, soft_labels, train_teacher
+from misc.kill_test import forked
+from scripts.files import LOG, MANIFEST, TIMING, log_rows, output_name, read_json
+from scripts.runtime import EXIT_INTERRUPTED, Process, entry_point, join_processes
+from validate import train_FKD
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """(images, teacher, labels) of three digits; nobody writes into them."""
+    root = tmp_path_factory.mktemp("base")
+    images, teacher = make_images(root, ipc=2), make_teacher(root)
+    argv = ["--data", str(images), "--arch", "convnet_mini", "--teacher_checkpoint", str(teacher), *PROTOCOL]
+    return images, teacher, generate_soft_label.main([*argv, "--fkd_path", str(root / "labels")])[0]
+
+
+LONG = "x" * 300
+
+
+def of_folder(model):
+    return [
+        "--dataset",
+        "imagefolder",
+        "--data_dir",
+        "data",
+        "--ipc",
+        "2",
+        "--size",
+        "32",
+        "--num_workers",
+        "0",
+        *model,
+    ]
+
+
+# ---- real images and their folders
+
+
+def a_folder_inside_itself():
+    os.symlink(".", "data/train/cat/loop")
+    return "data/train/cat/loop", "a folder that it is in"
+
+
+def a_class_that_is_a_broken_link():
+    os.symlink("/gone/dog", "data/train/dog2")
+    return "data/train/dog2 is a broken link, to /gone/dog"
+
+
+def an_image_that_is_a_broken_link():
+    os.symlink("/gone.png", "data/train/cat/z.png")
+    return "data/train/cat/z.png", "No such file"
+
+
+def a_pipe_among_the_images():
+    os.mkfifo("data/train/cat/z.png")
+    return "data/train/cat/z.png", "not a file"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [a_folder_inside_itself, a_class_that_is_a_broken_link, an_image_that_is_a_broken_link, a_pipe_among_the_images],
+    ids=lambda f: f.__name__,
+)
+def test_odd_folders_of_images(spoil, model, refused):
+    image_folder("data", ["cat", "dog"])
+    words = spoil()
+    refused(gen_prototype.main, of_folder(model), *([words] if isinstance(words, str) else words))
+    assert not Path("output").exists()
+
+
+GROUND_TRUTH = {
+    "a column is missing": ("LOC_val_solution.csv", b"ImageId,Label\na,b\n", "KeyError"),
+    "a wnid is missing": ("LOC_val_solution.csv", b"ImageId,PredictionString\na,\n", "IndexError"),
+    "not text": ("imagenet_2012_validation_synset_labels.txt", b"\xff\xfe\x00", "UnicodeDecodeError"),
+    "not MATLAB's": ("meta.mat", b"half a file", "meta.mat"),
+}
+
+
+@pytest.mark.parametrize("what", GROUND_TRUTH)
+def test_damaged_ground_truth_of_a_flat_val_folder(what, base, refused):
+    name, content, word = GROUND_TRUTH[what]
+    Path("data/val").mkdir(parents=True)
+    (Path("data") / name).write_bytes(content)
+    Path("data/ILSVRC2012_validation_ground_truth.txt").write_text("1\n")
+    argv = ["--dataset", "imagenette", "--data_dir", "data", "--val_dir", "data", "--device", "cpu"]
+    image_folder("data", ["n01440764"])
+    refused(lambda a: train_FKD.open_test("imagenette", "data", ["n01440764"]), argv, name, "ground truth", word)
+
+
+# ---- names, numbers, devices
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--data_dir", "--save_prototype_path", "--latent_cache", "--label_file_path", "--diffusion_checkpoints_path"],
+)
+def test_a_name_that_is_too_long_for_the_system(flag, model, refused):
+    image_folder("data", ["cat", "dog"])
+    refused(gen_prototype.main, [*of_folder(model), flag, f"./{LONG}/{LONG}"], LONG)
+
+
+NUMBERS = [
+    (train_FKD, ["--adamw_lr", "0"]),
+    (train_FKD, ["--sgd", "--momentum", "1"]),
+    (train_FKD, ["--temperature", "1e39"]),  # infinite in float32
+    (train_FKD, ["--ce_weight=-1"]),
+    (train_FKD, ["--warmup_epochs", "3"]),
+    (train_FKD, ["--seeds", str(2**63)]),
+    (generate_soft_label, ["--epochs", "1000001"]),
+    (generate_soft_label, ["--mixup", "0"]),
+    (train_teacher, ["--weight_decay=-1"]),
+    (train_teacher, ["--min_scale_crops", "0.9", "--max_scale_crops", "0.1"]),
+    (gen_syn_image, ["--num_inference_steps", "1001"]),
+    (gen_syn_image, ["--guidance_scale", "0.5"]),  # as good as 1
+    (gen_syn_image, ["--negative_prompt", "\udcff"]),
+    (gen_prototype, ["--device", "meta"]),
+    (gen_prototype, ["--device", "mps"]),
+]
+
+
+@pytest.mark.parametrize("module, flags", NUMBERS, ids=lambda x: " ".join(x) if isinstance(x, list) else None)
+def test_numbers_that_make_no_sense(module, flags, base, made, model, refused, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    images, teacher, labels = base
+    argv = {
+        train_FKD: ["--train_dir", images, "--fkd_path", labels, "--model", "convnet_mini"],
+        generate_soft_label: ["--data", images, "--arch", "convnet_mini", "--teacher_checkpoint", teacher],
+        train_teacher: TEACHER,
+        gen_syn_image: [*STAGE_2, *model, "--prototype_path", made[0]],
+        gen_prototype: [*STAGE_1, *model],
+    }[module]
+    refused(module.main, [*argv, *flags], flags[-2] if flags[-1][0] != "-" else flags[-1].split("=")[0])
+    assert not Path("output").exists()
+
+
+def test_a_schedule_of_fewer_steps_than_are_asked_for(made, model, refused):
+    other = spoilt_model(
+        model, "scheduler/scheduler_config.json", b'"num_train_timesteps": 1000', b'"num_train_timesteps": 1'
+    )
+    refused(gen_syn_image.main, [*STAGE_2, *other, "--prototype_path", made[0]], "--num_inference_steps 2", "with 1")
+
+
+def test_every_digit_of_a_seed_is_in_the_folders_name():
+    names = {output_name("x", {"seed": seed}, {"seed": 0}) for seed in (1234567, 1234568, 10**6)}
+    assert names == {"x_seed1234567", "x_seed1234568", "x_seed1000000"}
+
+
+def test_a_port_that_is_none(monkeypatch, refused):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "x")):
+        monkeypatch.setenv(name, value)
+    process = Process(0, 2, torch.device("cpu"))
+    refused(lambda argv: join_processes(process), [], "2 processes cannot meet at 127.0.0.1:x")
+
+
+# ---- a Stable Diffusion that is not whole
+
+
+def spoilt_model(model, name, old, new):
+    folder = Path(shutil.copytree(model[1], "other-model"))
+    (folder / name).write_bytes((folder / name).read_bytes().replace(old, new))
+    return ["--diffusion_checkpoints_path", str(folder), "--device", "cpu"]
+
+
+@pytest.fixture
+def errors_only():
+    """What the user wants to read must not matter."""
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity_warning()
+
+
+@pytest.mark.parametrize("part", ["vae", "unet", "text_encoder"])
+@pytest.mark.parametrize("how", ["lacks a weight", "is cut off", "is empty"])
+def test_weights_that_are_not_whole(how, part, made, model, refused, errors_only):
+    """transformers and diffusers take what is there, and draw the rest at random, anew at each start."""
+    folder = Path(shutil.copytree(model[1], "other-model"))
+    [path] = (folder / part).glob("*.safetensors")
+    if how == "lacks a weight":
+        weights = load_file(path)
+        lost = sorted(name for name, value in weights.items() if value.ndim == 2)[0]
+        save_file({name: value for name, value in weights.items() if name != lost}, path, {"format": "pt"})
+        words = ["weights are missing from it", lost.split(".")[-1]]
+    else:
+        path.write_bytes(path.read_bytes()[:-50] if how == "is cut off" else b"")
+        words = ["cannot be loaded"]
+    flags = ["--diffusion_checkpoints_path", folder, "--device", "cpu", "--prototype_path", made[0]]
+    refused(gen_syn_image.main, [*STAGE_2, *flags], "--diffusion_checkpoints_path", *words)
+
+
+def test_a_tokenizer_that_is_gone(made, model, refused):
+    """transformers makes one of a few words up."""
+    folder = Path(shutil.copytree(model[1], "other-model"))
+    for path in (folder / "tokenizer").glob("*"):
+        if path.name != "tokenizer_config.json":
+            path.unlink()
+    flags = ["--diffusion_checkpoints_path", folder, "--device", "cpu", "--prototype_path", made[0]]
+    refused(gen_syn_image.main, [*STAGE_2, *flags], "its tokenizer has", "words, its text_encoder 190")
+
+
+CONFIGS = [
+    ("vae/config.json", "scaling_factor", "0"),  # all prototypes would be zero
+    ("vae/config.json", "scaling_factor", '"x"'),
+    ("vae/config.json", "norm_num_groups", "0"),
+    ("unet/config.json", "attention_head_dim", "0"),
+    ("text_encoder/config.json", "hidden_size", "7"),
+    ("scheduler/scheduler_config.json", "num_train_timesteps", "0"),
+]
+
+
+@pytest.mark.parametrize("file, key, value", CONFIGS)
+def test_numbers_in_a_models_configuration(file, key, value, made, model, refused):
+    now = read_json(Path(model[1]) / file)[key]
+    other = spoilt_model(model, file, f'"{key}": {now}'.encode(), f'"{key}": {value}'.encode())
+    refused(gen_syn_image.main, [*STAGE_2, *other, "--prototype_path", made[0]], "--diffusion_checkpoints_path")
+
+
+# ---- numbers that are none, in training
+
+
+@pytest.mark.parametrize("value", [math.nan, 1e30], ids=["NaN", "beyond fp16"])
+def test_logits_that_are_not_finite_are_not_stored(value, base, refused):
+    images, teacher, _ = base
+    spoilt = copy(teacher, Path("."))
+    weights = load_file(spoilt / "model.safetensors")
+    save_file({name: torch.full_like(w, value) if "bias" in name else w for name, w in weights.items()},
+              spoilt / "model.safetensors")  # fmt: skip
+    redo_manifest(spoilt)
+    argv = ["--data", images, "--arch", "convnet_mini", "--teacher_checkpoint", spoilt, *PROTOCOL]
+    refused(generate_soft_label.main, argv, "logits of epoch 0 are NaN or infinite")
+    assert not list(Path("output").rglob("epoch_*"))
+
+
+def student(base, *more):
+    images, _, labels = base
+    argv = ["--train_dir", images, "--fkd_path", labels, "--model", "convnet_mini", "--num_workers", "0"]
+    return [str(a) for a in [*argv, "--device", "cpu", "--checkpoint_every", "1", "--eval_every", "1", *more]]
+
+
+def test_a_loss_that_is_no_number_ends_the_training(base, refused):
+    refused(train_FKD.main, student(base, "--adamw_lr", "1e30"), "the loss is nan; lower --adamw_lr")
+    teacher = [*TEACHER, "--epochs", "3", "--num_workers", "0", "--learning_rate", "1e30"]
+    refused(train_teacher.main, teacher, "the loss is nan; lower --learning_rate")
+
+
+# ---- files of a run that is not finished, edited by hand
+
+
+def stopped(base):
+    """The folder of a student after two of its three epochs."""
+
+    def two_epochs(argv):
+        original, calls = train_FKD.train_epoch, []
+
+        def train_epoch(*args):
+            calls.append(args)
+            if len(calls) > 2:
+                os._exit(9)
+            return original(*args)
+
+        train_FKD.train_epoch = train_epoch
+        train_FKD.main(argv)
+
+    assert forked(two_epochs, student(base)).status == 9
+    [folder] = Path("output/students").iterdir()
+    return folder
+
+
+CHECKPOINTS = {
+    "no optimiser": {"optimizer": None},
+    "an optimiser of nothing": {"optimizer": {}},
+    "another network": {"model": {"w": torch.zeros(2)}},
+    "an epoch that is text": {"epoch": "2"},
+    "an epoch after the last": {"epoch": 99},
+    "fewer rows than epochs": {"rows": []},
+    "rows that are none": {"rows": [1, 2]},
+    "NaN weights": None,
+}
+
+
+@pytest.mark.parametrize("what", CHECKPOINTS)
+def test_checkpoints_that_are_not_this_runs(what, base, refused):
+    path = stopped(base) / "checkpoint_seed0.pt"
+    state = torch.load(path, weights_only=True)
+    changes = CHECKPOINTS[what] or {"model": {k: v * math.nan for k, v in state["model"].items()}}
+    torch.save({k: v for k, v in {**state, **changes}.items() if v is not None}, path)
+    refused(train_FKD.main, student(base), "the loss is nan" if what == "NaN weights" else "remove it to begin anew")
+
+
+def test_a_seeds_rows_that_no_run_wrote(base, refused):
+    folder = train_FKD.main(student(base))
+    (folder / MANIFEST).unlink()
+    rows = (folder / "seed0.json").read_text()
+    for edited, word in (("{}", "3 epochs"), (rows.replace('"top5"', '"top9"'), "top5"), ('{"rows": [1, 2, 3]}', "3")):
+        (folder / "seed0.json").write_text(edited)
+        refused(train_FKD.main, student(base), "seed0.json", word)
+
+
+def test_rows_without_their_weights_are_not_a_finished_seed(base):
+    folder = train_FKD.main(student(base))
+    before = (folder / MANIFEST).read_bytes()
+    for name in (MANIFEST, "student_seed0.safetensors"):
+        (folder / name).unlink()
+    assert (train_FKD.main(student(base)) / MANIFEST).read_bytes() == before
+
+
+def test_a_log_of_anything_does_not_stop_a_run(made, model):
+    folder = Path(shutil.copytree(made[0], f"output/{made[0].name}"))
+    for name in (MANIFEST, TIMING):
+        (folder / name).unlink()
+    (folder / LOG).write_bytes(
+        b'5\n{"event": "run", "rank": []}\n\xff\n{"event": "run", "rank": 0, "units": 1, "seconds": 2}\n{"h\n'
+    )
+    gen_prototype.main([*STAGE_1, *model, "--save_prototype_path", "output"])
+    assert read_json(folder / TIMING)["units"] == 1 and len(log_rows(folder)) == 3
+    (folder / MANIFEST).unlink()
+    (folder / LOG).unlink()
+    (folder / LOG).mkdir()
+    gen_prototype.main([*STAGE_1, *model, "--save_prototype_path", "output"])
+    assert (folder / MANIFEST).exists()
+
+
+def test_folders_where_locks_and_units_should_be(made, model, refused):
+    folder = Path(shutil.copytree(made[0], f"output/{made[0].name}"))
+    for name in (".lock-1-of-3", ".unit.host.1.tmp"):
+        (folder / name).mkdir()
+    gen_prototype.main([*STAGE_1, *model, "--save_prototype_path", "output"])
+    (folder / ".lock").mkdir()
+    refused(gen_prototype.main, [*STAGE_1, *model, "--save_prototype_path", "output"], "Is a directory")
+    images = Path(shutil.copytree(made[1], f"output/{made[1].name}"))
+    (images / MANIFEST).unlink()
+    shutil.rmtree(images / "0")
+    (images / "0").write_text("a file where a class folder should be")
+    argv = [*STAGE_2, *model, "--prototype_path", made[0], "--save_init_image_path", "output"]
+    refused(gen_syn_image.main, argv, f"{images}/0", "File exists")
+
+
+# ---- what vanishes, dies, or is interrupted meanwhile
+
+
+def test_an_image_that_vanishes_between_listing_and_reading(base, refused, monkeypatch):
+    images, teacher, _ = base
+    mine, original = copy(images, Path(".")), soft_labels.load_pixels
+
+    def load_pixels(*args):
+        (mine / "1/1_0001.png").unlink()
+        return original(*args)
+
+    monkeypatch.setattr(generate_soft_label, "load_pixels", load_pixels)
+    argv = ["--data", mine, "--arch", "convnet_mini", "--teacher_checkpoint", teacher, *PROTOCOL]
+    refused(generate_soft_label.main, argv, "1/1_0001.png: No such file")
+
+
+def test_labels_that_vanish_during_training(base, refused, monkeypatch):
+    images, _, labels = base
+    mine, original = copy(labels, Path(".")), train_FKD.train_epoch
+
+    def train_epoch(*args):
+        (mine / "epoch_0001.safetensors").unlink(missing_ok=True)
+        return original(*args)
+
+    monkeypatch.setattr(train_FKD, "train_epoch", train_epoch)
+    refused(train_FKD.main, student((images, None, mine)), "epoch_0001.safetensors: No such file")
+
+
+def test_a_reading_process_that_dies_is_one_line(base):
+    """As the kernel does when memory runs out."""
+
+    def killing(argv):
+        parent, original = os.getpid(), soft_labels.crop_on_cpu
+
+        def crop(*args):
+            if os.getpid() != parent:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args)
+
+        soft_labels.crop_on_cpu = crop
+        train_FKD.main(argv)
+
+    end = forked(killing, student(base, "--num_workers", "1"))
+    assert end.status == 2 and "Traceback" not in end.err
+    assert end.errors == [
+        "error: a reading process died, most likely for want of memory; --num_workers 0 reads in this one"
+    ]
+
+
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(base):
+    def interrupted(argv):
+        original = train_FKD.train_epoch
+
+        def train_epoch(job, run, *args):
+            if run.epoch == 1:
+                threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+                time.sleep(10)
+            return original(job, run, *args)
+
+        train_FKD.train_epoch = train_epoch
+        train_FKD.main(argv)
+
+    straight = train_FKD.main(student(base, "--output_dir", "straight"))
+    end = forked(interrupted, student(base))
+    assert end.status == EXIT_INTERRUPTED and "Traceback" not in end.err
+    assert end.err.count("interrupted; run the same command to go on") == 1
+    again = train_FKD.main(student(base))
+    assert (again / MANIFEST).read_bytes() == (straight / MANIFEST).read_bytes()
+
+
+def test_what_is_no_trouble_with_files_keeps_its_traceback():
+    """A mistake of ours is not dressed up as one of the user's."""
+
+    for error in (RuntimeError("shapes"), KeyError("x"), BrokenPipeError(32, "Broken pipe")):
+
+        def main(argv, error=error):
+            raise error
+
+        with pytest.raises(type(error)):
+            entry_point(main)([])

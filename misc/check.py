@@ -56,10 +56,14 @@ STAGES = (
 
 
 class Plan:
-    """What was found: problems (one line each), notes, and for each command its time, disk and memory."""
+    """What was found: problems (one line each), notes, and for each command its time, disk and memory.
+
+    world    processes of the command at hand, over all its nodes and shards; local: those of one machine
+    """
 
     def __init__(self):
         self.problems, self.notes, self.disk, self.seconds, self.roots = [], [], [], 0.0, set()
+        self.world = self.local = 1
 
     def problem(self, text):
         line = " ".join(str(text).split())
@@ -90,9 +94,20 @@ class Plan:
         self.disk.append((flag, Path(root).absolute(), needed))
         self.note(f"disk: {readable(needed)} below {root} (estimate)")
 
-    def time(self, seconds, what):
+    def time(self, seconds, what, units):
+        """What one process does in `seconds`, as `units` that are dealt out whole to all processes."""
+        seconds *= -(-units // self.world) / max(units, 1)
         self.seconds += seconds
-        self.note(f"time: {duration(seconds)} {what} (estimate)")
+        on = f", on {self.world} processes" if self.world > 1 else ""
+        self.note(f"time: {duration(seconds)} {what}{on} (estimate)")
+
+    def host_memory(self, flag, needed):
+        """`needed` bytes in each process of one machine."""
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        each = f"{readable(needed)} of pixels a process" + (f", for {self.local}" if self.local > 1 else "")
+        self.note(f"host memory: {each}, {readable(total)} in this machine")
+        if needed * self.local > total:
+            self.problem(f"{flag}: needs {each}; this machine has {readable(total)}")
 
     def comes_later(self, flag, path):
         """Whether `path` is missing because an earlier command of this launcher will make it."""
@@ -321,7 +336,7 @@ def check_stage_1(plan, args, device):
         plan.output("--latent_cache", args.latent_cache, count * latent * 2)
     area, vae = (size / 512) ** 2, share(sizes, "vae")
     rate = RATES[device.type if device else "cuda"][0]
-    plan.time(count * ENCODE_TFLOP * area * vae / rate, f"to encode {count:,} images at {size} px")
+    plan.time(count * ENCODE_TFLOP * area * vae / rate, f"to encode {count:,} images at {size} px", classes)
     check_memory(
         plan, f"--batch_size {args.batch_size}", 0.2 * vae + args.batch_size * ENCODE_GIB * area * vae, device
     )
@@ -352,7 +367,8 @@ def check_stage_2(plan, args, device):
     steps = [calls.get(arm, int(args.num_inference_steps * args.strength) + 1) for arm in arms]
     guided = 2 if args.guidance_scale > 1 else 1
     flops = sum(images * (s * guided * UNET_TFLOP * unet + DECODE_TFLOP * share(sizes, "vae")) for s in steps) * area
-    plan.time(flops / RATES[device.type if device else "cuda"][0], f"to make {images * len(arms):,} images")
+    rate, batches = RATES[device.type if device else "cuda"][0], -(-images // args.batch_size)
+    plan.time(flops / rate, f"to make {images * len(arms):,} images", batches)
     needed = 2.1 * unet + args.batch_size * SYNTHESIS_GIB * area * share(sizes, "vae")
     check_memory(plan, f"--batch_size {args.batch_size}", needed, device)
 
@@ -367,7 +383,7 @@ def check_random_real(plan, args, device):
     pixels = args.image_size or DATASETS[args.dataset].image_size
     count = (len(split.folders) if split else len(known_prompts(args.dataset))) * args.ipc
     plan.output("--save_init_image_path", args.save_init_image_path, count * pixels**2 * 2)
-    plan.time(count / 100, f"to choose {count:,} images")
+    plan.time(count / 100, f"to choose {count:,} images", count)
 
 
 def costs(model, size):
@@ -405,21 +421,26 @@ def check_network(plan, flag, name, classes, size):
         plan.problem(f"{flag} {name}: cannot take {size} px images: {str(error).splitlines()[0]}")
 
 
-def check_training(plan, args, name, classes, size, images, epochs, chunk, out, device, students=1):
+def check_training(plan, args, name, classes, size, images, epochs, batch_size, out, device, students=1):
     """Time, memory and disk of training a network."""
+    from matching.training import chunk_size, chunks_of
+
+    chunk = chunk_size(batch_size, plan.world, args.gradient_accumulation_steps, args.bn_batch)
+    chunks = chunks_of(min(batch_size, images), chunk)
     found = check_network(plan, "--arch/--model", name, classes, size)
     if found is None:
         return
     tflop, kept, parameters = found
     rate = RATES[device.type if device else "cuda"][1]
-    plan.time(3 * tflop * images * epochs * students / rate, f"to train {name}, {epochs} epochs of {images:,} images")
+    seconds = 3 * tflop * images * epochs * students / rate
+    plan.time(seconds, f"to train {name}, {epochs} epochs of {images:,} images", len(chunks))
     plan.output("--output_dir", out, students * 4 * parameters + 2 * 12 * parameters)
+    chunk = max(end - first for first, end in chunks)
     check_memory(plan, f"{chunk} images at once", (chunk * kept + 20 * parameters) / GIB, device)
 
 
 def check_teacher(plan, args, device):
     from matching.train_teacher import recipe_of
-    from matching.training import chunk_size
 
     recipe = plan.try_to(recipe_of, args)
     split = check_split(plan, args, root=args.data_dir) if args.data_dir or args.dataset == "digits" else None
@@ -429,10 +450,18 @@ def check_teacher(plan, args, device):
     if split is None or recipe is None:
         return
     size = args.input_size or DATASETS[args.dataset].image_size
-    chunk = chunk_size(recipe.batch_size, 1, args.gradient_accumulation_steps, args.bn_batch)
     count = sum(map(len, split.items))
     check_training(
-        plan, args, args.arch, len(split.folders), size, count, recipe.epochs, chunk, args.output_dir, device
+        plan,
+        args,
+        args.arch,
+        len(split.folders),
+        size,
+        count,
+        recipe.epochs,
+        recipe.batch_size,
+        args.output_dir,
+        device,
     )
 
 
@@ -466,7 +495,8 @@ def check_stage_3(plan, args, device):
             "--fkd_path", args.fkd_path, epochs * label_bytes(count, len(images.folders), batches, args.use_fp16)
         )
         rate = RATES[device.type if device else "cuda"][1] / 2
-        plan.time(tflop * count * epochs / rate, f"to label {epochs} epochs of {count:,} images")
+        plan.time(tflop * count * epochs / rate, f"to label {epochs} epochs of {count:,} images", epochs)
+        plan.host_memory("--data", 3 * count * (images.image_size or protocol["input_size"]) ** 2)
 
 
 def check_images(plan, flag, images):
@@ -491,7 +521,6 @@ def check_stage_4(plan, args, device):
     from matching.generate_soft_label import load_teachers
     from matching.label_folder import open_labels
     from matching.soft_labels import PROTOCOL, load_pixels, open_images, protocol_of
-    from matching.training import chunk_size
     from validate.train_FKD import open_test
 
     if args.evaluate:
@@ -529,6 +558,7 @@ def check_stage_4(plan, args, device):
                 size,
                 cpu,
             )
+    test = None
     if args.val_dir is None and images.dataset != "digits":
         plan.problem(f"--val_dir: missing; the real images of {images.dataset}")
     else:
@@ -537,11 +567,13 @@ def check_stage_4(plan, args, device):
             check_sample(plan, test, "error", "--val_dir")
             plan.note(f"--val_dir: {sum(map(len, test.items)):,} test images")
     if protocol:
-        chunk = chunk_size(protocol["batch_size"], 1, args.gradient_accumulation_steps, args.bn_batch)
+        size, count = protocol["input_size"], len(images.files)
         check_training(
-            plan, args, args.model, len(images.folders), protocol["input_size"], len(images.files),
-            protocol["epochs"], min(chunk, protocol["batch_size"]), args.output_dir, device, len(args.seeds),
+            plan, args, args.model, len(images.folders), size, count, protocol["epochs"], protocol["batch_size"],
+            args.output_dir, device, len(args.seeds),
         )  # fmt: skip
+        tested = sum(map(len, test.items)) / plan.world if test else 0
+        plan.host_memory("--train_dir", int(3 * (count * (images.image_size or size) ** 2 + tested * size**2)))
 
 
 CHECKS = {
@@ -563,7 +595,7 @@ STAND_IN = (
 
 
 def commands_of(plan, launcher, flags):
-    """[(module, its flags, processes, folder)] of what a launcher would start, in order, and where."""
+    """[(module, its flags, nodes, processes a node, folder)] of what a launcher would start, in order, and where."""
     launcher = Path(launcher)
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record"
@@ -589,22 +621,43 @@ def commands_of(plan, launcher, flags):
         words = command.split("\0")[:-1]
         if "-m" in words:
             at = words.index("-m")
-            processes = next((w for a, w in zip(words, words[1:]) if a == "--nproc_per_node"), "1")
-            found.append((words[at + 1], words[at + 2 :], processes, words[0]))
+            nodes, local = (torchrun_count(words[:at], name) for name in ("nnodes", "nproc_per_node"))
+            found.append((words[at + 1], words[at + 2 :], nodes, local, words[0]))
     if not found:
         plan.problem(f"{launcher}: starts no stage")
     return found
 
 
-def check_command(plan, module, flags, processes):
-    """One stage with its flags."""
-    plan.note(f"\n{module}, {processes} process{'es' if processes != '1' else ''}")
+def torchrun_count(words, name):
+    """The value of torchrun's --`name`, `-` and `_` alike, with a blank or a `=`; the most of a range of nodes."""
+    text = next(
+        (value or following for flag, _, value, following in map(split_flag, words, [*words[1:], ""]) if flag == name),
+        "1",
+    )
+    if text in ("auto", "gpu", "cpu"):
+        return max(1, os.cpu_count() if text == "cpu" else torch.cuda.device_count())
+    number = text.rpartition(":")[2]
+    return int(number) if number.isdecimal() else 1
+
+
+def split_flag(word, following):
+    flag, equals, value = word.partition("=")
+    return flag.lstrip("-").replace("-", "_"), equals, value, following
+
+
+def check_command(plan, module, flags, nodes, local):
+    """One stage with its flags, on `nodes` machines with `local` processes each."""
+    plan.note(f"\n{module}, {nodes * local} process{'es' if nodes * local > 1 else ''}")
     if module not in CHECKS:
         plan.note(f"{module}: not a stage, not checked")
         return
     args = plan.try_to(importlib.import_module(module).get_args, flags)
     if args is None:
         return
+    shards = args.shard.rpartition("/")[2]
+    plan.local, plan.world = local, nodes * local * max(1, int(shards) if shards.isdecimal() else 1)
+    if torch.cuda.is_available() and local > 1:  # is there a device for the last of them?
+        plan.try_to(resolve_device, args.device, local - 1)
     device = plan.try_to(resolve_device, args.device)
     for word in ("diffusion_checkpoints_path", "label_file_path"):
         value = getattr(args, word, None)
@@ -636,7 +689,7 @@ def main(argv=None):
         module = what.removesuffix(".py").replace("/", ".")
         if module not in CHECKS:
             plan.problem(f"{what}: expected a launcher (.sh) or one of {', '.join(STAGES)}")
-        commands = [(module, flags, "1", ".")] if module in CHECKS else []
+        commands = [(module, flags, 1, 1, ".")] if module in CHECKS else []
     for *command, folder in commands:
         with contextlib.chdir(folder):
             check_command(plan, *command)

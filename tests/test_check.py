@@ -1,10 +1,12 @@
 """The preflight: every problem in one go, launchers started with stand-ins, and nothing written."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from reliability import STAGE_1, STAGE_2, everything, image_folder
 
 from misc import check
@@ -138,6 +140,65 @@ def test_a_launcher_takes_overriding_flags_and_processes(preflight, monkeypatch,
     status, problems, plan = preflight(ROOT / "distillation/gen_prototype_cf10.sh", *flags)
     assert "distillation.gen_prototype, 4 processes" in plan and "1,352 train images" in plan
     assert not problems
+
+
+def seconds_of(plan):
+    """The plan's whole time in seconds."""
+    number, unit = re.search(r"in all: ([0-9.]+) (days|h|min|s),", plan).groups()
+    return float(number) * {"days": 86400, "h": 3600, "min": 60, "s": 1}[unit]
+
+
+@pytest.mark.parametrize(
+    "variables, processes, share",
+    [
+        ({"NUM_GPUS": "2"}, 2, 5 / 10),  # ten classes: the unit of work is the class
+        ({"NUM_GPUS": "4"}, 4, 3 / 10),
+        ({"TORCHRUN_ARGS": "--nnodes=2 --nproc-per-node 3 --rdzv_backend c10d"}, 6, 2 / 10),
+        ({"TORCHRUN_ARGS": "--nnodes 1:2 --nproc_per_node=1"}, 2, 5 / 10),
+        ({}, 1, 1),
+    ],
+)
+def test_the_time_is_that_of_all_processes(variables, processes, share, preflight, monkeypatch, model):
+    monkeypatch.setenv("OUT", os.path.abspath("out"))
+    monkeypatch.setitem(check.RATES, "cpu", (1e-5, 1e-5))  # hours, not fractions of a second
+    flags = ["--dataset", "digits", *model]
+    alone = seconds_of(preflight("distillation.gen_prototype", *flags)[2])
+    assert alone > 60
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    _, problems, plan = preflight(ROOT / "distillation/gen_prototype_cf10.sh", *flags, "--size", "32")
+    assert f"distillation.gen_prototype, {processes} process" in plan
+    assert seconds_of(plan) == pytest.approx(share * alone, rel=0.1), plan
+    _, _, plan = preflight("distillation.gen_prototype", *flags, "--shard", f"0/{processes}")
+    assert seconds_of(plan) == pytest.approx(share * alone, rel=0.1), plan
+
+
+def test_memory_is_that_of_a_rank(preflight, made, monkeypatch):
+    """Without --bn_batch a batch is split over the ranks; pixels are kept by each of them."""
+    monkeypatch.setenv("OUT", os.path.abspath("out"))
+    flags = ["--train_dir", made[1], "--hard_label", "--model", "convnet_mini", "--device", "cpu", "--batch_size", "6"]
+    plans = []
+    for gpus in ("1", "3"):
+        Path("launch.sh").write_text(f'torchrun --nproc_per_node {gpus} -m validate.train_FKD "$@"\n')
+        status, problems, plan = preflight("launch.sh", *flags)
+        assert status == 0, problems
+        plans.append(plan)
+    assert "for 6 images at once" in plans[0] and "for 2 images at once" in plans[1]
+    assert "of pixels a process, for 3" in plans[1]
+    monkeypatch.setattr(os, "sysconf", lambda name: 1)
+    assert any("of pixels a process" in problem for problem in preflight("launch.sh", *flags)[1])
+
+
+def test_more_processes_than_gpus_are_a_problem(preflight, model, monkeypatch):
+    monkeypatch.setenv("OUT", os.path.abspath("out"))
+    monkeypatch.setenv("NUM_GPUS", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**36, 2**36))
+    flags = ["--dataset", "digits", "--size", "32", *model[:2]]
+    _, problems, _ = preflight(ROOT / "distillation/gen_prototype_cf10.sh", *flags)
+    assert any("local process 3 needs CUDA device 3, this machine has 2" in problem for problem in problems)
 
 
 def test_steps_that_follow_from_each_other_are_not_problems(preflight):

@@ -168,11 +168,12 @@ def test_every_digit_of_a_seed_is_in_the_folders_name():
     assert names == {"x_seed1234567", "x_seed1234568", "x_seed1000000"}
 
 
-def test_a_port_that_is_none(monkeypatch, refused):
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "x")):
-        monkeypatch.setenv(name, value)
-    process = Process(0, 2, torch.device("cpu"))
-    refused(lambda argv: join_processes(process), [], "2 processes cannot meet at 127.0.0.1:x")
+def test_a_port_that_is_none():
+    """In a process of its own: accelerate remembers half a start."""
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}
+    end = forked(lambda: join_processes(Process(0, 2, torch.device("cpu"))), environment=environment)
+    assert end.status == 2 and "Traceback" not in end.err and len(end.errors) == 1
+    assert "2 processes cannot meet at 127.0.0.1:x" in end.errors[0]
 
 
 # ---- a Stable Diffusion that is not whole

@@ -4,10 +4,13 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import tree
+from reliability import STAGE_1
 
 ROOT = Path(__file__).parent.parent
 SBATCH = sorted((ROOT / "scripts/slurm").glob("*.sbatch"))
@@ -84,12 +87,40 @@ def test_a_failed_job_stays_out_of_the_queue(slurm, tmp_path):
     assert job.wait(20) == 2 and "requeue" not in (tmp_path / "record").read_text()
 
 
-def test_an_array_that_does_not_begin_at_zero_needs_the_number_of_shards(slurm, tmp_path):
-    late = {**ARRAY, "SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_COUNT": "1"}
-    job = slurm(SBATCH[0], **late)
+@pytest.mark.parametrize("count, last", [("1", "2"), ("2", "3")], ids=["2", "2-3"])
+def test_an_array_of_a_part_needs_the_number_of_shards(count, last, slurm, tmp_path):
+    part = {**ARRAY, "SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_MAX": last, "SLURM_ARRAY_TASK_COUNT": count}
+    job = slurm(SBATCH[0], **part)
     assert job.wait(20) == 2 and "set SHARDS" in job.stderr.read()
-    assert slurm(SBATCH[0], SHARDS="4", **late).wait(20) == 0
+    assert slurm(SBATCH[0], SHARDS="4", **part).wait(20) == 0
     assert (tmp_path / "record").read_text().rstrip().endswith("--shard 2/4")
+
+
+def test_a_requeued_element_makes_the_same_shard(slurm, tmp_path):
+    whole = {**ARRAY, "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "3"}
+    assert [slurm(SBATCH[0], SLURM_RESTART_COUNT=n, **whole).wait(20) for n in ("0", "1")] == [0, 0]
+    first, second = (tmp_path / "record").read_text().splitlines()
+    assert first == second and first.endswith("--shard 2/4")
+
+
+@pytest.mark.slow
+def test_a_warned_stage_leaves_and_its_requeued_job_completes_it(slurm, made, model, tmp_path):
+    """A real stage 1 behind a real sbatch file: warned after its first class, put back, and started again."""
+    (tmp_path / "python").unlink()
+    launcher, out = tmp_path / "launcher.sh", tmp_path / "out"
+    slow = "import sys, time; from distillation import gen_prototype as g; f = g.write_class\n"
+    slow += "g.write_class = lambda *a: (f(*a), time.sleep(1)); g.main(sys.argv[1:])"
+    argv = " ".join([*STAGE_1, *model, "--save_prototype_path", str(out)])
+    launcher.write_text(f"exec {sys.executable} -c '{slow}' {argv} \"$@\"\n")
+    variables = {"LAUNCHER": str(launcher), "PYTHONPATH": str(ROOT)}
+    job = slurm(ROOT / "scripts/slurm/gen_prototype.sbatch", **variables)
+    while not list(out.rglob("0000_0.json")) and job.poll() is None:
+        time.sleep(0.01)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(120) == 75 and "scontrol requeue 41" in (tmp_path / "record").read_text()
+    assert not list(out.rglob("manifest.json"))
+    assert slurm(ROOT / "scripts/slurm/gen_prototype.sbatch", **variables).wait(120) == 0
+    assert tree(out / made[0].name) == tree(made[0])
 
 
 @pytest.mark.parametrize("file", SBATCH, ids=lambda f: f.stem)

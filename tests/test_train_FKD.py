@@ -241,6 +241,52 @@ def test_two_ranks_train_as_one(base, tmp_path):
     assert [r["loss"] for r in ours["rows"]] == pytest.approx([r["loss"] for r in theirs["rows"]], abs=1e-6)
 
 
+def test_batch_norms_statistics_over_two_ranks_are_the_mean_weighted_by_chunks(tmp_path):
+    """Rank 0 has seen 3 chunks and rank 1 has seen 1: (3 a + 1 b) / 4, and a rank without a chunk counts nothing."""
+    means = {0: torch.tensor([1.0, 2.0]), 1: torch.tensor([5.0, -2.0])}
+
+    def average(seen, name):
+        from scripts.runtime import join_processes, this_process
+
+        process = this_process("cpu")
+        accelerator = join_processes(process)
+        norm = torch.nn.BatchNorm1d(2)
+        norm.running_mean.copy_(means[process.rank])
+        norm.running_var.copy_(means[process.rank] ** 2)
+        norm.num_batches_tracked.fill_(seen[process.rank])
+        training.average_buffers(norm, seen[process.rank], process.world)
+        torch.save(norm.state_dict(), tmp_path / f"{name}{process.rank}.pt")
+        accelerator.end_training()
+
+    for seen, mean, variance in (((3, 1), [2.0, 1.0], [7.0, 4.0]), ((2, 0), [1.0, 2.0], [1.0, 4.0])):
+        assert fork_ranks(2, lambda seen=seen: average(seen, "norm")) == [0, 0]
+        for rank in (0, 1):
+            state = torch.load(tmp_path / f"norm{rank}.pt", weights_only=True)
+            assert state["running_mean"].tolist() == mean and state["running_var"].tolist() == variance
+            assert state["num_batches_tracked"] == sum(seen) // 2
+
+
+def test_a_students_statistics_are_those_of_both_ranks(base, tmp_path, small_net, monkeypatch):
+    """What is saved is the weighted mean of what the ranks had; batches of 5 in chunks of 2 are uneven."""
+    original = train_FKD.average_buffers
+
+    def average_buffers(model, chunks, world):
+        state = {"chunks": chunks, **{name: value.clone() for name, value in model.named_buffers()}}
+        torch.save(state, tmp_path / f"rank{os.environ['RANK']}.pt")
+        original(model, chunks, world)
+
+    monkeypatch.setattr(train_FKD, "average_buffers", average_buffers)
+    flags = ["--model", small_net, "--bn_batch", 2, "--device", "cpu", "--epochs", 1]
+    assert fork_ranks(2, lambda: train(base, tmp_path / "two", *flags)) == [0, 0]
+    a, b = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    saved = weights(next((tmp_path / "two").iterdir()))
+    assert a["chunks"] > b["chunks"] > 0
+    for name in ("1.running_mean", "1.running_var"):
+        mean = (a["chunks"] * a[name] + b["chunks"] * b[name]) / (a["chunks"] + b["chunks"])
+        torch.testing.assert_close(saved[name], mean)
+        assert (saved[name] - a[name]).abs().max() > 1e-3
+
+
 # ---- losses, schedules, recipes
 
 

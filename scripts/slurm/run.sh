@@ -3,14 +3,17 @@
 # run COMMAND ...   starts it and passes Slurm's warnings on to it as SIGTERM; the stage then finishes its unit of work
 #                   and leaves. The job is put back into the queue if there is more to do: the same command goes on
 #                   where it stopped. Slurm itself puts it back after a preemption or a node's failure (--requeue).
-# shard             "I/N" of this element of a job array, for stages 1-3
+# shard             "I/N" of this element of a job array, for stages 1-3. An array of a part (--array=1,3, to make up for
+#                   two elements that failed) does not say how many shards the whole run has: SHARDS=4 does. A requeued
+#                   element keeps its number and the array's size.
 
 shard() {
-    if [ "${SLURM_ARRAY_TASK_MIN:-0}" -ne 0 ] && [ -z "${SHARDS:-}" ]; then
-        echo "the array begins at ${SLURM_ARRAY_TASK_MIN}: set SHARDS to the number of shards of the whole run" >&2
+    count="${SLURM_ARRAY_TASK_COUNT:-1}"
+    if [ -z "${SHARDS:-}" ] && [ "${SLURM_ARRAY_TASK_MAX:-$((count - 1))}" -ne $((count - 1)) ]; then
+        echo "an array of $count elements up to ${SLURM_ARRAY_TASK_MAX}: set SHARDS to the number of the whole run" >&2
         exit 2
     fi
-    echo "${SLURM_ARRAY_TASK_ID:-0}/${SHARDS:-${SLURM_ARRAY_TASK_COUNT:-1}}"
+    echo "${SLURM_ARRAY_TASK_ID:-0}/${SHARDS:-$count}"
 }
 
 run() {

@@ -1,9 +1,11 @@
 """K-means is scikit-learn's own sequence of calls, on the CPU and in the port; prototype files keep every bit."""
 
+import contextlib
 import json
 
 import numpy as np
 import pytest
+import torch
 from sklearn.cluster import KMeans, MiniBatchKMeans
 
 from distillation import prototypes as module
@@ -68,9 +70,29 @@ def test_the_torch_port_equals_sklearn(seed, n, k, batch, monkeypatch):
     assert reassigned, "this case was to exercise the random reassignment"
 
 
-def test_the_nearest_centre_is_the_first_among_equals():
-    import torch
+def test_on_a_gpu_kmeans_has_a_stream_of_its_own(monkeypatch):
+    """CUDA stood in for: in the encoder's stream, k-means would wait for a batch of images at every buffer."""
+    made, inside = [], []
 
+    @contextlib.contextmanager
+    def enter(found):
+        inside.append(found)
+        yield
+        inside.pop()
+
+    def kmeans(rows, k, batch_size, device):
+        made.append((inside[-1], device))
+        return module._minibatch_sklearn(rows, k, batch_size)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: (device, priority))
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+    monkeypatch.setattr(module, "_minibatch_torch", kmeans)
+    found = class_prototypes(latents(40), 4, 8, device="cuda")
+    assert made == [(("cuda", -1), "cuda")] and not inside
+    assert np.array_equal(found.latents, class_prototypes(latents(40), 4, 8).latents)
+
+
+def test_the_nearest_centre_is_the_first_among_equals():
     rows, centres = torch.zeros(3, 2, dtype=torch.float64), torch.ones(4, 2, dtype=torch.float64)
     assert module._nearest(rows, centres).tolist() == [0, 0, 0]
 

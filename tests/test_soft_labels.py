@@ -232,6 +232,19 @@ def test_images_that_do_not_fit_the_gpu_are_cropped_on_the_cpu_with_a_warning(st
     assert "images of 2 sizes, such as [32, 32] and [40, 32]" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("mix_type", ["none", "mixup", "cutmix"])
+@pytest.mark.parametrize("rows_of", [None, lambda count: torch.tensor([1, 3])])
+def test_a_batch_is_made_without_reading_anything_back(stored, mix_type, rows_of):
+    """On the meta device, which has no values: whatever would wait for a GPU's fails here."""
+    _, drawn, _ = stored
+    feed = Feed(list(drawn.arrays), _set_of(drawn), protocol(mix_type=mix_type), "cpu", rows_of=rows_of)
+    feed.device = torch.device("meta")
+    feed.resident = torch.empty((21, 32, 32, 3), dtype=torch.uint8, device="meta")
+    [item] = feed.loader([(0, 1)])
+    x = feed.mixed(item)
+    assert x.device.type == "meta" and x.dtype == torch.float32 and x.shape == (2 if rows_of else 8, 3, 32, 32)
+
+
 def _set_of(feed):
     return type("Images", (), {"folders": CLASSES, "dataset": "digits"})
 

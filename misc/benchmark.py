@@ -5,10 +5,11 @@
     python -m misc.benchmark --memory                    # host memory of stage 2 at ImageNet's size, network stubbed
     python -m misc.benchmark --costs                     # time, disk and memory by IPC, from what was measured
 
-The release's way is a small reference of ours (misc/bench/release.py). On a GPU both ways run the Stable Diffusion 1.5
-configuration with random weights (speed does not depend on them, nothing is downloaded) and ResNet-18; on a CPU small
-networks. Rates are units a second on a GPU, and units a CPU-second, child processes included, on a CPU. Writes
-OUT/NAME.json and OUT/NAME.md, anew after each stage. What bf16 and its like do to accuracy: misc/bench/accuracy.py.
+The release's way is a small reference of ours at the settings of its launchers (misc/bench/). On a GPU both ways run
+the Stable Diffusion 1.5 configuration with random weights (speed does not depend on them, nothing is downloaded) and
+ResNet-18; on a CPU small networks. Rates are units a second on a GPU, and units a CPU-second, child processes
+included, on a CPU. Writes OUT/NAME.json and OUT/NAME.md, anew after each stage. What bf16 and its like do to accuracy:
+misc/bench/accuracy.py.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found

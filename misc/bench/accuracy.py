@@ -4,8 +4,9 @@
     sh misc/bench/accuracy.sh                            # the table of misc/benchmarks/accuracy.md, from nothing
 
 Everything but --name, --seeds, --device and --out goes to validate.train_FKD, which trains a student from scratch for
-each seed and each way of computing, in turns, in this process. Speed is of the whole run, tests included, in seconds
-on a GPU and in CPU-seconds on a CPU. Writes OUT/accuracy.json, an entry a name, and the table of all, OUT/accuracy.md.
+each seed and each way of computing, in turns, in this process. Speed is of the whole run, reading and tests included,
+in seconds on a GPU and in CPU-seconds on a CPU. Writes OUT/accuracy.json, an entry a name, and the table of all,
+OUT/accuracy.md.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
@@ -78,7 +79,7 @@ def markdown(entries):
     lines = ["# What bf16, channels_last and the fused optimiser do to accuracy", ""]
     lines += [
         "Top-1 in % of the last epoch, mean ± sample std over the seeds; difference to the first row seed by seed;",
-        "speed as a multiple of the first row's, tests included. All three are off in the faithful preset.",
+        "speed of whole runs, reading and tests included, over the first row's. All are off in the faithful preset.",
         "`sh misc/bench/accuracy.sh` makes the images, the labels and this table.",
     ]
     for name, entry in entries.items():

@@ -6,14 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from PIL import Image
+from sklearn.cluster import MiniBatchKMeans
+from torchvision.transforms.functional import to_tensor
 
 from distillation import gen_prototype
 from distillation.prototypes import Prototypes, class_prototypes, read_class, write_class
 from misc.bench.inputs import repeated, write_real
 from misc.bench.measure import clock_of, compare, flops_of, in_turns
 from misc.bench.networks import sped_up
-from misc.bench.release import release_images, release_latents
 from scripts.files import sha256
+from scripts.runtime import POSTERIOR, generator
 
 READS = 200  # known of the release's way, images a CPU-second, decoding and resizing alone
 CPU = torch.device("cpu")
@@ -44,6 +47,40 @@ def reading(bench, split, side):
         ),
         ways,
     )  # fmt: skip
+
+
+def release_latents(pipeline, text, split, size, batch_size, workers, ipc):
+    """The release's way: floats from the readers, text encoded for every image and thrown away, a wait for each one's
+    latent, k-means between the batches. km_expand 1: buffers of ipc rows, the last one dropped.
+    """
+    order = gen_prototype.class_order(split, 0, 0)
+    loader = torch.utils.data.DataLoader(
+        [(split, i, size) for i in order], batch_size=batch_size, num_workers=workers, collate_fn=release_images
+    )
+    latents, buffer = [], []
+    kmeans = MiniBatchKMeans(n_clusters=ipc, random_state=0, batch_size=ipc, n_init="auto")
+    for number, images in enumerate(loader):
+        keys = order[number * batch_size : (number + 1) * batch_size]
+        for _ in keys:
+            text()
+        found = pipeline(images.to(pipeline.vae.device), [generator(0, POSTERIOR, 0, i) for i in keys])
+        for latent in found:
+            latents.append(latent.to(torch.float16).cpu().numpy())
+            buffer.append(latents[-1].reshape(-1))
+            if len(buffer) == ipc:
+                kmeans.partial_fit(np.stack(buffer).astype(np.float64))
+                buffer = []
+    return np.stack(latents)
+
+
+def release_images(items):
+    """[(split, image, size)] -> (B, 3, size, size) float32, as its readers hand them over."""
+    images = []
+    for split, i, size in items:
+        with open(split.items[0][i], "rb") as file:
+            image = Image.open(file).convert("RGB")
+        images.append(to_tensor(image.resize((size, size), Image.Resampling.BILINEAR)))
+    return torch.stack(images)
 
 
 def encoding(bench, split, side):

@@ -4,15 +4,28 @@ from itertools import count
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from distillation import gen_syn_image
 from distillation.datasets import read_rgb
 from distillation.prototypes import Prototypes
 from misc.bench.measure import compare, flops_of, in_turns
 from misc.bench.networks import sped_up
-from misc.bench.release import NEGATIVE, release_synthesis
+from scripts.runtime import generator
 
 PER_CLASS = 10
+
+
+def release_synthesis(pipeline, jobs, prototypes, folder, options):
+    """The release's way: one image at a time, both prompts encoded for each, resized and saved before the next."""
+    for job in jobs:
+        latents = torch.from_numpy(prototypes[job.position].latents[job.prototype : job.prototype + 1])
+        noise = generator(*gen_syn_image.image_key(0, job, 0))
+        image = pipeline(
+            [job.prompt], latents, negative_prompt=[gen_syn_image.NEGATIVE_PROMPT], generator=[noise], **options
+        ).images[0]
+        (folder / job.folder).mkdir(parents=True, exist_ok=True)
+        image.resize((224, 224)).save(folder / job.file)
 
 
 def stage_2(bench):
@@ -40,7 +53,7 @@ def stage_2(bench):
         gen_syn_image.make_images(
             folder,
             gen_syn_image.cut(jobs, 32),
-            gen_syn_image.Synthesizer(pipeline, "d4m", 0, 0.7, 8.0, size.steps, NEGATIVE),
+            gen_syn_image.Synthesizer(pipeline, "d4m", 0, 0.7, 8.0, size.steps, gen_syn_image.NEGATIVE_PROMPT),
             lambda positions: ((p, prototypes[p]) for p in positions),
             224,
             SimpleNamespace(name=None),
@@ -52,7 +65,7 @@ def stage_2(bench):
     ways |= {name: lambda other=other: ours(other) for name, other in sped_up(pipeline, size.faster).items()}
     bench.warm_up(lambda: release(jobs[:1]), *list(ways.values())[1:])
     times, found = in_turns(ways, size.turns, device)
-    synthesizer = gen_syn_image.Synthesizer(pipeline, "d4m", 0, 0.7, 8.0, size.steps, NEGATIVE)
+    synthesizer = gen_syn_image.Synthesizer(pipeline, "d4m", 0, 0.7, 8.0, size.steps, gen_syn_image.NEGATIVE_PROMPT)
     flops = flops_of(lambda: synthesizer(jobs[:1], prototypes))
     counts = {name: few if name == "release" else many for name in ways}
     for name in list(ways)[1:]:

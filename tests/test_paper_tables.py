@@ -465,6 +465,28 @@ def test_what_was_not_run_is_blank(tmp_path, capsys):
             assert not any(row.get(name) for name in ("result", "random", "hard", "one", "batch"))
 
 
+def test_a_runs_own_table_says_what_is_not_the_papers(tmp_path, capsys):
+    """The cell that was asked for is shown all the same, with a heading that says what it is."""
+    argv = ["--table", "1", "--dataset", "cifar10", "--ipc", "10", "--out", str(tmp_path)]
+    args = run_table.get_args(argv)
+    made = run_table.plan_of(args)
+    [(_, _, folders)] = made
+    for which, arm, labels in (("result", "d4m", "stored"), ("random", "random", "stored"), ("hard", "d4m", "hard")):
+        name = images_name("cifar10", 10, arm)
+        own = ("cifar10", 10, arm, name, "convnet_w128", "convnet_w128", 50.0, labels)
+        fake(tmp_path, folders[which].name, *own, real_images=500 if which == "random" else None)
+        (folders[which] / "manifest.json").write_text("{}")
+    run_table.print_table(args, made)
+    out = capsys.readouterr().out
+    assert out.splitlines()[0] == "### Table 1: CIFAR-10/100. Measured with real images 500, not as the paper"
+    [line] = [text for text in out.splitlines() if "| 56.2 ± 0.4 |" in text]
+    assert line.count("50.0 ± 1.0") == 3 and "Other results" not in out
+    path = folders["random"] / "results.json"
+    path.write_text(path.read_text().replace('"real_images": 500', '"real_images": 50000'))
+    run_table.print_table(args, made)
+    assert capsys.readouterr().out.splitlines()[0] == "### Table 1: CIFAR-10/100"
+
+
 def test_a_cost_is_the_papers_generators_at_512_pixels(tmp_path):
     for name, batch_size, seconds in (("batch1", 1, 200.0), ("batch32", 32, 50.0)):
         for n, (model, size) in enumerate((("sd-tiny", 512), (DEFAULT_CHECKPOINT, 256), (DEFAULT_CHECKPOINT, 512))):

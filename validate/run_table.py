@@ -45,6 +45,7 @@ from scripts.checkpoints import model_name as checkpoint_name
 from scripts.files import ARGS, is_complete, output_name, read_json, write_text
 from scripts.runtime import EXIT_STOPPED, Parser, Stopwatch, natural, positive_int, refuse
 from validate.paper_tables import (
+    BASELINES,
     CLASSES,
     DATASET_TITLES,
     FORMATS,
@@ -52,6 +53,7 @@ from validate.paper_tables import (
     TABLES,
     TITLES,
     TRAIN_IMAGES,
+    differences,
     file_name,
     find_costs,
     find_results,
@@ -657,20 +659,30 @@ def make_smoke_data(root):
 # ---- the table
 
 
-def addition(args):
+def addition(args, plan):
     """What the heading says where the numbers are not of the paper's values."""
     if args.smoke:
         scale = f"three digits of 32 px, {SMOKE_IPC} images a class, two epochs"
         return f"SMOKE TEST: {scale}; the measured numbers mean nothing"
-    changed = [f"--{name} {' '.join(map(str, _listed(value)))}" for name, value in changes(args).items()]
-    changed += [f"--amp {args.amp}"] if args.amp != "none" else []
-    words = [generator_note(checkpoint_name(args.diffusion_checkpoints_path))]
-    words += [f"Measured with {', '.join(changed)}, not the paper's values"] if changed else []
+    checkpoint = checkpoint_name(args.diffusion_checkpoints_path)
+    changed = [" ".join(flags(**{name: value})) for name, value in changes(args).items()]
+    changed = changed or sorted(planned_differences(plan, checkpoint))
+    words = [generator_note(checkpoint)]
+    words += [f"Measured with {', '.join(changed)}, not as the paper"] if changed else []
     return ". ".join(filter(None, words))
 
 
-def _listed(value):
-    return value if isinstance(value, list) else [value]
+def planned_differences(plan, checkpoint):
+    """Why the results that this run made fill no cell of paper_tables, such as a precision or a part of the images."""
+    odd = set()
+    for cell, _, folders in plan if plan[0][0].table != 6 else ():
+        for which, folder in folders.items():
+            if is_complete(folder):
+                arm, labels = BASELINES[which]
+                odd.update(
+                    differences(cell, read_result(folder / "results.json"), arm or cell.arm, labels, checkpoint)
+                )
+    return odd
 
 
 def changes(args):
@@ -718,7 +730,7 @@ def print_table(args, plan):
     rows = table_rows(args.table, measure, {} if alone else find_teachers(root), costs)
     folder = root / "tables"
     folder.mkdir(parents=True, exist_ok=True)
-    title = heading(args.table, addition(args))
+    title = heading(args.table, addition(args, plan))
     for render, suffix in FORMATS.values():
         write_text(folder / file_name(args.table, suffix), render(args.table, rows, title))
     print(FORMATS["markdown"][0](args.table, rows, title))

@@ -48,10 +48,13 @@ from scripts.files import (
     is_complete,
     output_folder,
     output_name,
+    read_manifest,
     require_space,
+    safe_name,
     write_manifest,
     write_text,
     write_timing,
+    wrong_field,
 )
 from scripts.runtime import (
     START,
@@ -72,7 +75,6 @@ from scripts.runtime import (
     result_of,
     seed_of,
     this_process,
-    unicode_text,
     unit_interval,
     warn,
 )
@@ -352,6 +354,22 @@ def finish_folder(folder, jobs, settings, classes):
     )
 
 
+def read_image_manifest(flag, folder):
+    """The manifest of a finished image folder, with what the next stages take from it; refuses one without."""
+    manifest = read_manifest(flag, folder, "images")
+    odd = wrong_field(manifest, {"dataset": str, "arm": str, "image_size": int, "ipc": int, "classes": list})
+    if not odd and not all(wrong_field(c, {"folder": str}) is None for c in manifest["classes"]):
+        odd = "classes"
+    if not odd and not safe_name(manifest["arm"]):
+        odd = "arm"
+    odd = odd or next((name for name in ("image_size", "ipc") if manifest[name] < 1), None)
+    if odd:
+        refuse(f"{flag} {folder}: its manifest does not say {odd}")
+    if manifest["dataset"] not in DATASETS:
+        refuse(f"{flag} {folder}: its manifest names the data set {manifest['dataset']!r}, which is unknown")
+    return manifest
+
+
 def data_card(settings, num_classes):
     """README.md of the image folder: a Hugging Face data card."""
     s = settings
@@ -399,7 +417,7 @@ def add_synthesis_flags(parser):
     group.add_argument(
         "--num_inference_steps", type=positive_int, default=50, help="of the whole schedule; 50 at 0.7 is 36 calls"
     )
-    group.add_argument("--negative_prompt", type=unicode_text, default=NEGATIVE_PROMPT)
+    group.add_argument("--negative_prompt", default=NEGATIVE_PROMPT)
     group.add_argument(
         "--num_prototypes",
         type=positive_int,

@@ -386,6 +386,8 @@ def main(argv=None):
     parser.add_argument("folder", help="a finished prototype folder")
     parser.add_argument("json", help="the single file to write, in the release's form")
     args = parser.parse_args(argv)
+    if Path(args.json).is_dir():
+        refuse(f"{args.json}: is a folder, expected the name of a file")
     source = PrototypeFolder(args.folder, "FOLDER")
     repeated = [p for p, n in Counter(c["prompt"] for c in source.classes).items() if n > 1]
     if repeated:

@@ -20,8 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from distillation.datasets import DATASETS, BadImage, dataset_name, known_prompts, read_rgb
-from distillation.gen_syn_image import finish_folder, list_jobs, save_png
-from scripts.files import check_file, output_folder, output_name, read_manifest, require_space, write_timing
+from distillation.gen_syn_image import finish_folder, list_jobs, read_image_manifest, save_png
+from scripts.files import check_file, output_folder, output_name, require_space, write_timing
 from scripts.runtime import (
     Parser,
     StopSignals,
@@ -42,6 +42,9 @@ def taken_classes(dataset, manifest, where):
     missing = [folder for folder in wanted if folder not in has]
     if missing:
         refuse(f"--dataset {dataset}: {where} lacks {len(missing)} of its {len(wanted)} classes, first {missing[0]}")
+    silent = next((folder for folder in wanted if not isinstance(has[folder].get("prompt"), str)), None)
+    if silent:
+        refuse(f"{where}: its manifest does not say the prompt of {silent}")
     return [{"index": n, "folder": folder, "prompt": has[folder]["prompt"]} for n, folder in enumerate(wanted)]
 
 
@@ -67,10 +70,13 @@ def main(argv=None):
     args = get_args(argv)
     process = this_process(args.device, args.shard)
     source, where = Path(args.image_path), f"--image_path {args.image_path}"
-    manifest = read_manifest("--image_path", source, "images")
+    manifest = read_image_manifest("--image_path", source)
     size, ipc = args.image_size or DATASETS[args.dataset].image_size, manifest["ipc"]
     classes = taken_classes(args.dataset, manifest, where)
     jobs = list_jobs(classes, ipc, ipc)
+    missing = next((job.file for job in jobs if job.file not in manifest["files"]), None)
+    if missing:
+        refuse(f"{where}: its manifest says ipc {ipc} and does not list {missing}")
     settings = {
         "dataset": args.dataset, "arm": f"{manifest['arm']}-g", "ipc": ipc, "image_size": size,
         "source": manifest["content"], "source_arguments": manifest["arguments"],

@@ -8,8 +8,8 @@ Everything in the labels' manifest is compared with the images' and with the com
 from pathlib import Path
 
 from distillation.datasets import DATASETS
-from matching.soft_labels import PROTOCOL, label_file, wrong_field
-from scripts.files import ARGS, MANIFEST, is_complete, read_json, read_manifest, sha256
+from matching.soft_labels import PROTOCOL, label_file
+from scripts.files import ARGS, MANIFEST, is_complete, read_json, read_manifest, sha256, wrong_field
 from scripts.runtime import refuse
 
 NUMBER = (int, float)
@@ -87,8 +87,9 @@ def mismatches(folder, manifest, images, given):
         return [f"{where}: its {MANIFEST} has no epochs, an empty batch, no input size or no teachers"]
     if settings["mix_type"] not in ("mixup", "cutmix", "none"):
         return [f"{where}: its {MANIFEST} says mix_type {settings['mix_type']!r}"]
-    if set(manifest["files"]) != {label_file(epoch) for epoch in range(settings["epochs"])}:
-        return [f"{where}: its {MANIFEST} lists {len(manifest['files'])} files for {settings['epochs']} epochs"]
+    epochs = settings["epochs"]
+    if epochs != len(manifest["files"]) or set(manifest["files"]) != {label_file(epoch) for epoch in range(epochs)}:
+        return [f"{where}: its {MANIFEST} lists {len(manifest['files'])} files for {epochs} epochs"]
     problems = []
 
     def differ(what, theirs, ours, whose=f"{images.root}"):

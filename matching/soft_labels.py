@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from distillation.datasets import DATASETS, EXTENSIONS, BadImage, known_prompts, read_rgb
+from distillation.gen_syn_image import read_image_manifest
 from scripts.files import (
     content_digest,
     is_complete,
@@ -206,15 +207,6 @@ def _origin(arguments):
     return arguments
 
 
-def wrong_field(record, fields):
-    """The first of `fields` {name: type} that `record` lacks or has of another type; None if it has all of them."""
-    for name, kind in fields.items():
-        value = record.get(name) if isinstance(record, dict) else None
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            return name
-    return None
-
-
 def open_images(flag, root, dataset=None):
     """An ImageSet from an output of stage 2, or from anybody's folder of class folders (`foreign`); reads no pixels.
 
@@ -229,12 +221,7 @@ def open_images(flag, root, dataset=None):
         if (root / "args.json").exists():
             read_manifest(flag, root, "images")  # begun and not finished: refuses, and says so
         return _foreign(flag, root, name, found, dataset)
-    manifest = read_manifest(flag, root, "images")
-    odd = wrong_field(manifest, {"dataset": str, "arm": str, "image_size": int, "ipc": int, "classes": list})
-    if odd or not all(isinstance(c, dict) and isinstance(c.get("folder"), str) for c in manifest["classes"]):
-        refuse(f"{flag} {root}: its manifest does not say {odd or 'classes'}")
-    if manifest["dataset"] not in DATASETS:
-        refuse(f"{flag} {root}: its manifest names the data set {manifest['dataset']!r}, which is unknown")
+    manifest = read_image_manifest(flag, root)
     folders = [c["folder"] for c in manifest["classes"]]
     if dataset not in (None, manifest["dataset"]):
         refuse(f"--dataset {dataset}: {flag} {root} was made for {manifest['dataset']}")

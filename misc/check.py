@@ -32,7 +32,7 @@ import torch
 from distillation.datasets import DATASETS, BadImage, known_prompts, open_split, read_label_file
 from distillation.prototypes import default_size, open_prototypes
 from scripts.files import free_space
-from scripts.runtime import EXIT_REFUSED, Parser, entry_point, resolve_device
+from scripts.runtime import EXIT_REFUSED, Parser, entry_point, parse_shard, resolve_device
 
 SAMPLE = 64  # images decoded of a data set
 SHOWN = 5  # problems of one kind that are listed each
@@ -608,7 +608,7 @@ def commands_of(plan, launcher, flags):
         try:
             run = subprocess.run(
                 ["sh", str(launcher.absolute()), *flags], env=environment, cwd=launcher.parent, timeout=60,
-                capture_output=True, text=True,
+                capture_output=True, text=True, errors="replace",
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             plan.problem(f"{launcher}: did not end within 60 s with stand-ins for python and torchrun")
@@ -637,7 +637,7 @@ def torchrun_count(words, name):
     if text in ("auto", "gpu", "cpu"):
         return max(1, os.cpu_count() if text == "cpu" else torch.cuda.device_count())
     number = text.rpartition(":")[2]
-    return int(number) if number.isdecimal() else 1
+    return max(1, int(number)) if number.isdecimal() else 1
 
 
 def split_flag(word, following):
@@ -654,8 +654,8 @@ def check_command(plan, module, flags, nodes, local):
     args = plan.try_to(importlib.import_module(module).get_args, flags)
     if args is None:
         return
-    shards = args.shard.rpartition("/")[2]
-    plan.local, plan.world = local, nodes * local * max(1, int(shards) if shards.isdecimal() else 1)
+    _, shards = plan.try_to(parse_shard, args.shard) or (0, 1)
+    plan.local, plan.world = local, nodes * local * shards
     if torch.cuda.is_available() and local > 1:  # is there a device for the last of them?
         plan.try_to(resolve_device, args.device, local - 1)
     device = plan.try_to(resolve_device, args.device)

@@ -487,6 +487,15 @@ def check_manifest(flag, folder, manifest, stage):
         refuse(f"{where} was edited: its content digest does not fit its files")
 
 
+def wrong_field(record, fields):
+    """The first of `fields` {name: type} that `record` lacks or has of another type; None if it has all of them."""
+    for name, kind in fields.items():
+        value = record.get(name) if isinstance(record, dict) else None
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            return name
+    return None
+
+
 def check_file(flag, folder, name, manifest):
     """Refuse a file whose content is not what the manifest says (hashed where it is first read)."""
     if sha256(Path(folder) / name) != manifest["files"][name]["sha256"]:

@@ -57,8 +57,8 @@ def warn(message):
 
 
 def _say(line):
-    """One line on stderr, not behind a progress bar that stands there."""
-    tqdm.write(line, file=sys.stderr)
+    """One line on stderr, not behind a progress bar that stands there; a name that is not UTF-8 is escaped."""
+    tqdm.write(line.encode(errors="backslashreplace").decode(), file=sys.stderr)
     sys.stderr.flush()
 
 
@@ -81,6 +81,11 @@ def entry_point(main):
             if not str(error).startswith("DataLoader worker"):
                 raise
             refuse("a reading process died, most likely for want of memory; --num_workers 0 reads in this one")
+        except UnicodeEncodeError as error:
+            near = error.object[max(0, error.start - 60) : error.end + 60]
+            refuse(f"{near!a}: a name that is not UTF-8; rename it")
+        except MemoryError as error:
+            refuse(f"out of memory: {error}")
         except KeyboardInterrupt:
             _say("interrupted; run the same command to go on")
             raise SystemExit(EXIT_INTERRUPTED) from None
@@ -112,6 +117,8 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         args = [_underscored(a) for a in (sys.argv[1:] if args is None else args)]
         for arg in args:
+            if not arg.isascii() and any(0xD800 <= ord(letter) <= 0xDFFF for letter in arg):
+                refuse(f"{arg!a}: not UTF-8")  # no manifest could name it
             flag = arg.split("=", 1)[0]
             if flag in self.retired:
                 refuse(f"{flag}: {self.retired[flag]}")
@@ -192,13 +199,6 @@ def at_least_one(text):
     return value
 
 
-def unicode_text(text):
-    """argparse type: text that can be written to a file; bytes that are not UTF-8 reach a flag as lone surrogates."""
-    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8")
-    return text
-
-
 def unit_interval(text):
     """argparse type: a float in (0, 1]."""
     value = float(text)
@@ -245,12 +245,18 @@ def this_process(device="auto", shard="0/1") -> Process:
         )
     if not 0 <= rank < world:
         refuse(f"RANK={rank} is outside WORLD_SIZE={world}")
-    index, _, count = str(shard).partition("/")
-    if not (re.fullmatch("[0-9]{1,9}", index) and re.fullmatch("[0-9]{1,9}", count) and int(index) < int(count)):
-        refuse(f"--shard {shard}: expected I/N with 0 <= I < N, such as 0/2")
-    process = Process(int(index) * world + rank, int(count) * world, resolve_device(device, local_rank))
+    index, count = parse_shard(shard)
+    process = Process(index * world + rank, count * world, resolve_device(device, local_rank))
     forget_peak_memory(process.device)
     return process
+
+
+def parse_shard(text):
+    """ "0/2" -> (0, 2)"""
+    index, _, count = str(text).partition("/")
+    if not (re.fullmatch("[0-9]{1,9}", index) and re.fullmatch("[0-9]{1,9}", count) and int(index) < int(count)):
+        refuse(f"--shard {text}: expected I/N with 0 <= I < N, such as 0/2")
+    return int(index), int(count)
 
 
 def _environment(name, default):

@@ -201,6 +201,15 @@ def test_more_processes_than_gpus_are_a_problem(preflight, model, monkeypatch):
     assert any("local process 3 needs CUDA device 3, this machine has 2" in problem for problem in problems)
 
 
+@pytest.mark.parametrize(
+    "text", [b"\xff\xfe\x00", b"torchrun --nproc_per_node 0 -m distillation.random_real --shard 3"]
+)
+def test_launchers_of_anything(text, preflight):
+    Path("launch.sh").write_bytes(text)
+    status, problems, _ = preflight("launch.sh")
+    assert status == 2 and problems
+
+
 def test_steps_that_follow_from_each_other_are_not_problems(preflight):
     status, problems, plan = preflight(ROOT / "scripts/demo.sh")
     assert status == 0, problems

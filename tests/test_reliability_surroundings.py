@@ -15,10 +15,10 @@ from reliability import STAGE_1, STAGE_2, image_folder
 from safetensors.torch import load_file, save_file
 from stage34 import PROTOCOL, TEACHER, copy, make_images, make_teacher, redo_manifest
 
-from distillation import gen_prototype, gen_syn_image
+from distillation import gen_prototype, gen_syn_image, prototypes, take_classes
 from matching import generate_soft_label, soft_labels, train_teacher
 from misc.kill_test import forked
-from scripts.files import LOG, MANIFEST, TIMING, log_rows, output_name, read_json
+from scripts.files import LOG, MANIFEST, TIMING, log_rows, output_name, read_json, write_json
 from scripts.runtime import EXIT_INTERRUPTED, Process, entry_point, join_processes
 from validate import train_FKD
 
@@ -74,6 +74,11 @@ def an_image_that_is_a_broken_link():
     return "data/train/cat/z.png", "No such file"
 
 
+def a_name_that_is_not_utf_8():
+    os.rename("data/train/cat/0.png", "data/train/cat/caf\udce9.png")
+    return "caf\\udce9.png", "not UTF-8"
+
+
 def a_pipe_among_the_images():
     os.mkfifo("data/train/cat/z.png")
     return "data/train/cat/z.png", "not a file"
@@ -81,7 +86,13 @@ def a_pipe_among_the_images():
 
 @pytest.mark.parametrize(
     "spoil",
-    [a_folder_inside_itself, a_class_that_is_a_broken_link, an_image_that_is_a_broken_link, a_pipe_among_the_images],
+    [
+        a_folder_inside_itself,
+        a_class_that_is_a_broken_link,
+        an_image_that_is_a_broken_link,
+        a_name_that_is_not_utf_8,
+        a_pipe_among_the_images,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_odd_folders_of_images(spoil, model, refused):
@@ -135,7 +146,7 @@ NUMBERS = [
     (train_teacher, ["--min_scale_crops", "0.9", "--max_scale_crops", "0.1"]),
     (gen_syn_image, ["--num_inference_steps", "1001"]),
     (gen_syn_image, ["--guidance_scale", "0.5"]),  # as good as 1
-    (gen_syn_image, ["--negative_prompt", "\udcff"]),
+    (gen_syn_image, ["--negative_prompt", "caf\udce9"]),  # bytes that are not UTF-8
     (gen_prototype, ["--device", "meta"]),
     (gen_prototype, ["--device", "mps"]),
 ]
@@ -152,7 +163,8 @@ def test_numbers_that_make_no_sense(module, flags, base, made, model, refused, m
         gen_syn_image: [*STAGE_2, *model, "--prototype_path", made[0]],
         gen_prototype: [*STAGE_1, *model],
     }[module]
-    refused(module.main, [*argv, *flags], flags[-2] if flags[-1][0] != "-" else flags[-1].split("=")[0])
+    word = "not UTF-8" if "\udce9" in flags[-1] else flags[-2] if flags[-1][0] != "-" else flags[-1].split("=")[0]
+    refused(module.main, [*argv, *flags], word)
     assert not Path("output").exists()
 
 
@@ -356,6 +368,29 @@ def test_folders_where_locks_and_units_should_be(made, model, refused):
     (images / "0").write_text("a file where a class folder should be")
     argv = [*STAGE_2, *model, "--prototype_path", made[0], "--save_init_image_path", "output"]
     refused(gen_syn_image.main, argv, f"{images}/0", "File exists")
+
+
+@pytest.mark.parametrize(
+    "name, value", [("ipc", None), ("ipc", 3), ("classes", [{}]), ("arm", "../x"), ("image_size", 0)]
+)
+def test_a_manifest_of_images_whose_classes_are_taken(name, value, made, refused):
+    mine = Path(shutil.copytree(made[1], "images"))
+    changed = {**read_json(mine / MANIFEST), name: value}
+    write_json(mine / MANIFEST, {key: entry for key, entry in changed.items() if entry is not None})
+    refused(take_classes.main, ["--image_path", mine, "--dataset", "imagefolder"], "images: its manifest", name[:3])
+    assert not Path("output").exists()
+
+
+def test_labels_of_a_billion_epochs(base, refused):
+    images, _, labels = base
+    mine = copy(labels, Path("."))
+    for file in (MANIFEST, "args.json"):
+        (mine / file).write_text((mine / file).read_text().replace('"epochs": 3', f'"epochs": {10**9}'))
+    refused(train_FKD.main, student((images, None, mine)), "3 files for 1000000000 epochs")
+
+
+def test_the_releases_file_is_not_written_over_a_folder(made, refused):
+    refused(prototypes.main, [made[0], "."], "is a folder")
 
 
 # ---- what vanishes, dies, or is interrupted meanwhile

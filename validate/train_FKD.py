@@ -41,7 +41,6 @@ from matching.soft_labels import (
     open_images,
     protocol_of,
     teacher_logits,
-    wrong_field,
 )
 from matching.training import (
     Average,
@@ -83,6 +82,7 @@ from scripts.files import (
     write_json,
     write_manifest,
     write_timing,
+    wrong_field,
 )
 from scripts.runtime import (
     DROPOUT,

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The table misc/benchmarks/accuracy.md from nothing: what --amp bf16, --channels_last and --fused do to a student.
 # Digits: D4M images and labels of scripts/demo.sh. CIFAR-10: 500 random real images, labels of a short teacher.
-# About 15 minutes on 2 CPU cores; DATA_DIR is CIFAR-10 (see README). A way that was measured is measured again.
+# About 10 minutes on 2 CPU cores, the demo included (estimated; the students are 3 CPU-minutes). DATA_DIR: CIFAR-10.
 set -eu
 cd "$(dirname "$0")/../.."
 . scripts/launch.sh

@@ -399,6 +399,15 @@ def _images_below(folder, others=None):
     return sorted(found)
 
 
+def class_folders(flag, root):
+    """The names of the folders in `root`, sorted; refuses a broken link, which would be a class lost in silence."""
+    paths = sorted(p for p in root.iterdir() if not p.name.startswith("."))
+    broken = next((p for p in paths if p.is_symlink() and not p.exists()), None)
+    if broken:
+        refuse(f"{flag} {root}: {broken} is a broken link, to {os.readlink(broken)}")
+    return [p.name for p in paths if p.is_dir()]
+
+
 def _folders(dataset, root, split, flag):
     """{class folder: sorted image paths} of ROOT/split/<class>/, or of ROOT/<class>/ if ROOT is the split itself."""
     base = root / split if (root / split).is_dir() else root
@@ -414,11 +423,7 @@ def _folders(dataset, root, split, flag):
     if not _has_folders(base):
         refuse(f"{flag} {root}: no class folders in {base}; {dataset} needs {_expected(dataset)}")
     wanted = known_prompts(dataset)
-    broken = next((p for p in sorted(base.iterdir()) if p.is_symlink() and not p.exists()), None)
-    if broken:
-        refuse(f"{flag} {root}: {broken} is a broken link, to {os.readlink(broken)}")
-    names = sorted(p.name for p in base.iterdir() if p.is_dir() and not p.name.startswith("."))
-    others = []
+    names, others = class_folders(flag, base), []
     found = {name: _images_below(base / name, others) for name in names if not wanted or name in wanted}
     if others:
         warn(f"{flag} {root}: {len(others)} files with other extensions are left out, first {others[0]}")
@@ -492,7 +497,7 @@ def _torchvision_cifar(dataset, root, split, download, flag):
     cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
     try:
         data = cls(root, train=split == "train", download=download)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:  # damaged; not to be downloaded
         refuse(f"{flag} {root}: {error}; {dataset} needs {_expected(dataset)}")
     targets = np.asarray(data.targets)
     return {name: np.flatnonzero(targets == c).tolist() for c, name in enumerate(data.classes)}, data.data

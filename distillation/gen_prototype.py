@@ -241,11 +241,11 @@ def class_latents(pipeline, split, positions, size, batch_size, seed, cache=None
 # ---- cluster
 
 
-def check_class_sizes(split, ipc, on_small_class):
+def check_class_sizes(split, ipc, on_small_class, flag="--data_dir"):
     """Refuse, before any encoding, a class that has fewer images than prototypes are asked for."""
     for folder, items in zip(split.folders, split.items):
         if not items:
-            refuse(f"--data_dir: class {folder} has no images")
+            refuse(f"{flag}: class {folder} has no images")
         if len(items) < ipc and on_small_class == "error":
             refuse(f"--ipc {ipc}: class {folder} has only {len(items)} images (--on_small_class repeat repeats them)")
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from distillation.datasets import DATASETS, EXTENSIONS, BadImage, known_prompts, read_rgb
+from distillation.datasets import DATASETS, EXTENSIONS, BadImage, class_folders, known_prompts, read_rgb
 from distillation.gen_syn_image import read_image_manifest
 from scripts.files import (
     content_digest,
@@ -255,7 +255,7 @@ def open_images(flag, root, dataset=None):
 def _class_files(flag, root):
     """{class folder: sorted image files}, folders sorted; refuses an empty class."""
     found = {}
-    for folder in sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
+    for folder in class_folders(flag, root):
         if not safe_name(folder):
             refuse(f"{flag} {root}: the class folder {folder!r} is no name that is safe on every file system")
         found[folder] = sorted(

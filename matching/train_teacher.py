@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from distillation.datasets import DATASETS, BadImage, add_dataset_flags, open_split, squash
+from distillation.gen_prototype import check_class_sizes
 from matching.models import count_parameters, create_model, model_name
 from matching.soft_labels import (
     batches_of,
@@ -275,6 +276,8 @@ def main(argv=None):
     if val.folders != train.folders:
         odd = sorted(set(val.folders) ^ set(train.folders))[0]
         refuse(f"--val_dir {args.val_dir or args.data_dir}: its classes are not --data_dir's, first {odd}")
+    check_class_sizes(train, 1, "error")
+    check_class_sizes(val, 1, "error", f"--val_dir {args.val_dir or args.data_dir}")
     chunk = chunk_size(recipe.batch_size, process.world, args.gradient_accumulation_steps, args.bn_batch)
     name = teacher_name(args, recipe)
     folder = Path(args.output_dir) / name

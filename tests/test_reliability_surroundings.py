@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+import urllib.error
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,37 @@ def test_odd_folders_of_images(spoil, model, refused):
     words = spoil()
     refused(gen_prototype.main, of_folder(model), *([words] if isinstance(words, str) else words))
     assert not Path("output").exists()
+
+
+def test_a_link_to_a_class_of_someone_elses_images_is_broken(base, refused):
+    mine = copy(base[0], Path("."))
+    for name in (MANIFEST, "args.json"):
+        (mine / name).unlink()
+    os.symlink("/gone", mine / "3")
+    refused(generate_soft_label.main, ["--data", mine, "--dataset", "digits"], f"{mine / '3'} is a broken link")
+
+
+@pytest.mark.parametrize("split, flag", [("train", "--data_dir"), ("val", "--val_dir")])
+def test_a_teachers_class_without_images(split, flag, refused):
+    for root in ("data", "more"):
+        image_folder(root, ["cat", "dog"])
+    Path("more/train").rename("data/val")
+    for path in Path("data", split, "dog").iterdir():
+        path.unlink()
+    argv = ["--dataset", "imagefolder", "--data_dir", "data", "--arch", "convnet_mini", "--device", "cpu"]
+    refused(train_teacher.main, argv, flag, "class dog has no images")
+
+
+def test_a_download_without_internet(monkeypatch, model, refused):
+    import torchvision
+
+    def download(self):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", download)
+    Path("data").mkdir()
+    argv = ["--dataset", "cifar10", "--data_dir", "data", "--download", *model]
+    refused(gen_prototype.main, argv, "--data_dir data", "no route to host", "cifar-10-batches-py")
 
 
 GROUND_TRUTH = {

@@ -765,6 +765,9 @@ def model_card(settings, facts, samples):
     classes = ", ".join(settings["prompts"][:10]) + (", ..." if len(settings["prompts"]) > 10 else "")
     sizes = ", ".join(f"{name} {count:,}" for name, count in facts["parameters"].items())
     command = f"--dataset {settings['dataset']} --preset {settings['preset']} --seed {settings['seed']}"
+    classifier = settings["perceptual"]
+    if classifier:
+        command += f" --perceptual_checkpoint CLASSIFIER --perceptual_weight {classifier['weight']:g}"
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -775,10 +778,11 @@ It shows the mechanics of D4M and is no substitute for Stable Diffusion. Made fr
 
     python -m misc.train_tiny_sd {command} --output_dir DIR
 
-- data: the {facts["split"]["images"]} images of the training split, at {settings["image_size"]} px
+- data: the {facts["split"]["images"]:,} images of the training split, at {settings["image_size"]} px
 - prompts: {classes}; any other text is taken, and means nothing to it
 - parameters: {sizes}
 - reconstruction by the VAE: {facts["reconstruction_psnr_db"]} dB PSNR on {facts["reconstruction_psnr_on"]} images
+{f"- CLASSIFIER: {classifier['arch']}, sha256 {classifier['sha256'][:12]}{chr(10)}" if classifier else ""}\
 - `manifest.json`: every argument, the digest of the split, the versions, the sha256 of each file
 - `samples.png`: {samples}
 """

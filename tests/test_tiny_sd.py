@@ -8,9 +8,10 @@ import torch
 
 from distillation.datasets import open_split
 from misc import train_tiny_sd
-from scripts.files import VOLATILE, read_json, read_manifest, sha256
+from scripts.files import VOLATILE, read_manifest, sha256
 
 MODEL = Path(__file__).parent.parent / "misc" / "tiny-sd-digits"
+PHOTOGRAPHS = MODEL.parent / "tiny-sd-cifar10"
 SHORT = (
     "--dataset digits --classes 0 7 --max_images_per_class 12 --vae_channels 16 16 --vae_factor 2 --vae_steps 3 "
     "--unet_channels 16 16 --unet_steps 3 --text_width 16 --vae_batch_size 8 --unet_batch_size 8 "
@@ -67,12 +68,27 @@ def test_was_trained_on_the_training_split_as_it_is_now():
     assert [c["prompt"] for c in manifest["classes"]] == list(split.prompts)
 
 
-def test_is_small_and_holds_no_pickle():
-    files = [path for path in MODEL.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 10 * 2**20
+@pytest.mark.parametrize("model, mib", [(MODEL, 3), (PHOTOGRAPHS, 7)])
+def test_is_small_and_holds_no_pickle(model, mib):
+    files = [path for path in model.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= mib * 2**20
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".png", ".md"}
-    listed = set(read_json(MODEL / "manifest.json")["files"])
-    assert {path.relative_to(MODEL).as_posix() for path in files} <= listed | {"manifest.json", "args.json"}
+    listed = set(read_manifest("MODEL", model, "tiny_sd", verify=True)["files"])
+    assert {path.relative_to(model).as_posix() for path in files} == listed | {"manifest.json", "args.json"}
+
+
+def test_the_photographs_model_is_what_its_card_says():
+    from PIL import Image
+
+    manifest = read_manifest("MODEL", PHOTOGRAPHS, "tiny_sd")
+    assert manifest["dataset"] == "cifar10" and manifest["split"]["name"] == "train"
+    assert manifest["split"]["images"] == 50000
+    assert manifest["reconstruction_psnr_on"] == "val" and manifest["reconstruction_psnr_db"] > 35
+    assert manifest["arguments"]["prompt_dropout"] == 0.1
+    preset = {key: manifest["arguments"][key] for key in train_tiny_sd.PRESETS["cpu"] if key != "flip"}
+    assert preset == {key: value for key, value in train_tiny_sd.PRESETS["cpu"].items() if key != "flip"}
+    with Image.open(PHOTOGRAPHS / "samples.png") as image:  # six a class from text, and none of the photographs
+        assert image.width == 6 * (2 * 32 + 2)
 
 
 def test_is_configured_as_stable_diffusion_v1_5(pipeline):

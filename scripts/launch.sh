@@ -6,6 +6,9 @@
 #
 # torchrun, not `accelerate launch`: the latter silently reads a per-user configuration file.
 
+case "${NUM_GPUS:-1}" in
+    *[!0-9]* | 0) echo "error: NUM_GPUS=$NUM_GPUS: expected a number of at least 1" >&2 && exit 2 ;;
+esac
 RUN="${PYTHON:-python}"
 if [ -n "${TORCHRUN_ARGS:-}" ] || [ "${NUM_GPUS:-1}" -gt 1 ]; then
     RUN="torchrun ${TORCHRUN_ARGS:---standalone --nproc_per_node $NUM_GPUS}"

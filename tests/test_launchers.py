@@ -58,6 +58,14 @@ def record(tmp_path):
     return run
 
 
+@pytest.mark.parametrize("text", ["x", "0", "-1", "1.5", "2 4"])
+def test_a_number_of_gpus_that_is_none_starts_nothing(text, record, tmp_path, capfd):
+    with pytest.raises(subprocess.CalledProcessError) as ended:
+        record("matching/matching.sh", NUM_GPUS=text)
+    assert ended.value.returncode == 2 and not (tmp_path / "record").exists()
+    assert capfd.readouterr().err == f"error: NUM_GPUS={text}: expected a number of at least 1\n"
+
+
 def parsed(module, arguments):
     return importlib.import_module(module).get_args(arguments)
 

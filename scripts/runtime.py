@@ -77,10 +77,14 @@ def entry_point(main):
             if error.filename is None:
                 raise
             refuse(f"{error.filename}: {error.strerror}")
+        except torch.OutOfMemoryError as error:
+            refuse(f"out of GPU memory: {str(error).splitlines()[0]}")
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+            if str(error).startswith("DataLoader worker"):
+                refuse("a reading process died, most likely for want of memory; --num_workers 0 reads in this one")
+            if "DefaultCPUAllocator" not in str(error):
                 raise
-            refuse("a reading process died, most likely for want of memory; --num_workers 0 reads in this one")
+            refuse(f"out of memory: {str(error).splitlines()[0]}")
         except UnicodeEncodeError as error:
             near = error.object[max(0, error.start - 60) : error.end + 60]
             refuse(f"{near!a}: a name that is not UTF-8; rename it")

@@ -9,6 +9,7 @@ import time
 import urllib.error
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -18,6 +19,7 @@ from stage34 import PROTOCOL, TEACHER, copy, make_images, make_teacher, redo_man
 
 from distillation import gen_prototype, gen_syn_image, prototypes, take_classes
 from matching import generate_soft_label, soft_labels, train_teacher
+from matching.training import Forward
 from misc.kill_test import forked
 from scripts.files import LOG, MANIFEST, TIMING, log_rows, output_name, read_json, write_json
 from scripts.runtime import EXIT_INTERRUPTED, Process, entry_point, join_processes
@@ -472,6 +474,26 @@ def test_a_reading_process_that_dies_is_one_line(base):
     assert end.errors == [
         "error: a reading process died, most likely for want of memory; --num_workers 0 reads in this one"
     ]
+
+
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_a_machine_without_memory_for_it_is_one_line(library, base, refused, monkeypatch):
+    """The real exceptions, of an exabyte."""
+
+    def load_pixels(*args):
+        return torch.empty(2**60, dtype=torch.uint8) if library == "torch" else np.empty(2**60, np.uint8)
+
+    monkeypatch.setattr(train_FKD, "load_pixels", load_pixels)
+    refused(train_FKD.main, student(base), "out of memory", "allocate")
+
+
+def test_a_gpu_without_memory_for_the_weights_is_one_line(base, refused, monkeypatch):
+    def place(self, model):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+    monkeypatch.setattr(Forward, "place", place)
+    argv = ["--evaluate", base[1] / "model.safetensors", "--train_dir", base[0], "--model", "convnet_mini"]
+    refused(train_FKD.main, argv, "out of GPU memory: CUDA out of memory")
 
 
 def test_ctrl_c_is_one_line_and_the_same_command_goes_on(base):

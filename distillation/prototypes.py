@@ -21,10 +21,10 @@ import torch
 
 from distillation.datasets import DATASETS, known_prompts
 from scripts.files import (
-    check_file,
     output_name,
     read_json,
     read_manifest,
+    refuse_changed,
     safe_name,
     write_bytes,
     write_text,
@@ -206,17 +206,23 @@ def write_class(path, prototypes, facts):
     write_text(path, json.dumps(head, ensure_ascii=False, indent=1)[:-2] + ',\n "prototypes": [\n' + lines + "\n]}\n")
 
 
-def read_class(path, flag="--prototype_path"):
-    """The inverse of `write_class`: (Prototypes, facts). Refuses, naming the file, what is not such a file."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors import safe_open
+def read_class(path, flag="--prototype_path", digest=None):
+    """The inverse of `write_class`: (Prototypes, facts). Refuses, naming the file, what is not such a file.
 
-            with safe_open(path, "numpy") as file:
-                facts = json.loads(file.metadata()["facts"])
-                latents, sizes = file.get_tensor("prototypes"), file.get_tensor("cluster_sizes")
+    digest   sha256 that the bytes must have which are read here, once; None: any
+    """
+    try:
+        data = path.read_bytes()
+        if digest and hashlib.sha256(data).hexdigest() != digest:
+            refuse_changed(flag, path.parent, path.name)
+        if path.suffix == ".safetensors":
+            from safetensors.numpy import load
+
+            arrays, head = load(data), json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            facts = json.loads(head["__metadata__"]["facts"])
+            latents, sizes = arrays["prototypes"], arrays["cluster_sizes"]
         else:
-            facts = read_json(path)
+            facts = read_json(path, data)
             if not isinstance(facts, dict):
                 raise ValueError("expected a JSON object")
             rows, sizes = facts.pop("prototypes"), np.asarray(facts.pop("cluster_sizes"), dtype=np.int64)
@@ -308,8 +314,7 @@ class PrototypeFolder(_Streamed):
 
     def __getitem__(self, position) -> Prototypes:
         name = self._files[position]
-        check_file(self.flag, self.folder, name, self.manifest)
-        prototypes, facts = read_class(self.folder / name, self.flag)
+        prototypes, facts = read_class(self.folder / name, self.flag, self.manifest["files"][name]["sha256"])
         here = self.classes[position]
         wanted = {"class_index": here["index"], "folder": here["folder"], "prompt": here["prompt"]}
         for key, value in wanted.items():

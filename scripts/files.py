@@ -92,12 +92,14 @@ def _no_constant(name):
     raise ValueError(f"{name} is not a number")
 
 
-def read_json(path):
-    """Strict JSON: refuses, naming the file, what is not UTF-8, has a key twice, or holds NaN or Infinity."""
+def read_json(path, data=None):
+    """Strict JSON: refuses, naming the file, what is not UTF-8, has a key twice, or holds NaN or Infinity.
+
+    data   the file's bytes, where they were read already
+    """
     try:
-        return json.loads(
-            Path(path).read_bytes().decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
-        )
+        text = (Path(path).read_bytes() if data is None else data).decode("utf-8")
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (OSError, ValueError, RecursionError) as error:
         refuse(f"{path}: cannot be read as JSON: {error}")
 
@@ -499,7 +501,11 @@ def wrong_field(record, fields):
 def check_file(flag, folder, name, manifest):
     """Refuse a file whose content is not what the manifest says (hashed where it is first read)."""
     if sha256(Path(folder) / name) != manifest["files"][name]["sha256"]:
-        refuse(f"{flag} {folder}: the content of {name} is not what its manifest says: changed since it was made")
+        refuse_changed(flag, folder, name)
+
+
+def refuse_changed(flag, folder, name):
+    refuse(f"{flag} {folder}: the content of {name} is not what its manifest says: changed since it was made")
 
 
 def log_rows(folder):

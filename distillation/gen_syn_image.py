@@ -363,6 +363,11 @@ def read_image_manifest(flag, folder):
     if not odd and not safe_name(manifest["arm"]):
         odd = "arm"
     odd = odd or next((name for name in ("image_size", "ipc") if manifest[name] < 1), None)
+    origin = manifest["arguments"]
+    while isinstance(origin, dict):  # images that were made of others say what those were made of
+        if not isinstance(origin.get("prototype_arguments"), (dict, type(None))):
+            odd = "prototype_arguments"
+        origin = origin.get("source_arguments")
     if odd:
         refuse(f"{flag} {folder}: its manifest does not say {odd}")
     if manifest["dataset"] not in DATASETS:

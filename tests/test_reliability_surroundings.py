@@ -405,13 +405,21 @@ def test_folders_where_locks_and_units_should_be(made, model, refused):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("ipc", None), ("ipc", 3), ("classes", [{}]), ("arm", "../x"), ("image_size", 0)]
+    "name, value",
+    [
+        ("ipc", None),
+        ("ipc", 3),
+        ("classes", [{}]),
+        ("arm", "../x"),
+        ("image_size", 0),
+        ("arguments", {"source_arguments": {"prototype_arguments": 1}}),
+    ],
 )
 def test_a_manifest_of_images_whose_classes_are_taken(name, value, made, refused):
     mine = Path(shutil.copytree(made[1], "images"))
     changed = {**read_json(mine / MANIFEST), name: value}
     write_json(mine / MANIFEST, {key: entry for key, entry in changed.items() if entry is not None})
-    refused(take_classes.main, ["--image_path", mine, "--dataset", "imagefolder"], "images: its manifest", name[:3])
+    refused(take_classes.main, ["--image_path", mine, "--dataset", "imagefolder"], "images: its manifest", name[-3:])
     assert not Path("output").exists()
 
 

@@ -9,17 +9,23 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("hypothesis", reason="pip install hypothesis runs the fuzz tests too")
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reliability import HOSTILE, STAGE_1, STAGE_2, everything
+from stage34 import PROTOCOL, make_images, make_teacher
 
 from distillation import gen_prototype, gen_syn_image
 from distillation.datasets import read_label_file
 from distillation.prototypes import open_prototypes, read_class
+from matching import generate_soft_label
+from matching.models import load_teacher
 from scripts.files import MANIFEST, content_digest, read_json, read_manifest, sha256
+from scripts.runtime import Process
+from validate import train_FKD
 
 SHORT, LONG = 60, 2000
 
@@ -232,22 +238,59 @@ def open_as_images(copy):
         outcome(load_pixels, "--data", images)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(images, teacher, labels) of three digits."""
+    root = tmp_path_factory.mktemp("trained")
+    images, teacher = make_images(root, ipc=2), make_teacher(root)
+    argv = ["--data", str(images), "--arch", "convnet_mini", "--teacher_checkpoint", str(teacher), *PROTOCOL]
+    return images, teacher, generate_soft_label.main([*argv, "--fkd_path", str(root / "labels")])[0]
+
+
+def open_as_labels(images):
+    """As stage 4 does before it trains, up to its folder's name; the args.json agrees with the manifest."""
+
+    def open_it(copy):
+        with contextlib.suppress(Exception):
+            (copy / "args.json").write_bytes(dumped(json.loads((copy / MANIFEST).read_text())["arguments"]))
+        argv = ["--train_dir", str(images), "--fkd_path", str(copy), "--model", "convnet_mini", "--device", "cpu"]
+        args = train_FKD.get_args(argv)
+
+        def up_to_the_name():
+            inputs = train_FKD.read_inputs(args, Process(0, 1, torch.device("cpu")))
+            return train_FKD.student_name(inputs, train_FKD.recipe_of(args), 2, args)
+
+        name = outcome(up_to_the_name)
+        assert name is None or ("/" not in name and len(name) < 400)
+
+    return open_it
+
+
+def open_as_teacher(copy):
+    outcome(load_teacher, "convnet_mini", copy, "digits", ["0", "1", "2"], 32)
+
+
+def fuzz_manifests(made, trained, *change):
+    fuzz_manifest(made[0], "prototypes", *change, open_as_prototypes)
+    fuzz_manifest(made[1], "images", *change, open_as_images)
+    fuzz_manifest(trained[1], "teacher", *change, open_as_teacher)
+    fuzz_manifest(trained[2], "soft_labels", *change, open_as_labels(trained[0]))
+
+
 MANIFESTS = (st.integers(0, 10**6), VALUE, st.booleans())
 
 
 @examples(SHORT)
 @given(*MANIFESTS)
-def test_manifests(made, where, new, drop):
-    fuzz_manifest(made[0], "prototypes", where, new, drop, open_as_prototypes)
-    fuzz_manifest(made[1], "images", where, new, drop, open_as_images)
+def test_manifests(made, trained, where, new, drop):
+    fuzz_manifests(made, trained, where, new, drop)
 
 
 @pytest.mark.slow
 @examples(LONG)
 @given(*MANIFESTS)
-def test_manifests_at_length(made, where, new, drop):
-    fuzz_manifest(made[0], "prototypes", where, new, drop, open_as_prototypes)
-    fuzz_manifest(made[1], "images", where, new, drop, open_as_images)
+def test_manifests_at_length(made, trained, where, new, drop):
+    fuzz_manifests(made, trained, where, new, drop)
 
 
 # ---- the stages themselves, on damaged files

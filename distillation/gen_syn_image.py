@@ -358,7 +358,9 @@ def read_image_manifest(flag, folder):
     """The manifest of a finished image folder, with what the next stages take from it; refuses one without."""
     manifest = read_manifest(flag, folder, "images")
     odd = wrong_field(manifest, {"dataset": str, "arm": str, "image_size": int, "ipc": int, "classes": list})
-    if not odd and not all(wrong_field(c, {"folder": str}) is None for c in manifest["classes"]):
+    if not odd and not all(
+        wrong_field(c, {"index": int, "folder": str, "prompt": str}) is None for c in manifest["classes"]
+    ):
         odd = "classes"
     if not odd and not safe_name(manifest["arm"]):
         odd = "arm"

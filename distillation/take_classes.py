@@ -42,9 +42,6 @@ def taken_classes(dataset, manifest, where):
     missing = [folder for folder in wanted if folder not in has]
     if missing:
         refuse(f"--dataset {dataset}: {where} lacks {len(missing)} of its {len(wanted)} classes, first {missing[0]}")
-    silent = next((folder for folder in wanted if not isinstance(has[folder].get("prompt"), str)), None)
-    if silent:
-        refuse(f"{where}: its manifest does not say the prompt of {silent}")
     return [{"index": n, "folder": folder, "prompt": has[folder]["prompt"]} for n, folder in enumerate(wanted)]
 
 

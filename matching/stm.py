@@ -40,6 +40,9 @@ from scripts.runtime import (
     entry_point,
     generator,
     log_run,
+    natural,
+    not_negative,
+    positive,
     positive_int,
     refuse,
     this_process,
@@ -171,14 +174,14 @@ def get_args(argv=None):
         "--teacher_checkpoint", default=None, help="its weights [torchvision's]; a folder of train_teacher, or a file"
     )
     parser.add_argument("--iterations", type=positive_int, default=SRE2L["iterations"])
-    parser.add_argument("--lr", type=float, default=SRE2L["lr"], help="of Adam, in normalised pixels; cosine to 0")
-    parser.add_argument("--r_bn", type=float, default=SRE2L["r_bn"], help="weight of the BatchNorm distances")
-    parser.add_argument("--first_bn_multiplier", type=float, default=SRE2L["first_bn_multiplier"])
-    parser.add_argument("--jitter", type=int, default=None, help="largest shift in pixels [32 at 224 px]")
+    parser.add_argument("--lr", type=positive, default=SRE2L["lr"], help="of Adam, in normalised pixels; cosine to 0")
+    parser.add_argument("--r_bn", type=not_negative, default=SRE2L["r_bn"], help="weight of the BatchNorm distances")
+    parser.add_argument("--first_bn_multiplier", type=not_negative, default=SRE2L["first_bn_multiplier"])
+    parser.add_argument("--jitter", type=natural, default=None, help="largest shift in pixels [32 at 224 px]")
     parser.add_argument(
         "--batch_size", type=positive_int, default=SRE2L["batch_size"], help="classes that are optimised together"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of crops, flips and shifts")
+    parser.add_argument("--seed", type=natural, default=0, help="of crops, flips and shifts")
     parser.add_argument("--save_init_image_path", default="output/images", help="the folder is made below this one")
     add_process_flags(parser)
     return parser.parse_args(argv)

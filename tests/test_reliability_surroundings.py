@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from stage34 import PROTOCOL, TEACHER, copy, make_images, make_teacher, redo_manifest
 
 from distillation import gen_prototype, gen_syn_image, prototypes, take_classes
-from matching import generate_soft_label, soft_labels, train_teacher
+from matching import generate_soft_label, soft_labels, stm, train_teacher
 from matching.training import Forward
 from misc.kill_test import forked
 from scripts.files import LOG, MANIFEST, TIMING, log_rows, output_name, read_json, write_json
@@ -181,6 +181,8 @@ NUMBERS = [
     (gen_syn_image, ["--num_inference_steps", "1001"]),
     (gen_syn_image, ["--guidance_scale", "0.5"]),  # as good as 1
     (gen_syn_image, ["--negative_prompt", "caf\udce9"]),  # bytes that are not UTF-8
+    (stm, ["--lr", "nan"]),
+    (stm, ["--jitter=-1"]),
     (gen_prototype, ["--device", "meta"]),
     (gen_prototype, ["--device", "mps"]),
 ]
@@ -194,6 +196,7 @@ def test_numbers_that_make_no_sense(module, flags, base, made, model, refused, m
         train_FKD: ["--train_dir", images, "--fkd_path", labels, "--model", "convnet_mini"],
         generate_soft_label: ["--data", images, "--arch", "convnet_mini", "--teacher_checkpoint", teacher],
         train_teacher: TEACHER,
+        stm: ["--image_path", images],
         gen_syn_image: [*STAGE_2, *model, "--prototype_path", made[0]],
         gen_prototype: [*STAGE_1, *model],
     }[module]

@@ -504,6 +504,22 @@ def test_a_cost_is_the_papers_generators_at_512_pixels(tmp_path):
     assert paper_tables.find_costs(tmp_path, "tiny_imagenet") == {"one": None, "batch": None}
 
 
+@pytest.mark.parametrize("arm", ["d4m", "noise", "text"])
+def test_images_of_another_vae_size_are_refused(arm, tmp_path, refused):
+    """They would be skipped as done, and fill the cell: of noise and text the folder's name may say no size."""
+    argv = ["--table", "4", "--dataset", "tiny_imagenet", "--student", "resnet18", "--out", str(tmp_path)]
+    args = run_table.get_args(argv)
+    planned = [entry for entry in run_table.plan_of(args) if entry[0].arm == arm]
+    [folder] = {step.folder for _, steps, _ in planned for step in steps if step.kind == "images"}
+    folder.mkdir(parents=True)
+    made = {"model": DEFAULT_CHECKPOINT, "prototype_arguments": {"size": 512}}
+    (folder / "args.json").write_text(json.dumps(made))
+    run_table.check_generator(args, planned)
+    made["prototype_arguments"]["size"] = 256
+    (folder / "args.json").write_text(json.dumps(made))
+    refused(lambda _: run_table.check_generator(args, planned), [], "--size 512", folder, "made with 256")
+
+
 def test_a_missing_root_is_refused(tmp_path, refused):
     refused(paper_tables.main, ["--output_root", tmp_path / "nowhere"], "--output_root")
 

@@ -694,13 +694,24 @@ def output_root(args):
 
 
 def check_generator(args, plan):
-    """Refuse an output root whose prototypes or images another Stable Diffusion made: folders are not named by it."""
+    """Refuse an output root whose prototypes or images another Stable Diffusion made, or ours at another size.
+
+    A complete folder is not made again, and its name need not say these: of noise there is no size in it.
+    """
     wanted = checkpoint_name(args.diffusion_checkpoints_path)
-    for step in unique([step for _, steps, _ in plan for step in steps]):
-        if step.kind in ("prototypes", "images") and (step.folder / ARGS).is_file():
-            made_by = read_json(step.folder / ARGS).get("model")
-            if made_by != wanted:
-                refuse(f"--diffusion_checkpoints_path {wanted}: {step.folder} was made with {made_by}; another --out")
+    for cell, steps, _ in plan:
+        pixels = open_site(cell.dataset, args).size
+        for step in steps:
+            if step.kind not in ("prototypes", "images") or not (step.folder / ARGS).is_file():
+                continue
+            made = read_json(step.folder / ARGS)
+            size_then = (made if step.kind == "prototypes" else made.get("prototype_arguments") or {}).get("size")
+            for flag, now, then in (
+                ("diffusion_checkpoints_path", wanted, made.get("model")),
+                ("size", pixels, size_then),
+            ):
+                if then != now:
+                    refuse(f"--{flag} {now}: {step.folder} was made with {then}; another --out")
 
 
 def print_table(args, plan):

@@ -23,6 +23,7 @@ exec $RUN -m matching.train_teacher \
     --input_size 32 \
     --epochs 200 \
     --batch_size 128 \
+    --bn_batch 128 \
     --learning_rate "$LR" \
     --momentum 0.9 \
     --weight_decay 5e-4 \

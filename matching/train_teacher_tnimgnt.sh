@@ -19,6 +19,7 @@ exec $RUN -m matching.train_teacher \
     --input_size 64 \
     --epochs 200 \
     --batch_size 256 \
+    --bn_batch 256 \
     --learning_rate 0.2 \
     --momentum 0.9 \
     --weight_decay 1e-4 \

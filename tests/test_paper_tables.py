@@ -187,6 +187,7 @@ def test_what_the_commands_make_fills_their_cells(table):
                 assert paper_tables.recipe_differences(paper_recipe(cell.dataset), arguments) == [], step.line()
             elif step.kind == "teacher":
                 recorded = {**vars(args), **train_teacher.recipe_of(args)._asdict()}
+                assert args.bn_batch == recorded["batch_size"], "BatchNorm would see what one of several GPUs holds"
                 assert {"train_images None", "val_images None"} == set(paper_tables.teacher_differences(recorded))
 
 
@@ -223,8 +224,10 @@ def teacher_arguments(dataset, arch, **changed):
 
     own = {"input_size": DATASETS[dataset].image_size, "momentum": 0.9, "schedule": "cosine", "label_smoothing": 0.0}
     own |= {"classes": None, "max_images_per_class": 0, "amp": "none", "val_images": TEST_IMAGES[dataset], "seed": 0}
-    own["train_images"] = TRAIN_IMAGES[dataset]
-    return {"dataset": dataset, "arch": arch, **default_recipe(dataset, arch)._asdict(), **own, **changed}
+    own |= {"train_images": TRAIN_IMAGES[dataset], "min_scale_crops": 0.08, "max_scale_crops": 1.0}
+    recipe = default_recipe(dataset, arch)
+    own["bn_batch"] = recipe.batch_size
+    return {"dataset": dataset, "arch": arch, **recipe._asdict(), **own, **changed}
 
 
 def fake(
@@ -243,7 +246,7 @@ def fake(
     classes=None,
     generator=DEFAULT_CHECKPOINT,
     unet="u",
-    teacher_epochs=None,
+    teacher_changed=None,
     real_images=None,
     **changed,
 ):
@@ -265,8 +268,8 @@ def fake(
         arguments |= {"loss": "ce", "temperature": 3.0}
         teacher = None
     made_with = teacher_arguments(dataset, teacher) if weights == "train_teacher" and teacher else None
-    if teacher_epochs:
-        made_with["epochs"] = teacher_epochs
+    if teacher_changed:
+        made_with |= teacher_changed
     values = [mean + (i - (n - 1) / 2) for i in range(n)]
     std = (sum((v - mean) ** 2 for v in values) / (n - 1)) ** 0.5 if n > 1 else None
     top1 = {"mean": mean, "std": std, "n": n, "values": values}
@@ -298,6 +301,9 @@ def value_of(cell, which):
 
 
 VALUES = {}
+TEACHER_DECOYS = {
+    "m": {"epochs": 3}, "o": {"bn_batch": 16}, "p": {"min_scale_crops": 0.5}, "q": {"max_scale_crops": 0.9},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -333,8 +339,9 @@ def results(tmp_path_factory):
                 fake(root, f"{len(made):03d}k", *own, decoy, labels, n=9, input_size=128)  # another size
                 fake(root, f"{len(made):03d}l", *own, decoy, labels, n=9, test_images=100)  # a part of the test set
                 fake(root, f"{len(made):03d}n", *own, decoy, labels, n=9, real_images=500)  # a part of the data
-                if cell.dataset != "imagenet":  # a teacher that was trained less
-                    fake(root, f"{len(made):03d}m", *own, decoy, labels, n=9, teacher_epochs=3)
+                if cell.dataset != "imagenet":  # a teacher that was trained otherwise
+                    for suffix, changed in TEACHER_DECOYS.items():
+                        fake(root, f"{len(made):03d}{suffix}", *own, decoy, labels, n=9, teacher_changed=changed)
     return root
 
 
@@ -358,7 +365,8 @@ DECOYS = {  # suffix of its folder -> what it is listed with
     "a": "batch_size 7", "b": "another result over as many seeds or more is shown", "c": "images ",
     "d": "teacher vgg11", "e": "weights file", "f": "classes 7", "g": "precision bf16", "h": "generator sd15-tuned",
     "i": f"generator {DEFAULT_CHECKPOINT} (unet w)", "j": "bn_batch 1024", "k": "input_size 128",
-    "l": "test images 100", "m": "teacher's epochs 3", "n": "real images 500",
+    "l": "test images 100", "m": "teacher's epochs 3", "n": "real images 500", "o": "teacher's bn_batch 16",
+    "p": "teacher's min_scale_crops 0.5", "q": "teacher's max_scale_crops 0.9",
 }  # fmt: skip
 
 
@@ -413,6 +421,8 @@ def test_of_several_teachers_the_table_takes_those_of_its_recipe(tmp_path):
     teacher("b", 86.0, seed=1)
     teacher("c", 60.0, classes=["0-4"])
     teacher("y", 50.0, val_images=100)
+    teacher("x", 40.0, bn_batch=16)
+    teacher("w", 30.0, max_scale_crops=0.9)
     teacher("d", 95.0, arch="resnet18")
     assert full_row()["result"]["last"] == {"mean": 85.0, "std": pytest.approx(2**0.5), "n": 2, "values": [84.0, 86.0]}
 

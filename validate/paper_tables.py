@@ -296,8 +296,9 @@ def teacher_differences(arguments):
     if arguments is None:
         return []
     dataset = arguments["dataset"]
-    wanted = default_recipe(dataset, arguments["arch"])._asdict() | {
-        "input_size": DATASETS[dataset].image_size, "momentum": 0.9, "schedule": "cosine", "label_smoothing": 0.0,
+    recipe = default_recipe(dataset, arguments["arch"])
+    wanted = recipe._asdict() | {
+        "bn_batch": recipe.batch_size, "min_scale_crops": 0.08, "max_scale_crops": 1.0, "input_size": DATASETS[dataset].image_size, "momentum": 0.9, "schedule": "cosine", "label_smoothing": 0.0,
         "classes": None, "max_images_per_class": 0, "amp": "none",
         "train_images": TRAIN_IMAGES.get(dataset, arguments.get("train_images")),
         "val_images": TEST_IMAGES.get(dataset, arguments.get("val_images")),

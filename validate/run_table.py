@@ -329,7 +329,8 @@ def teacher_step(dataset, site, arch):
     recipe["epochs"] = site.teacher_epochs or recipe["epochs"]
     argv = flags(
         dataset=site.dataset, data_dir=site.data_dir, classes=site.classes, arch=arch, input_size=site.image_size,
-        **recipe, eval_every=10, num_workers=site.workers, output_dir=f"{site.out}/teachers",
+        **recipe, bn_batch=recipe["batch_size"], eval_every=10, num_workers=site.workers,
+        output_dir=f"{site.out}/teachers",
     )  # fmt: skip
     args = parsed("matching.train_teacher", argv)
     cost = Estimate(dataset, site).teacher(arch, recipe["epochs"])

@@ -298,7 +298,8 @@ def teacher_differences(arguments):
     dataset = arguments["dataset"]
     recipe = default_recipe(dataset, arguments["arch"])
     wanted = recipe._asdict() | {
-        "bn_batch": recipe.batch_size, "min_scale_crops": 0.08, "max_scale_crops": 1.0, "input_size": DATASETS[dataset].image_size, "momentum": 0.9, "schedule": "cosine", "label_smoothing": 0.0,
+        "bn_batch": recipe.batch_size, "input_size": DATASETS[dataset].image_size, "momentum": 0.9,
+        "schedule": "cosine", "label_smoothing": 0.0, "min_scale_crops": 0.08, "max_scale_crops": 1.0,
         "classes": None, "max_images_per_class": 0, "amp": "none",
         "train_images": TRAIN_IMAGES.get(dataset, arguments.get("train_images")),
         "val_images": TEST_IMAGES.get(dataset, arguments.get("val_images")),

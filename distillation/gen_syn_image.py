@@ -321,8 +321,10 @@ def image_folder_name(settings, prototype_settings):
         for name in ("size", "kmeans", "classes", "max"):
             options[name], defaults[name] = more[name], more_defaults[name]
         options["protoseed"], defaults["protoseed"] = more["seed"], s["seed"]
-    elif prototype_settings:
-        options["classes"], defaults["classes"] = prototype_settings["classes"], None
+    elif prototype_settings:  # of stage 1 only the latents' shape has a say
+        more, more_defaults = prototype_suffix(prototype_settings)
+        for name in ("size", "classes"):
+            options[name], defaults[name] = more[name], more_defaults[name]
     return output_name(stem, options, defaults)
 
 

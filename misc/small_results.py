@@ -1,9 +1,10 @@
 """The results of validate/cifar10_small.sh: every cell that was run, and what of the paper's claims is seen in them.
 
-    python -m misc.small_results --output_root output/cifar10_small/cpu --scale cpu --data_dir data/cifar10
+    python -m misc.small_results --output_root output/cifar10_small/cpu --scale cpu --data_dir data/cifar10 \\
+        --results misc/results
 
 Writes the part of this scale into RESULTS/cifar10_small.json, then cifar10_small.md from all parts, and one picture
-a scale: synthetic images only, a row an arm.
+a scale: synthetic images only, a row an arm. The page names the machine that it is made on: the one that trained.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
@@ -12,7 +13,6 @@ if __name__ == "__main__" and not __package__:  # run by path, our packages woul
     print("error: run it from the repository root: python -m misc.small_results", file=sys.stderr)
     sys.exit(2)
 
-import math
 import time
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from misc.figures import ARM_METHODS, draw_grid, read_image
 from misc.report import time_table
 from scripts.checkpoints import load_pipeline
 from scripts.files import library_versions, read_json, read_manifest, write_json, write_text
-from scripts.runtime import Parser, refuse, resolve_device
+from scripts.runtime import Parser, entry_point, refuse, resolve_device
 from validate.paper_tables import find_results, number
 
 DATASET, SIZE = "cifar10", 32
@@ -57,36 +57,52 @@ def rank(title):
     return (ARMS.index(title), "") if title in ARMS else (len(ARMS), title)
 
 
-def find_cells(root):
-    """[{arm, ipc, teacher, student, recipe, labels, top1: {mean, std, n, values}, images}] of all students below."""
-    cells = []
+def find_cells(root, generator, teachers):
+    """[{arm, ipc, teacher, student, recipe, labels, top1: {mean, std, n, values}, images}] of all students below.
+
+    generator    hashes of the model's networks;   teachers: {sha256: arch} of those below the root
+    Refuses what another model or teacher made, and two results of one cell: all would be taken for this experiment's.
+    """
+    cells = {}
     for found in find_results(root / "students"):
+        settings, where = found["arguments"], f"--output_root {root}: {Path(found['path']).parent.name}"
         arguments = read_manifest("--output_root", root / "images" / found["images"], "images")["arguments"]
-        batch, epochs = found["arguments"]["batch_size"], found["arguments"]["epochs"]
-        cells.append(
-            {
-                "arm": arm_title(arguments),
-                "ipc": found["ipc"],
-                "teacher": " ".join(found["teacher"]) or None,
-                "student": found["student"],
-                # `recipe` of paper_tables names the paper's own values only; here they are adapted to 32 px
-                "recipe": "rd3" if found["arguments"]["bn_refresh"] else "d4m",
-                "epochs": epochs,
-                "batch_size": batch,
-                "labels": found["labels"],
-                "top1": found["last"],
-                "best": found["best"],
-                "images": found["images"],
-            }
-        )
+        if found["generator"] and found["generator_sha256"] != generator:
+            refuse(f"{where}: its images were made by another {found['generator']} than --model")
+        for arch, digest in settings["teacher"]:
+            if teachers.get(digest) != arch:
+                refuse(f"{where}: its labels are of a {arch} that is not in {root / 'teachers'}")
+        cell = {
+            "arm": arm_title(arguments),
+            "ipc": found["ipc"],
+            # `recipe` of paper_tables names the paper's own values only; here they are adapted to 32 px
+            "recipe": "rd3" if settings["bn_refresh"] else "d4m",
+            "epochs": settings["epochs"],
+            "batch_size": settings["batch_size"],
+            "student": found["student"],
+            "teacher": " ".join(found["teacher"]) or None,
+            "labels": found["labels"],
+            "seeds": settings["seeds"],
+            "top1": found["last"],
+            "images": found["images"],
+        }
+        key = tuple(cell[name] for name in ("arm", *KEYS))
+        if key in cells:
+            refuse(f"{where}: a second result of {cell_name(cell)}; keep one of them below the root")
+        cells[key] = cell
     if not cells:
         refuse(f"--output_root {root}: no student of stage 4 is there")
-    return sorted(cells, key=lambda c: (c["ipc"], c["recipe"], c["student"], c["teacher"] or "", rank(c["arm"])))
+    order = ("ipc", "recipe", "epochs", "batch_size", "student")
+    return sorted(cells.values(), key=lambda c: (*(c[k] for k in order), c["teacher"] or "", rank(c["arm"])))
 
 
 def find_teachers(root):
-    """{folder: results.json} of the teachers."""
-    return {path.parent: read_json(path) for path in sorted((root / "teachers").glob("*/results.json"))}
+    """{sha256 of the weights: folder} of the finished teachers."""
+    folders = sorted(path.parent for path in (root / "teachers").glob("*/manifest.json"))
+    return {
+        read_manifest("--output_root", folder, "teacher")["files"]["model.safetensors"]["sha256"]: folder
+        for folder in folders
+    }
 
 
 @torch.no_grad()
@@ -100,19 +116,17 @@ def through_vae(pixels, pipeline, rows=250):
     return torch.cat(parts)
 
 
-def judge(root, names, data_dir, model, device):
+def judge(root, folders, names, data_dir, pipeline, device):
     """What each teacher says: {arch: {"test", "test_through_vae": top-1, "images": {image folder: top-1}}}.
 
     Its accuracy on a synthetic set says whether the pictures are taken for their class.
     """
-    from scripts.pipeline_stable_diffusion_gen_latents import StableDiffusionGenLatentsPipeline
-
     facts, forward, found = DATASETS[DATASET], Forward(device), {}
     test = open_split(DATASET, data_dir, "val", flag="--data_dir")
     pixels, targets = validation_pixels(test, SIZE, device)
-    pipeline, _ = load_pipeline(StableDiffusionGenLatentsPipeline, model, device, "fp32", vae_only=True)
     decoded = through_vae(pixels, pipeline)
-    for folder, results in find_teachers(root).items():
+    for folder in folders:
+        results = read_json(folder / "results.json")
         arch = results["arguments"]["arch"]
         network = load_teacher(arch, folder, DATASET, test.folders, SIZE, "--output_root")[0].to(device)
 
@@ -135,14 +149,6 @@ def judge(root, names, data_dir, model, device):
 # ---- claims
 
 
-def difference(better, worse):
-    """(mean, standard error) of the top-1 of one cell over another; both over their seeds."""
-    a, b = (cell["top1"] for cell in (better, worse))
-    if a["std"] is None or b["std"] is None:
-        return a["mean"] - b["mean"], math.inf
-    return a["mean"] - b["mean"], math.sqrt(a["std"] ** 2 / a["n"] + b["std"] ** 2 / b["n"])
-
-
 CLAIMS = [  # (the claim, {field: value} of the better cell, of the worse one); other fields are equal
     ("Prototypes help: D4M above text-to-image (table 4)", {"arm": "D4M"}, {"arm": "Text-to-image"}),
     ("Prototypes help: D4M above the release's random initialisation (table 4)", {"arm": "D4M"},
@@ -152,7 +158,12 @@ CLAIMS = [  # (the claim, {field: value} of the better cell, of the worse one); 
     ("Soft labels beat hard ones, on D4M's images (section 3.3)", {"arm": "D4M", "labels": "soft"},
      {"arm": "D4M", "labels": "hard"}),
 ]  # fmt: skip
-KEYS = ("ipc", "recipe", "student", "teacher", "labels")
+NOT_HERE = (
+    "Above other methods (tables 1-3)",
+    "Synthesis-time matching adds nothing (table 3)",
+    "2.7 s and 6.1 GB an image (table 6)",
+)
+KEYS = ("ipc", "recipe", "epochs", "batch_size", "student", "teacher", "labels")
 
 
 def pairs_of(cells, better, worse):
@@ -173,11 +184,18 @@ def cell_name(cell):
 
 
 def verdict(better, worse):
-    """One sentence of a pair of cells: seen if the difference is above two standard errors of it."""
-    mean, error = difference(better, worse)
-    word = "seen" if mean > 2 * error else "the opposite is seen" if mean < -2 * error else "not seen"
-    a, b = (number(cell["top1"]["mean"], cell["top1"]["std"]) for cell in (better, worse))
-    return f"{word}: {a} against {b}, {mean:+.1f} ± {error:.1f} ({cell_name(better)}; n = {better['top1']['n']})"
+    """One sentence of a pair of cells, by Welch's t-test over their students: seen if p < 0.05."""
+    from scipy.stats import ttest_ind_from_stats
+
+    a, b = better["top1"], worse["top1"]
+    what = f"{number(a['mean'], a['std'])} against {number(b['mean'], b['std'])} ({cell_name(better)}"
+    if min(a["n"], b["n"]) < 2:
+        return f"not tested: {what}; n = 1)"
+    sides = [side[key] for side in (a, b) for key in ("mean", "std", "n")]
+    same = a["std"] == b["std"] == 0
+    p = float(a["mean"] == b["mean"]) if same else float(ttest_ind_from_stats(*sides, equal_var=False).pvalue)
+    word = "not seen" if p >= 0.05 else "seen" if a["mean"] > b["mean"] else "the opposite is seen"
+    return f"{word}: {what}; p = {p:.2g}, n = {a['n']} and {b['n']})"
 
 
 def transfer(cells):
@@ -199,20 +217,30 @@ def transfer(cells):
                 growing.append(verdict(a, b))
     sweep = [c for c in cells if c["arm"].startswith("D4M") and "k-means" not in c["arm"] and c["labels"] == "soft"]
     for what, default in (("strength", STRENGTH), ("guidance", GUIDANCE)):
-        claim = f"The paper's {what} of {default:g} is the best of those tried"
-        found[claim] = []
-        for base in (c for c in sweep if c["arm"] == "D4M"):
-            same = [c for c in sweep if all(c[key] == base[key] for key in KEYS) and what in c["arm"]]
-            if same:
-                best = max(same, key=lambda c: c["top1"]["mean"])
-                found[claim].append(verdict(base, best).replace(" against ", f" against {best['arm']} "))
+        claim = f"The paper's {what} of {default:g} is better than others"
+        found[claim] = [
+            verdict(base, c).replace(" against ", f" against {c['arm'].removeprefix('D4M, ')}: ")
+            for base in (c for c in sweep if c["arm"] == "D4M")
+            for c in sweep
+            if what in c["arm"] and all(c[key] == base[key] for key in KEYS)
+        ]
     return found
 
 
 def claims(cells):
     """{claim: [one sentence a pair of cells]}; "not tested" where no pair of cells was run."""
     found = {text: [verdict(a, b) for a, b in pairs_of(cells, *sides)] for text, *sides in CLAIMS}
-    return {text: sentences or ["not tested"] for text, sentences in {**found, **transfer(cells)}.items()}
+    found |= {**transfer(cells), **dict.fromkeys(NOT_HERE, [])}
+    return {text: sentences or ["not tested"] for text, sentences in found.items()}
+
+
+def summary(sentences):
+    """ "seen in 2 of 3 pairs, ..." where a claim has several; "" for one."""
+    words = [sentence.split(":")[0] for sentence in sentences]
+    if len(words) == 1:
+        return ""
+    counts = ", ".join(f"{word} in {words.count(word)}" for word in dict.fromkeys(words))
+    return f"{counts} of {len(words)} pairs:<br>"
 
 
 # ---- the page
@@ -247,7 +275,9 @@ Stable Diffusion's weights know the world; these know the 50,000 training pictur
 this measures the method, not the paper's numbers. The pictures were re-encoded as JPEG before they came here: results
 are of "CIFAR-10, re-encoded". Made by `sh validate/cifar10_small.sh`; every cell that was run is in the table.
 Top-1 in percent on the 10,000 test pictures, last epoch, mean ± sample standard deviation over n = 3 students where n
-is not given; the choice of images and their noise are one draw. "Seen": the difference is above two standard errors.
+is not given. "Seen" is said where Welch's t-test over the students gives p < 0.05; it speaks of these images: which
+real ones were drawn, and the noise of the synthetic ones, are one draw each. With a dozen pairs one may be chance.
+Not run: anything on a GPU, the same on 64-px photographs, and Stable Diffusion itself at 512 px.
 """
 
 
@@ -279,17 +309,22 @@ def markdown(parts):
             )
         for student, count in part["students"].items():
             lines.append(f"- student {student}: {count:,} parameters")
+        shared = {key: sorted({str(c[key]) for c in part["cells"]}) for key in (*KEYS[:4], "seeds")}
+        words = {"ipc": "IPC", "batch_size": "batch"}
+        lines.append("- " + "; ".join(f"{words.get(key, key)} {', '.join(v)}" for key, v in shared.items()))
         lines += ["", *table(part), "", f"![synthetic images, a row an arm](cifar10_small_{scale}.png)", ""]
         lines += ["| the paper's claim | here |", "|---|---|"]
         for claim, sentences in part["claims"].items():
-            lines.append(f"| {claim} | {'<br>'.join(sentences)} |")
-        lines += ["", *part["seconds"]]
+            lines.append(f"| {claim} | {summary(sentences)}{'<br>'.join(sentences)} |")
+        lines += ["", "Seconds of all processes, some of which ran side by side:", "", *part["seconds"]]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def picture(root, cells):
-    """Synthetic images, a row an arm, a column a class; none of real photographs."""
+    """Figure: synthetic images, a row an arm, a column a class; none of real photographs. None without any."""
     shown = {c["arm"]: c["images"] for c in cells if c["arm"] not in ("Random real", VAE_ONLY)}
+    if not shown:
+        return None
     sets = [open_images("--output_root", root / "images" / name) for name in shown.values()]
     rows = [[read_image(images, folder, 0) for folder in images.folders] for images in sets]
     names = [arm.removeprefix("D4M, ") for arm in shown]
@@ -302,16 +337,23 @@ def get_args(argv=None):
     parser.add_argument("--scale", choices=list(SCALES), required=True)
     parser.add_argument("--model", default="misc/tiny-sd-cifar10", help="the generator's folder")
     parser.add_argument("--data_dir", required=True, help="CIFAR-10, for the teachers' say on its test pictures")
-    parser.add_argument("--results", type=Path, default=Path("misc/results"), help="where the page is written")
+    parser.add_argument("--results", type=Path, required=True, help="where the page is written")
     parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     return parser.parse_args(argv)
 
 
+@entry_point
 def main(argv=None):
+    from scripts.pipeline_stable_diffusion_latents2img import StableDiffusionLatents2ImgPipeline
+
     args = get_args(argv)
     device = resolve_device(args.device)
     root, page = args.output_root, args.results / "cifar10_small.json"
-    cells = find_cells(root)
+    pipeline, hashes = load_pipeline(StableDiffusionLatents2ImgPipeline, args.model, device, "fp32")
+    generator = tuple(hashes[f"{network}_sha256"] for network in ("unet", "vae", "text_encoder"))
+    teachers = find_teachers(root)
+    archs = {digest: read_json(folder / "results.json")["arguments"]["arch"] for digest, folder in teachers.items()}
+    cells = find_cells(root, generator, archs)
     manifest = read_manifest("--model", args.model, "tiny_sd")
     names = list(dict.fromkeys(c["images"] for c in cells))
     factor = manifest["arguments"]["vae_factor"]
@@ -323,7 +365,7 @@ def main(argv=None):
         "machine": machine(device),
         "versions": library_versions(),
         "model": {key: manifest[key] for key in keep} | {"latent": f"4 x {SIZE // factor} x {SIZE // factor}"},
-        "teachers": judge(root, names, args.data_dir, args.model, device),
+        "teachers": judge(root, teachers.values(), names, args.data_dir, pipeline, device),
         "students": {
             name: count_parameters(create_model(name, 10, SIZE)) for name in sorted({c["student"] for c in cells})
         },
@@ -334,9 +376,9 @@ def main(argv=None):
     args.results.mkdir(parents=True, exist_ok=True)
     parts = {**(read_json(page) if page.exists() else {}), args.scale: part}
     write_json(page, parts)
-    picture(root, cells).savefig(
-        args.results / f"cifar10_small_{args.scale}.png", dpi=150, metadata={"Software": None}
-    )
+    figure = picture(root, cells)
+    if figure:
+        figure.savefig(args.results / f"cifar10_small_{args.scale}.png", dpi=150, metadata={"Software": None})
     text = markdown(parts)
     write_text(page.with_suffix(".md"), text)
     print(text)

@@ -40,15 +40,24 @@ def folder_of(name, args, origin):
     return image_folder_name(synthesis_settings(args, args.arm[0], "fp32", {}), vars(origin))
 
 
-@pytest.mark.parametrize("scale, arms", [("cpu", 13), ("gpu", 13)])
-def test_each_step_takes_what_the_one_before_it_makes(calls, scale, arms, tmp_path):
+CHANGED = {
+    "KM_EXPAND": "10",
+    "TEACHER_EPOCHS": "200",
+    "TEACHER_BATCH": "128",
+    "TEACHER_IMAGES": "0",
+    "BATCH_SIZE": "1024",
+}
+
+
+@pytest.mark.parametrize("scale, variables", [("cpu", {}), ("gpu", {}), ("cpu", CHANGED)])
+def test_each_step_takes_what_an_earlier_one_makes(calls, scale, variables, tmp_path):
     from distillation.prototypes import prototype_folder_name
     from matching.soft_labels import PROTOCOL, labels_name, protocol_of
     from matching.train_teacher import recipe_of, teacher_name
 
-    steps = calls(SCALE=scale, OUT=str(tmp_path))
+    steps, arms = calls(SCALE=scale, OUT=str(tmp_path), **variables), 13
     teachers = [f"{tmp_path}/teachers/{teacher_name(a, recipe_of(a))}" for name, a in steps if name == "train_teacher"]
-    prototypes, images, labels, made, trained, origin = set(), None, set(), [], [], None
+    prototypes, labels, made, trained, origin = set(), set(), [], [], None
     for name, args in steps:
         if name == "gen_prototype":
             origin = args
@@ -56,14 +65,13 @@ def test_each_step_takes_what_the_one_before_it_makes(calls, scale, arms, tmp_pa
         elif name in ("gen_syn_image", "random_real"):
             if name == "gen_syn_image":
                 assert args.prototype_path in prototypes
-            images = f"{args.save_init_image_path}/{folder_of(name, args, origin)}"
-            made.append(images)
+            made.append(f"{args.save_init_image_path}/{folder_of(name, args, origin)}")
         elif name == "generate_soft_label":
-            assert args.data == [images] and args.teacher_checkpoint[0] in teachers
+            assert args.data[0] in made and args.teacher_checkpoint[0] in teachers
             given = protocol_of({key: getattr(args, key) for key in PROTOCOL}, 32)
-            labels.add(f"{args.fkd_path}/{labels_name(Path(images).name, args.arch, given, 32)}")
+            labels.add(f"{args.fkd_path}/{labels_name(Path(args.data[0]).name, args.arch, given, 32)}")
         elif name == "train_FKD":
-            assert args.train_dir == images
+            assert args.train_dir in made and not {0} & set(args.seeds)
             assert args.hard_label or args.online or args.fkd_path in labels
             assert not args.online or args.teacher_checkpoint[0] in teachers
             trained.append((args.model, args.hard_label, args.online, args.epochs, args.batch_size))
@@ -71,8 +79,11 @@ def test_each_step_takes_what_the_one_before_it_makes(calls, scale, arms, tmp_pa
     ipcs = 1 if scale == "cpu" else 2
     assert len(made) == len(set(made)) == arms * ipcs
     if scale == "cpu":
-        assert trained == [("convnet_w64", hard, False, 300, 25) for hard in (False, True)] * arms
+        batch = int(variables.get("BATCH_SIZE", 25))
+        assert trained == [("convnet_w64", hard, False, 300, batch) for hard in (False, True)] * arms
     else:
+        dirs = [args.train_dir for name, args in steps if name == "train_FKD"]
+        assert list(dict.fromkeys(dirs[:39])) == made[:13]  # the first student sees every arm before the second does
         assert len(trained) == arms * 2 * 3 * 2 * 3  # IPCs, students, recipes, soft by either teacher and hard
         assert {t[2:] for t in trained} == {(False, 300, 100), (True, 400, 50), (False, 400, 50)}
 

@@ -6,10 +6,10 @@
     python -m misc.benchmark --costs                     # time, disk and memory by IPC, from what was measured
 
 The release's way is a small reference of ours at the settings of its launchers (misc/bench/). On a GPU both ways run
-the Stable Diffusion 1.5 configuration with random weights (speed does not depend on them, nothing is downloaded) and
-ResNet-18; on a CPU small networks. Rates are units a second on a GPU, and units a CPU-second, child processes
-included, on a CPU. Writes OUT/NAME.json and OUT/NAME.md, anew after each stage. What bf16 and its like do to accuracy:
-misc/bench/accuracy.py.
+the Stable Diffusion 1.5 configuration with random weights (speed does not depend on them, nothing is downloaded),
+ResNet-18 and, while the 8 minutes last, ResNet-101; on a CPU small networks. Rates are units a second on a GPU, and
+units a CPU-second, child processes included, on a CPU. Writes OUT/NAME.json and OUT/NAME.md, anew after each stage.
+What bf16 and its like do to accuracy: misc/bench/accuracy.py.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
@@ -26,7 +26,7 @@ from pathlib import Path
 
 from matching.models import model_name
 from scripts.files import read_json, write_json, write_text
-from scripts.runtime import Parser, resolve_device
+from scripts.runtime import Parser, entry_point, resolve_device
 
 STAGES = (1, 2, 3, 4)
 
@@ -39,7 +39,7 @@ def get_args(argv=None):
         "--images", default=None, metavar="DIR", help="photographs [$D4M_TEST_DATA, else made from noise]"
     )
     parser.add_argument(
-        "--arch", type=model_name, default=None, help="of stages 3-4 [resnet18; on a CPU convnet_mini]"
+        "--arch", type=model_name, default=None, help="of stages 3-4 [resnet18 resnet101; on a CPU convnet_mini]"
     )
     parser.add_argument("--profile", action="store_true", help="name what each way spends its time in (one more turn)")
     parser.add_argument("--memory", action="store_true", help="only the host memory of stage 2, ImageNet at IPC 200")
@@ -49,6 +49,7 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
+@entry_point
 def main(argv=None):
     args = get_args(argv)
     out = Path(args.out)

@@ -5,15 +5,25 @@ import torch
 from conftest import tree
 
 from misc import benchmark
-from misc.bench import costs, measure, memory, networks, tables
+from misc.bench import costs, measure, memory, networks, run, stage_4, tables
 from scripts.files import read_json
+
+CHUNKS = set()  # in which students were trained
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
+    train_epoch = stage_4.train_epoch
+
+    def noted(job, *rest):
+        CHUNKS.add(job.chunk)
+        return train_epoch(job, *rest)
+
     out = tmp_path_factory.mktemp("benchmark")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("D4M_TEST_DATA", raising=False)
+        patch.setattr(stage_4, "BN_BATCH", 5)  # 73 in batches of 1024
+        patch.setattr(stage_4, "train_epoch", noted)
         argv = ["--device", "cpu", "--quick", "--profile", "--arch", "convnet-w128", "--out", str(out)]
         path = benchmark.main(argv)
     return read_json(path), path
@@ -37,6 +47,31 @@ def test_every_stage_is_there_and_its_outputs_agree(result):
     assert sum("channels_last" in row["what"] for row in rows) == 4 and result[1].stem == "cpu-convnet_w128-profile"
     assert all(peak["host_mib"] > 100 for peak in result[0]["peak_memory"].values())
     assert result[0]["facts"]["crop_bytes_that_differ"] == {"224": 0, "64": 0, "32": 0}
+
+
+def test_a_student_of_ours_is_timed_in_the_launchers_chunks(result):
+    """And, in an extra row, in the release's: half a batch."""
+    assert CHUNKS == {5, 4}
+    rows = {row["what"]: row for row in result[0]["rows"] if row["what"].startswith("an epoch of")}
+    assert {"an epoch of convnet_w128, 32 px", "an epoch of convnet_w128, 32 px, 4 images a pass"} < set(rows)
+    assert all("BatchNorm sees 5 images" in row["note"] for row in rows.values())
+
+
+def test_a_second_network_is_left_out_when_time_or_memory_is_short(tmp_path, monkeypatch):
+    bench, seen = run.Bench(torch.device("cpu"), run.SIZES["quick"], [], tmp_path, False, lambda *_, **__: None), []
+    bench.archs = ("small", "large")
+    bench.each_arch(3, lambda _, arch: seen.append(arch))
+    assert seen == ["small", "large"] and "left_out" not in bench.facts
+
+    def out_of_memory(_, arch):
+        if arch == "large":
+            raise torch.OutOfMemoryError("no room")
+
+    bench.each_arch(3, out_of_memory)
+    monkeypatch.setattr(run, "SECONDS", 0)
+    bench.each_arch(4, lambda _, arch: seen.append(arch))
+    assert seen == ["small", "large", "small"]
+    assert [text.split(":")[0] for text in bench.facts["left_out"]] == ["stage 3, large", "stage 4, large"]
 
 
 def test_its_tables_say_what_the_json_says(result):

@@ -21,6 +21,7 @@ from misc.bench.tables import table
 from scripts.files import library_versions
 from scripts.runtime import forget_peak_memory, peak_memory
 
+SECONDS = 480  # of a whole run
 STAGES = {1: stage_1, 2: stage_2, 3: stage_3, 4: stage_4}
 
 
@@ -58,7 +59,8 @@ class Bench:
         self.device, self.size, self.pictures, self.root = device, size, pictures, root
         self.profile, self.rows, self.facts, self.log = profile, [], {}, log
         self.images = SimpleNamespace(folders=tuple(range(1000)), dataset="imagenet")
-        self.arch = arch or ("resnet18" if size.real else "convnet_mini")  # of stages 3 and 4
+        self.archs = (arch,) if arch else ("resnet18", "resnet101") if size.real else ("convnet_mini",)  # stages 3-4
+        self.started = time.perf_counter()
         self.spawned = size.spawned if device.type == "cuda" else 0  # the release's workers beside the networks
         self.limits = ceilings(device, size.matmul)
         self._network_set, self._pipelines = None, (None, None)
@@ -99,8 +101,29 @@ class Bench:
             self._network_set = replay_set(self.pictures, self.root, size.epoch, size.side, size.batch, self.device)
         return self._network_set
 
-    def network_rows(self, stage, what, ways, model, training, targets):
-        """Rows of an epoch by each way; model: what "release" and "ours" run, for its operations."""
+    def each_arch(self, stage, rows):
+        """`rows(bench, arch)` of each network; a second one only while time and the GPU's memory last."""
+        seconds = 0
+        for number, arch in enumerate(self.archs):
+            before = time.perf_counter()
+            # it has four times the operations; beside them both wait for pictures and workers
+            if number and before - self.started + 2 * seconds > SECONDS:
+                self.leave_out(f"stage {stage}, {arch}: the run would have taken longer than {SECONDS} s")
+                continue
+            try:
+                rows(self, arch)
+            except torch.OutOfMemoryError as error:
+                if not number:
+                    raise
+                self.leave_out(f"stage {stage}, {arch}: out of GPU memory: {str(error).splitlines()[0]}")
+            seconds = time.perf_counter() - before
+
+    def leave_out(self, what):
+        self.facts.setdefault("left_out", []).append(what)
+        self.log(f"left out: {what}", flush=True)
+
+    def network_rows(self, stage, what, ways, model, training, targets, note=""):
+        """Rows of an epoch by each way; model: what "release" and "ours" run, for its operations; targets by way."""
         size, device, model = self.size, self.device, copy.deepcopy(model).train(training)
 
         def run_model(count):
@@ -116,15 +139,14 @@ class Bench:
         for name in list(ways)[1:]:
             a, b = (torch.as_tensor(found[k]).float() for k in ("release", name))
             off = float((a - b).abs().max() / a.abs().max())
-            target = targets["bf16"] if "bf16" in name and "bf16" in targets else targets["ours"]
             ceiling = "bf16_tflops" if "bf16" in name else "tf32_tflops" if device.type == "cuda" else "fp32_tflops"
             self.add(
                 compare(
                     stage, f"{what}, {size.side} px{'' if name == 'ours' else ', ' + name}", "image", times,
                     dict.fromkeys(ways, size.epoch), device, ours=name,
                     same=f"{'losses' if training else 'logits'} differ by {off:.1e} at most", flops=flops,
-                    ceiling=ceiling, target=target if size.real else None,
-                    note="" if size.real else "no worker on either side",
+                    ceiling=ceiling, target=targets.get(name) if size.real else None,
+                    note="; ".join(filter(None, [note, "" if size.real else "no worker on either side"])),
                 ),
                 {"release": ways["release"], "ours": ways[name]},
             )  # fmt: skip

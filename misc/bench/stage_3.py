@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def stage_3(bench):
     replaying(bench)
     bench.facts["crop_bytes_that_differ"] = {s: device_crops(bench.pictures, bench.device, s) for s in (224, 64, 32)}
-    labelling(bench)
+    bench.each_arch(3, labelling)
 
 
 def replaying(bench):
@@ -76,13 +76,13 @@ def device_crops(pictures, device, side, count=1000):
     return int((found != crop_on_cpu(arrays, index, batch.crop, batch.flip, side)).sum())
 
 
-def labelling(bench):
+def labelling(bench, arch):
     """An epoch's labels, from images to the file."""
     size, device, replay = bench.size, bench.device, bench.network_set()
-    folder, keys = bench.root / "made", [(0, n) for n in range(len(replay.batches))]
+    folder, keys = bench.root / f"made-{arch}", [(0, n) for n in range(len(replay.batches))]
     folder.mkdir()
     with seeded(0):
-        teacher = create_model(bench.arch, 1000, size.side).eval().to(device)
+        teacher = create_model(arch, 1000, size.side).eval().to(device)
     release = ReleaseFeed(replay.files, replay.batches, size.side)
     feed = Feed(list(replay.arrays), bench.images, replay.feed.protocol, device)  # once for all epochs: not timed
 
@@ -105,4 +105,4 @@ def labelling(bench):
     if size.faster:
         fast = copy.deepcopy(teacher).to(memory_format=torch.channels_last)
         ways["bf16 + channels_last"] = lambda: ours(fast, "bf16", True)
-    bench.network_rows(3, f"labels made by {bench.arch}", ways, teacher, False, {"ours": 5, "bf16": 8})
+    bench.network_rows(3, f"labels made by {arch}", ways, teacher, False, {"ours": 5, "bf16 + channels_last": 8})

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from matching.soft_labels import EpochLabels, label_file
-from matching.training import Forward, plain
+from matching.training import Forward, chunk_size, plain
 from misc.bench.inputs import replay_set
 from misc.bench.measure import compare, in_turns, spent
 from misc.bench.release import ReleaseFeed, load_pickle, release_epoch, start_workers
@@ -19,13 +19,14 @@ from validate.train_FKD import Job, Recipe, Student, train_epoch
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(schedule="cosine", temperature=20.0)
+BN_BATCH = 73  # of our launchers
 
 
 def stage_4(bench):
     feeds = [labels(bench, n) for n in sorted({bench.size.batch, min(bench.size.batch, 100)}, reverse=True)]
     waiting(bench, feeds[0])
     start_of_epoch(bench, feeds[-1])
-    student(bench)
+    bench.each_arch(4, student)
 
 
 def labels(bench, batch_size):
@@ -106,18 +107,21 @@ def start_of_epoch(bench, feed):
     )  # fmt: skip
 
 
-def student(bench):
-    """An epoch of a student in two accumulation steps a batch."""
+def student(bench, arch):
+    """An epoch of a student: the release's in two accumulation steps a batch, ours in the launchers' chunks.
+
+    Both are ours in the extra row, so that BatchNorm sees the same images and the losses can be compared closely.
+    """
     size, device, replay = bench.size, bench.device, bench.network_set()
     batches, process, folder = len(replay.batches), Process(0, 1, device), bench.root / "student"
     keys = [(0, n) for n in range(batches)]
     targets = torch.zeros(len(replay.files), dtype=torch.int64)
-    job = Job(
-        bench.arch, RECIPE, replay.feed.protocol, 1000, targets, -(-size.batch // 2), True, [], False, 50, 10
-    )  # fmt: skip
+    chunk, half = chunk_size(size.batch, 1, 2, BN_BATCH), chunk_size(size.batch, 1, 2, None)
+    faithful = Job(arch, RECIPE, replay.feed.protocol, 1000, targets, chunk, True, [], False, 50, 10)
 
-    def way(forward, fused=False):
-        one = Student(job._replace(fused=fused), 0, folder, forward)
+    def way(forward, fused=False, chunk=chunk):
+        job = faithful._replace(fused=fused, chunk=chunk)
+        one = Student(job, 0, folder, forward)
         start = copy.deepcopy(plain(one.model).state_dict())
 
         def epoch():
@@ -139,6 +143,9 @@ def student(bench):
         "ours": ours,
         "bf16 + channels_last + fused": way(Forward(device, "bf16", True), True)[1],
     }
-    if "channels_last + compile" in size.faster:
+    if "channels_last + compile" in size.faster and arch == bench.archs[0]:
         ways["bf16 + channels_last + fused + compile"] = way(Forward(device, "bf16", True, True), True)[1]
-    bench.network_rows(4, f"an epoch of {bench.arch}", ways, model, True, {"ours": 8})
+    targets = dict.fromkeys(ways, 8)
+    ways[f"{half} images a pass"] = way(Forward(device), chunk=half)[1]
+    note = f"BatchNorm sees {chunk} images where no other number is named, the release's {half}"
+    bench.network_rows(4, f"an epoch of {arch}", ways, model, True, targets, note)

@@ -72,6 +72,8 @@ def markdown(result):
             + ", ".join(f"{k} px {v}" for k, v in differ.items())
             + ".",
         ]
+    if result["facts"].get("left_out"):
+        lines += ["", "Left out: " + "; ".join(result["facts"]["left_out"]) + "."]
     slow = [r for r in result["rows"] if r.get("known") and r["release"] < 0.7 * r["known"]]
     if slow:
         lines += [

@@ -25,6 +25,8 @@ ARGUMENTS = {
     "cutmix": NUMBER,
     "fkd_seed": int,
     "use_fp16": bool,
+    "amp": str,
+    "channels_last": bool,
     "arch": list,
     "teacher_sha256": list,
 }

@@ -247,6 +247,7 @@ def fake(
     generator=DEFAULT_CHECKPOINT,
     unet="u",
     teacher_changed=None,
+    labelled=None,
     real_images=None,
     **changed,
 ):
@@ -285,6 +286,7 @@ def fake(
             "real_images": real_images,
         },
         "teacher": [{"arch": teacher, "weights": weights, "sha256": "y", "arguments": made_with}] if teacher else [],
+        "labels": {"amp": "none", "channels_last": False, **(labelled or {})} if teacher else None,
         "summary": {"last": {"top1": top1, "top5": top1}, "best": {"top1": {**top1, "mean": mean + 0.5}}},
         "seeds": [],
     }
@@ -339,6 +341,9 @@ def results(tmp_path_factory):
                 fake(root, f"{len(made):03d}k", *own, decoy, labels, n=9, input_size=128)  # another size
                 fake(root, f"{len(made):03d}l", *own, decoy, labels, n=9, test_images=100)  # a part of the test set
                 fake(root, f"{len(made):03d}n", *own, decoy, labels, n=9, real_images=500)  # a part of the data
+                # labels of another precision, or memory layout
+                fake(root, f"{len(made):03d}r", *own, decoy, labels, n=9, labelled={"amp": "bf16"})
+                fake(root, f"{len(made):03d}s", *own, decoy, labels, n=9, labelled={"channels_last": True})
                 if cell.dataset != "imagenet":  # a teacher that was trained otherwise
                     for suffix, changed in TEACHER_DECOYS.items():
                         fake(root, f"{len(made):03d}{suffix}", *own, decoy, labels, n=9, teacher_changed=changed)
@@ -366,7 +371,8 @@ DECOYS = {  # suffix of its folder -> what it is listed with
     "d": "teacher vgg11", "e": "weights file", "f": "classes 7", "g": "precision bf16", "h": "generator sd15-tuned",
     "i": f"generator {DEFAULT_CHECKPOINT} (unet w)", "j": "bn_batch 1024", "k": "input_size 128",
     "l": "test images 100", "m": "teacher's epochs 3", "n": "real images 500", "o": "teacher's bn_batch 16",
-    "p": "teacher's min_scale_crops 0.5", "q": "teacher's max_scale_crops 0.9",
+    "p": "teacher's min_scale_crops 0.5", "q": "teacher's max_scale_crops 0.9", "r": "labels' precision bf16",
+    "s": "labels' channels_last True",
 }  # fmt: skip
 
 

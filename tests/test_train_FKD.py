@@ -388,6 +388,18 @@ def test_every_option_of_the_recipes_runs(base, tmp_path, small_net):
     assert results(bf16)["arguments"]["epochs"] == 1
 
 
+def test_results_say_in_which_precision_the_labels_were_made(base, tmp_path):
+    flags = ["--fkd_path", str(tmp_path / "labels"), *base.teacher_flags, *PROTOCOL, "--epochs", "1"]
+    [labels] = generate_soft_label.main(["--data", str(base.images), *flags, "--amp", "bf16", "--channels_last"])
+    stored = results(train(base, tmp_path, labels=labels))
+    assert stored["labels"] == {"amp": "bf16", "channels_last": True} and stored["arguments"]["amp"] == "none"
+    plain = {"amp": "none", "channels_last": False}
+    assert results(train(base, tmp_path, "--amp", "bf16", "--epochs", 1))["labels"] == plain
+    online = ["--online", *base.teacher_flags, "--epochs", 1]
+    assert results(train_without_labels(base, tmp_path, *online))["labels"] == plain
+    assert results(train_without_labels(base, tmp_path, "--hard_label", "--epochs", 1))["labels"] is None
+
+
 def test_ema_is_the_formula(base, tmp_path):
     model = create_model("convnet_mini", 3, 32)
     average = training.Average(model, 0.9)

@@ -236,6 +236,7 @@ def read_result(path):
         "real_images": images.get("real_images"),
         "student": arguments["model"],
         "labels": "hard" if arguments["labels"] == "hard" else "soft",
+        "labelled": found.get("labels") or {},
         "recipe": recipe_name(arguments),
         "arguments": arguments,
         "last": found["summary"]["last"]["top1"],
@@ -333,6 +334,8 @@ def differences(cell, row, arm, labels, checkpoint):
     if labels == "soft":
         facts["teacher"] = row["teacher"], [cell.teacher]
         facts["weights"] = row["weights"], [paper_weights(cell)]
+        facts["labels' precision"] = row["labelled"].get("amp"), "none"
+        facts["labels' channels_last"] = row["labelled"].get("channels_last"), False
     odd = [f"{what} {_word(has)}" for what, (has, wanted) in facts.items() if has != wanted]
     if labels == "soft":
         odd += [f"teacher's {word}" for word in row["teacher_differs"]]

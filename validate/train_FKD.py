@@ -312,6 +312,7 @@ class Inputs(NamedTuple):
 
     protocol   epochs, batch size, crops, mix ... of its batches; label_epochs: how many epochs are labelled
     labels     (folder, {file: sha256}) of stored labels, else None; content: their digest
+    labelled   {"amp", "channels_last"} of the teacher when it made the labels; None for hard ones
     stem       name of the labels, stored or not, which names the result
     """
 
@@ -322,6 +323,7 @@ class Inputs(NamedTuple):
     half: bool
     labels: tuple | None
     content: str | None
+    labelled: dict | None
     teachers: list
     teacher_facts: list
     stem: str
@@ -339,20 +341,22 @@ def read_inputs(args, process):
         digests = {name: entry["sha256"] for name, entry in manifest["files"].items()}
         return Inputs(
             images, arrays, protocol, settings["epochs"], settings["use_fp16"], (folder, digests),
-            manifest["content"], [], manifest["teacher"], folder.resolve().name,
+            manifest["content"], {name: settings[name] for name in ("amp", "channels_last")}, [], manifest["teacher"],
+            folder.resolve().name,
         )  # fmt: skip
     protocol = protocol_of(vars(args), images.image_size or DATASETS[images.dataset].image_size)
-    half, teachers, facts = args.use_fp16 is not False, [], []
+    half, labelled, teachers, facts = args.use_fp16 is not False, None, [], []
     if args.online:
         archs = args.arch or ["resnet18"]
         teachers, facts = load_teachers(
             archs, args.teacher_checkpoint, images.dataset, images.folders, protocol["input_size"], process.device
         )
-        stem = labels_name(images.name, archs, protocol, images.image_size, name_extras(half, "none", False))
+        labelled = {"amp": "none", "channels_last": False}
+        stem = labels_name(images.name, archs, protocol, images.image_size, name_extras(half, **labelled))
         stem += "_online"
     else:
         stem = labels_name(images.name, ["hard"], protocol, images.image_size)
-    return Inputs(images, arrays, protocol, protocol["epochs"], half, None, None, teachers, facts, stem)
+    return Inputs(images, arrays, protocol, protocol["epochs"], half, None, None, labelled, teachers, facts, stem)
 
 
 # ---- main
@@ -440,7 +444,7 @@ def train(args, inputs, test, recipe, chunk, folder, process, forward, accelerat
 def finish_folder(folder, settings, inputs, seeds, cost):
     """results.json and the manifest; cost: what `log_run` says."""
     images = inputs.images
-    top1 = write_results(folder, settings, images, inputs.teacher_facts, seeds)["summary"]["last"]["top1"]
+    top1 = write_results(folder, settings, inputs, seeds)["summary"]["last"]["top1"]
     files = ["results.json", *(f"{name}{seed}.{end}" for seed in seeds for name, end in SEED_FILES)]
     classes = [{"index": c, "folder": f} for c, f in enumerate(images.folders)]
     facts = {"dataset": images.dataset, "classes": classes, "images": images.facts()}
@@ -662,9 +666,9 @@ def read_rows(folder, seed, epochs):
     return rows
 
 
-def write_results(folder, settings, images, teachers, seeds):
+def write_results(folder, settings, inputs, seeds):
     """results.json: no seconds and no paths in it, so that equal runs give equal bytes."""
-    by_seed = []
+    images, by_seed = inputs.images, []
     for seed in seeds:
         rows = read_rows(folder, seed, settings["epochs"])
         tested = [row for row in rows if "top1" in row]
@@ -679,7 +683,8 @@ def write_results(folder, settings, images, teachers, seeds):
     results = {
         "arguments": settings,
         "images": {"name": images.name, "classes": len(images.folders), **images.facts()},
-        "teacher": [{k: t.get(k) for k in ("arch", "weights", "sha256", "arguments")} for t in teachers],
+        "teacher": [{k: t.get(k) for k in ("arch", "weights", "sha256", "arguments")} for t in inputs.teacher_facts],
+        "labels": inputs.labelled,
         "summary": {
             which: {k: summary([s[which][k] for s in by_seed]) for k in ("top1", "top5")} for which in ("last", "best")
         },

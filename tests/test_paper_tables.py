@@ -514,10 +514,25 @@ def test_a_cost_is_the_papers_generators_at_512_pixels(tmp_path):
             timing = {"units": 100, "process_seconds": seconds * (1 if n == 2 else 100), "cuda_mib": 6144}
             (folder / "timing.json").write_text(json.dumps(timing))
     found = paper_tables.find_costs(tmp_path, "imagenet")
-    assert found["one"] == {"sec_per_image": 2.0, "gpu_gb": 6.0, "count": 100}
+    assert found["one"] == {"sec_per_image": 2.0, "gpu_gb": 6.0, "count": 100, "resumed": False}
     assert found["batch"]["sec_per_image"] == 0.5
     assert paper_tables.find_costs(tmp_path, "imagenet", "sd-tiny")["one"]["sec_per_image"] == 200
     assert paper_tables.find_costs(tmp_path, "tiny_imagenet") == {"one": None, "batch": None}
+
+
+def test_a_cost_of_a_resumed_run_is_that_of_the_images_it_made(tmp_path, capsys):
+    for name, batch_size, units in (("batch1", 1, 40), ("batch32", 32, 0)):
+        folder = tmp_path / "cost" / name / "images" / "imagenet_ipc10_s0.7"
+        folder.mkdir(parents=True)
+        made = {"model": DEFAULT_CHECKPOINT, "revision": None, "batch_size": batch_size}
+        (folder / "args.json").write_text(json.dumps({**made, "prototype_arguments": {"size": 512}}))
+        (folder / "manifest.json").write_text(json.dumps({"count": 100}))
+        timing = {"units": units, "process_seconds": 2.0 * units + 1e-9, "cuda_mib": 6144}
+        (folder / "timing.json").write_text(json.dumps(timing))
+    paper_tables.main(["--output_root", str(tmp_path), "--table", "6", "--dataset", "imagenet"])
+    [line] = [text for text in capsys.readouterr().out.splitlines() if "| D4M " in text]
+    words = [word.strip() for word in line.split("|")[1:-1]]
+    assert words[4:6] == ["2.00*", ""] and words[7:] == ["6.0*", ""]
 
 
 @pytest.mark.parametrize("arm", ["d4m", "noise", "text"])

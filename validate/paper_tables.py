@@ -381,15 +381,24 @@ def other_rows(results, checkpoint=DEFAULT_CHECKPOINT, datasets=tuple(CLASSES)):
 
 
 def measure_cost(folder):
-    """{"sec_per_image", "gpu_gb" or None, "count"} of an image folder that was made in one go; else None."""
+    """{"sec_per_image", "gpu_gb" or None, "count", "resumed"} of a finished image folder; None where no run says it.
+
+    A run that was stopped leaves no line in the log: its seconds are not known, and its images do not count.
+    """
     folder = Path(folder)
     if not ((folder / "timing.json").is_file() and (folder / "manifest.json").is_file()):
         return None
     timing, count = read_json(folder / "timing.json"), read_json(folder / "manifest.json")["count"]
-    if timing["units"] != count:
-        return None  # a resumed folder's batches were made twice
+    made = timing["units"]
+    if not made:
+        return None
     gpu = timing["cuda_mib"] / 1024 if "cuda_mib" in timing else None
-    return {"sec_per_image": timing["process_seconds"] / count, "gpu_gb": gpu, "count": count}
+    return {
+        "sec_per_image": timing["process_seconds"] / made,
+        "gpu_gb": gpu,
+        "count": count,
+        "resumed": made != count,
+    }
 
 
 def find_costs(root, dataset, checkpoint=DEFAULT_CHECKPOINT):
@@ -480,7 +489,8 @@ COLUMNS = {
 
 
 def _cost(key, what, digits):
-    return lambda r: number(r[key] and r[key][what], digits=digits)
+    star = lambda found: "*" if found and found["resumed"] and found[what] is not None else ""  # noqa: E731
+    return lambda r: number(r[key] and r[key][what], digits=digits) + star(r[key])
 
 
 COST_COLUMNS = {
@@ -533,7 +543,7 @@ NOTES = (
 )
 COST_NOTES = (
     "Seconds and peak GPU memory of stage 2, one image at a time as the paper, and 32 at a time. Blank: not run, for "
-    "memory also: not on a GPU."
+    "memory also: not on a GPU. *: made in several runs; of the images of those that ended by themselves."
 )
 OTHER_NOTES = "Top-1 in percent, mean ± sample standard deviation over n students; no cell above shows these."
 

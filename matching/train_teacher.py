@@ -38,6 +38,7 @@ from matching.training import (
     Forward,
     add_training_flags,
     average_buffers,
+    check_ranks,
     check_warmup,
     checked_loss,
     checkpoint_path,
@@ -306,15 +307,19 @@ def main(argv=None):
     }
     accelerator = join_processes(process)
     with output_folder("--output_dir", folder, settings, process) as settings:
-        if is_complete(folder):
+        complete, checkpoint, first = is_complete(folder), checkpoint_path(folder, args.seed), 0
+        if checkpoint.exists() and not complete:
+            first = load_checkpoint(checkpoint, recipe.epochs)["epoch"]
+        check_ranks(folder, settings, [recipe.epochs if complete else first], process)
+        if complete:
             read_manifest("--output_dir", folder, "teacher")
             if process.is_main:
-                checkpoint_path(folder, args.seed).unlink(missing_ok=True)
+                checkpoint.unlink(missing_ok=True)
             print(f"{folder}: already there")
             return folder
         watch = Stopwatch()
         forward = Forward(process.device, args.amp, args.channels_last, args.compile)
-        result, units = train_teacher(args, recipe, settings, folder, train, val, process, forward)
+        result, units = train_teacher(args, recipe, settings, folder, train, val, process, forward, first)
         if process.is_main:
             write_json(folder / "results.json", {"arguments": settings, **result})
             manifest_facts = {
@@ -330,7 +335,7 @@ def main(argv=None):
             cost = log_run(folder, process, watch, units)
             write_manifest(folder, "teacher", settings, ["model.safetensors", "results.json"], manifest_facts)
             # after the manifest: killed in between, the run goes on from here and not from the beginning
-            checkpoint_path(folder, args.seed).unlink(missing_ok=True)
+            checkpoint.unlink(missing_ok=True)
             write_timing(folder)
             last = result["last"]
             print(f"{folder}: top-1 {last['top1']:.2f}, top-5 {last['top5']:.2f} in {cost}")
@@ -339,19 +344,22 @@ def main(argv=None):
     return folder
 
 
-def train_teacher(args, recipe, settings, folder, train, val, process, forward):
-    """The training loop; returns ({"last", "best", "rows", "parameters"}, epochs trained now)."""
+def train_teacher(args, recipe, settings, folder, train, val, process, forward, first=0):
+    """The training loop; returns ({"last", "best", "rows", "parameters"}, epochs trained now).
+
+    first   epochs that the checkpoint holds; 0: there is none
+    """
     facts, size, device = DATASETS[args.dataset], settings["input_size"], process.device
     classes = len(train.folders)
     with seeded(args.seed, WEIGHTS):
         model = create_model(args.arch, classes, size)
     model = forward.place(model)
     optimizer = make_optimizer(model, True, recipe.learning_rate, recipe.weight_decay, args.momentum, args.fused)
-    checkpoint, first, rows = checkpoint_path(folder, args.seed), 0, []
-    if checkpoint.exists():
+    checkpoint, rows = checkpoint_path(folder, args.seed), []
+    if first:
         state = load_checkpoint(checkpoint, recipe.epochs)
         restore(checkpoint, state, model, optimizer)
-        first, rows = state["epoch"], state["rows"]
+        rows = state["rows"]
     require_space("--output_dir", folder, 12 * count_parameters(model) + 2**20)
     data = TrainingImages(
         train, size, recipe, recipe.batch_size, args.seed, (args.min_scale_crops, args.max_scale_crops),

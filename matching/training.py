@@ -9,7 +9,9 @@ the short last batch.
 
 import contextlib
 import copy
+import hashlib
 import io
+import json
 import math
 import statistics
 from pathlib import Path
@@ -179,13 +181,47 @@ def sum_over_ranks(tensors, world):
     for dtype in sorted({t.dtype for t in tensors}, key=str):
         same = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in same])
-        try:
-            dist.all_reduce(flat)
-        except RuntimeError as error:
-            reason = str(error).split("\n")[0][:200]
-            refuse(f"another of the {world} processes has died; run the same command to go on ({reason})")
+        _all_reduce(flat, world, dist.ReduceOp.SUM)
         for t, part in zip(same, flat.split([t.numel() for t in same])):
             t.copy_(part.view_as(t))
+
+
+def _all_reduce(flat, world, operation):
+    import torch.distributed as dist
+
+    try:
+        dist.all_reduce(flat, operation)
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0][:200]
+        refuse(f"another of the {world} processes has died; run the same command to go on ({reason})")
+
+
+def check_ranks(folder, settings, epochs, process):
+    """Refuse ranks that would train apart: with other settings, or from other checkpoints (a node's own disk, a late
+    network file system). Their gradients are summed, so nothing else would show it.
+
+    epochs   how many this rank finds trained, one number a seed
+    """
+    if process.world == 1:
+        return
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
+    key = int.from_bytes(digest[:6], "little")
+    low, high = _extremes([key], process)
+    if low != high:  # first, as the seeds are among the settings
+        refuse(f"--output_dir {folder}: the {process.world} processes were started with different settings")
+    for low, high in zip(*_extremes(epochs, process)):
+        if low != high:
+            refuse(f"ranks do not see the same --output_dir {folder}: epoch {low} and {high}")
+
+
+def _extremes(values, process):
+    """The least and the largest over all processes of each of some integers."""
+    import torch.distributed as dist
+
+    found = torch.tensor([*values, *(-v for v in values)], device=process.device)
+    _all_reduce(found, process.world, dist.ReduceOp.MIN)
+    found = found.tolist()
+    return found[: len(values)], [-v for v in found[len(values) :]]
 
 
 def sum_gradients(model, world):

@@ -251,6 +251,55 @@ def test_a_dying_rank_of_a_training_is_one_line_and_a_rerun_goes_on(stages):
     student_rank_dies(stages[4], 1, seed=0)
 
 
+def stopped_after_an_epoch(main, module, argv):
+    """A training that gets a stop signal in its first epoch, and leaves its checkpoint."""
+
+    def run():
+        original = module.train_step
+
+        def signalled(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args, **kwargs)
+
+        module.train_step = signalled
+        main(argv)
+
+    assert Forked(run).wait().status == 75
+
+
+TEACHER_ARGV = ["--dataset", "digits", "--arch", "convnet_mini", "--classes", "0-2", "--max_images_per_class", "12"]
+TEACHER_ARGV += ["--epochs", "3", "--bn_batch", "16", "--num_workers", "0", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("training", [train_FKD, train_teacher], ids=["student", "teacher"])
+def test_ranks_that_do_not_see_the_same_folder_are_refused(training, stages):
+    """Two nodes whose --output_dir is each one's own disk: only rank 0's holds a checkpoint, or a finished run."""
+    argv = stages[4].argv if training is train_FKD else TEACHER_ARGV
+
+    def end_of_both(port):
+        both = [[*argv, "--output_dir", f"node-{rank}"] for rank in (0, 1)]
+        runs = [Forked(training.main, each, environment=rank_environment(r, 2, port)) for r, each in enumerate(both)]
+        return [run.wait() for run in runs]
+
+    stopped_after_an_epoch(training.main, training, [*argv, "--output_dir", "node-0"])
+    for trained in (1, 3):
+        for end in end_of_both(free_port()):
+            assert end.status == 2 and len(end.errors) == 1, end.err[-500:]
+            assert "ranks do not see the same --output_dir" in end.errors[0]
+            assert f"epoch 0 and {trained}" in end.errors[0]
+        training.main([*argv, "--output_dir", "node-0"])
+
+
+def test_ranks_of_different_settings_are_refused(stages):
+    argv, port = stages[4].argv, free_port()
+    runs = [
+        Forked(train_FKD.main, [*argv, "--adamw_lr", lr], environment=rank_environment(rank, 2, port))
+        for rank, lr in enumerate(("0.001", "0.002"))
+    ]
+    for end in [run.wait() for run in runs]:
+        assert end.status == 2 and "started with different settings" in end.errors[0], end.err[-500:]
+
+
 @pytest.mark.slow
 def test_10_kills_of_one_of_two_ranks(stages):
     for number, rounds in ((1, 3), (2, 2), (3, 3)):

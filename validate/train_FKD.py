@@ -47,6 +47,7 @@ from matching.training import (
     Forward,
     add_training_flags,
     average_buffers,
+    check_ranks,
     check_warmup,
     checked_loss,
     checkpoint_path,
@@ -396,12 +397,14 @@ def main(argv=None):
     folder = Path(args.output_dir) / student_name(inputs, recipe, chunk, args)
     accelerator = join_processes(process, args.tracker, args.output_dir)
     with output_folder("--output_dir", folder, settings, process) as settings:
+        trained = {seed: epochs_trained(folder, seed, protocol["epochs"]) for seed in args.seeds}
+        check_ranks(folder, settings, list(trained.values()), process)
         if is_complete(folder):
             read_manifest("--output_dir", folder, "student")
             print(f"{folder}: already there")
         else:
             watch = Stopwatch()
-            units = train(args, inputs, test, recipe, chunk, folder, process, forward, accelerator)
+            units = train(args, inputs, test, recipe, chunk, folder, trained, process, forward, accelerator)
             if process.is_main:
                 cost = log_run(folder, process, watch, units)
                 finish_folder(folder, settings, inputs, args.seeds, cost)
@@ -410,8 +413,11 @@ def main(argv=None):
     return folder
 
 
-def train(args, inputs, test, recipe, chunk, folder, process, forward, accelerator):
-    """Images to memory (or the device), then every seed; returns the number of epochs trained now."""
+def train(args, inputs, test, recipe, chunk, folder, trained, process, forward, accelerator):
+    """Images to memory (or the device), then every seed; returns the number of epochs trained now.
+
+    trained   {seed: epochs that it is trained already}
+    """
     images, protocol, facts = inputs.images, inputs.protocol, DATASETS[inputs.images.dataset]
     arrays = inputs.arrays or load_pixels("--train_dir", images, args.num_workers)[0]
 
@@ -438,7 +444,7 @@ def train(args, inputs, test, recipe, chunk, folder, process, forward, accelerat
         args.fused, args.eval_every, args.checkpoint_every,
     )  # fmt: skip
     with memory_for("in training", "lower --bn_batch, or raise --gradient_accumulation_steps"):
-        return train_students(job, args.seeds, folder, feed, process, forward, test_model, track, args.num_workers)
+        return train_students(job, trained, folder, feed, process, forward, test_model, track, args.num_workers)
 
 
 def finish_folder(folder, settings, inputs, seeds, cost):
@@ -483,7 +489,7 @@ class Job(NamedTuple):
 class Student:
     """What a checkpoint holds of one seed: network, optimiser, average, rows. Dropout has keys, not a state."""
 
-    def __init__(self, job, seed, folder, forward):
+    def __init__(self, job, seed, folder, forward, first=0):
         self.seed, self.path, recipe = seed, checkpoint_path(folder, seed), job.recipe
         with seeded(seed, WEIGHTS):
             model = create_model(job.model, job.classes, job.protocol["input_size"])
@@ -493,7 +499,7 @@ class Student:
             self.model, recipe.optimizer == "sgd", recipe.lr, recipe.weight_decay, recipe.momentum, job.fused
         )
         self.epoch, self.rows, self.random = 0, [], has_random_layers(model)
-        if self.path.exists():
+        if first:
             state = load_checkpoint(self.path, job.protocol["epochs"])
             restore(self.path, state, self.model, self.optimizer, self.average)
             self.epoch, self.rows = state["epoch"], state["rows"]
@@ -519,26 +525,30 @@ class Student:
         self.path.unlink(missing_ok=True)
 
 
-def train_students(job, seeds, folder, feed, process, forward, test_model, track, num_workers):
+def epochs_trained(folder, seed, epochs):
+    """How many of the `epochs` of a seed are trained already, by its finished files or its checkpoint."""
+    if all((folder / f"{name}{seed}.{end}").exists() for name, end in SEED_FILES):
+        read_rows(folder, seed, epochs)
+        return epochs
+    path = checkpoint_path(folder, seed)
+    return load_checkpoint(path, epochs)["epoch"] if path.exists() else 0
+
+
+def train_students(job, trained, folder, feed, process, forward, test_model, track, num_workers):
     """One student a seed, one after the other, over one loader; returns the number of epochs trained now."""
     epochs, count = job.protocol["epochs"], len(job.targets)
     batches = batches_of(count, job.protocol["batch_size"])
-    todo = []
-    for seed in seeds:
-        if all((folder / f"{name}{seed}.{end}").exists() for name, end in SEED_FILES):
-            read_rows(folder, seed, epochs)
-            if process.is_main:
-                checkpoint_path(folder, seed).unlink(missing_ok=True)
-        else:
-            path = checkpoint_path(folder, seed)
-            todo.append((seed, load_checkpoint(path, epochs)["epoch"] if path.exists() else 0))
+    todo = [(seed, first) for seed, first in trained.items() if first < epochs]
+    for seed in trained.keys() - dict(todo).keys():
+        if process.is_main:  # killed between its last file and this
+            checkpoint_path(folder, seed).unlink(missing_ok=True)
     keys = [(epoch, b) for _, first in todo for epoch in range(first, epochs) for b in range(batches)]
     items = feed.loader(keys, num_workers)
     units = sum(epochs - first for _, first in todo)
     bar = tqdm(total=units * count, desc=job.model, unit="image", disable=not process.is_main)
     with StopSignals() as signals, bar:
-        for seed, _ in todo:
-            student = Student(job, seed, folder, forward)
+        for seed, first in todo:
+            student = Student(job, seed, folder, forward, first)
             if process.is_main and not student.epoch:
                 copies = 4 + bool(student.average)
                 require_space("--output_dir", folder, 4 * copies * count_parameters(student.model) + 2**20)

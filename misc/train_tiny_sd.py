@@ -32,6 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from distillation.datasets import DATASETS, BadImage, add_dataset_flags, open_split, squash
+from matching.soft_labels import probability
 from scripts.files import TIMING, atomic, is_complete, output_folder, read_json, write_json, write_manifest, write_text
 from scripts.runtime import (
     EXIT_STOPPED,
@@ -39,8 +40,13 @@ from scripts.runtime import (
     StopSignals,
     Stopwatch,
     append_log,
+    below_one,
+    entry_point,
     generator,
+    natural,
+    not_negative,
     peak_memory,
+    positive,
     positive_int,
     refuse,
     seed_of,
@@ -532,7 +538,7 @@ def text_samples(models, prompts, count, seed, device, guidance_scale):
 def get_args(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", required=True, help="the model's folder")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     add_dataset_flags(parser)
     parser.set_defaults(dataset="digits")
@@ -560,23 +566,27 @@ def get_args(argv=None):
     group.add_argument("--text_width", type=positive_int)
     group.add_argument("--vae_steps", type=positive_int)
     group.add_argument("--unet_steps", type=positive_int)
-    group.add_argument("--minutes", type=float, default=0, help="set both numbers of steps to fit into this; 0: off")
-    group.add_argument("--vae_share", type=float, default=0.3, help="the VAE's share of --minutes")
+    group.add_argument(
+        "--minutes", type=not_negative, default=0, help="set both numbers of steps to fit into this; 0: off"
+    )
+    group.add_argument("--vae_share", type=probability, default=0.3, help="the VAE's share of --minutes")
     group.add_argument("--vae_batch_size", type=positive_int)
     group.add_argument("--unet_batch_size", type=positive_int)
-    group.add_argument("--vae_lr", type=float)
-    group.add_argument("--unet_lr", type=float)
-    group.add_argument("--ema_decay", type=float)
+    group.add_argument("--vae_lr", type=positive)
+    group.add_argument("--unet_lr", type=positive)
+    group.add_argument("--ema_decay", type=below_one)
     group.add_argument("--flip", choices=["on", "off"], help="mirrored images too")
-    group.add_argument("--kl_weight", type=float, help="of the KL divergence, averaged over a latent's elements")
+    group.add_argument(
+        "--kl_weight", type=not_negative, help="of the KL divergence, averaged over a latent's elements"
+    )
     group.add_argument(
         "--min_snr_gamma",
-        type=float,
+        type=not_negative,
         help="a noise level counts min(SNR, gamma) / SNR: structure first, in a short training; 0: all alike",
     )
     group.add_argument(
         "--prompt_dropout",
-        type=float,
+        type=probability,
         default=0.1,
         help="share of prompts replaced by the empty or the negative prompt, for guidance",
     )
@@ -587,7 +597,7 @@ def get_args(argv=None):
         help="a classifier made by matching.train_teacher; take another one than will judge the images",
     )
     group.add_argument("--perceptual_arch", default=None, help="its architecture, where the checkpoint is a bare file")
-    group.add_argument("--perceptual_weight", type=float, default=0.1, help="0 switches it off")
+    group.add_argument("--perceptual_weight", type=not_negative, default=0.1, help="0 switches it off")
     group = parser.add_argument_group("how it goes (changes nothing in the model, except --compile its last bits)")
     group.add_argument("--compile", action="store_true", help="torch.compile the UNet")
     group.add_argument("--checkpoint_every", type=positive_int, default=500, help="steps")
@@ -788,6 +798,7 @@ It shows the mechanics of D4M and is no substitute for Stable Diffusion. Made fr
 """
 
 
+@entry_point
 def main(argv=None):
     args = get_args(argv)
     watch = Stopwatch()

@@ -80,21 +80,22 @@ late() {
 catch() {
     trap 'STOPPED=75; [ -z "$CHILD" ] || kill $CHILD 2>/dev/null || :' INT TERM USR1
 }
-await() { # PID: its status; a signal ends the wait, not the process
-    code=0
-    wait "$1" || code=$?
-    while [ -n "$STOPPED" ] && kill -0 "$1" 2>/dev/null; do
-        wait "$1" || :
+await() { # PIDS: until all have ended; leaves if one failed or a signal came. A signal ends a wait, not the process
+    failed=0
+    [ -z "$STOPPED" ] || kill "$@" 2>/dev/null || : # it came before the trap knew of them
+    for pid in "$@"; do
+        wait "$pid" || failed=$?
+        while [ -n "$STOPPED" ] && kill -0 "$pid" 2>/dev/null; do wait "$pid" || :; done
     done
+    CHILD=""
     [ -z "$STOPPED" ] || exit 75
-    return $code
+    [ $failed -eq 0 ] || exit $failed
 }
 run() { # MODULE FLAGS: a stage
     [ -z "$STOPPED" ] || exit 75
     ${PYTHON:-python} -m "$@" &
     CHILD=$!
-    await $CHILD || exit $?
-    CHILD=""
+    await $CHILD
 }
 both() { # A B: these two functions, side by side if JOBS allows
     if [ "$JOBS" -lt 2 ]; then
@@ -105,11 +106,8 @@ both() { # A B: these two functions, side by side if JOBS allows
     (catch && "$1") &
     first=$!
     (catch && "$2") &
-    second=$!
-    CHILD="$first $second" status=0
-    for pid in $first $second; do await $pid || status=$?; done
-    CHILD=""
-    [ $status -eq 0 ] || exit $status
+    CHILD="$first $!"
+    await $CHILD
 }
 
 # teacher ARCH: trains it; its folder is $(teacher_folder ARCH)

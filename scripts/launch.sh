@@ -2,6 +2,7 @@
 #
 # RUN            how Python is started: one process, or torchrun for NUM_GPUS > 1 or any TORCHRUN_ARGS
 # plain X        prints a number as folder names have it: 0.70 as 0.7, 8.0 as 8
+# ipc_of X D     prints the images a class that the folder name X says (_ipc50_), else D
 # unless N V D   prints _NV where the value V is not the default D: how folder names say what is not the default
 #
 # torchrun, not `accelerate launch`: the latter silently reads a per-user configuration file.
@@ -20,4 +21,11 @@ unless() {
 
 plain() {
     printf '%g' "$1"
+}
+
+ipc_of() {
+    case "$1" in
+        *_ipc[1-9]*) set -- "${1#*_ipc}" && printf '%s' "${1%%[!0-9]*}" ;;
+        *) printf '%s' "$2" ;;
+    esac
 }

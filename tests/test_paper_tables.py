@@ -184,7 +184,8 @@ def test_what_the_commands_make_fills_their_cells(table):
             args = run_table.parsed(step.module, step.argv)
             if step.kind == "student":
                 arguments = arguments_of(args, cell.dataset)
-                assert paper_tables.recipe_differences(paper_recipe(cell.dataset), arguments) == [], step.line()
+                recipe = paper_recipe(cell.dataset)
+                assert paper_tables.recipe_differences(recipe, arguments, cell.ipc) == [], step.line()
             elif step.kind == "teacher":
                 recorded = {**vars(args), **train_teacher.recipe_of(args)._asdict()}
                 assert args.bn_batch == recorded["batch_size"], "BatchNorm would see what one of several GPUs holds"
@@ -257,7 +258,7 @@ def fake(
 
     recipe = RECIPES[paper_recipe(dataset)]
     arguments = {"model": student, "labels": labels, "dataset": dataset, "amp": "none"}
-    arguments |= {k: v(arguments) if callable(v) else v for k, v in recipe.items()}
+    arguments |= {k: v({**arguments, "ipc": ipc}) if callable(v) else v for k, v in recipe.items()}
     arguments["test_images"] = TEST_IMAGES[dataset]
     classes = classes or CLASSES[dataset]
     hashes = {"unet_sha256": unet, "vae_sha256": "v", "text_encoder_sha256": "t"}

@@ -58,11 +58,11 @@ def dataset_of(recipe):
 @pytest.mark.parametrize("recipe", LAUNCHERS)
 def test_a_launcher_makes_its_recipe(recipe, tmp_path):
     arguments = arguments_of(parsed(recipe, tmp_path), dataset_of(recipe))
-    assert recipe_differences(recipe, arguments) == [] and recipe_name(arguments) == recipe
+    assert recipe_differences(recipe, arguments, 10) == [] and recipe_name(arguments, 10) == recipe
     for name in RECIPES[recipe]:
         other = {**arguments, name: 7.5}
-        assert f"{name} 7.5" in recipe_differences(recipe, other), f"{name} is no part of what tells {recipe}"
-        assert recipe_name(other) != recipe
+        assert f"{name} 7.5" in recipe_differences(recipe, other, 10), f"{name} is no part of what tells {recipe}"
+        assert recipe_name(other, 10) != recipe
 
 
 @pytest.mark.parametrize("recipe", LAUNCHERS)
@@ -71,12 +71,26 @@ def test_a_launcher_makes_its_recipe(recipe, tmp_path):
 def test_a_recipe_is_told_at_every_ipc_and_student(recipe, ipc, student, tmp_path):
     for dataset in ("imagenet", "imagenette"):
         args = parsed(recipe, tmp_path, IPC=ipc, STUDENT=student, DATASET=dataset)
-        assert recipe_name(arguments_of(args, dataset)) == recipe
+        assert recipe_name(arguments_of(args, dataset), int(ipc)) == recipe
 
 
 def test_hard_labels_have_the_recipe_they_are_the_baseline_of(tmp_path):
     arguments = arguments_of(parsed("d4m", tmp_path), "imagenet") | {"labels": "hard", "loss": "ce", "temperature": 3}
-    assert recipe_name(arguments) == "d4m" and recipe_name({**arguments, "bn_batch": 64}) is None
+    assert recipe_name(arguments, 10) == "d4m" and recipe_name({**arguments, "bn_batch": 64}, 10) is None
+
+
+@pytest.mark.parametrize("recipe, name, short", [("rded", "batch_size", 100), ("minimax-hard", "epochs", 2000)])
+def test_other_images_have_the_values_of_their_own_ipc(recipe, name, short, tmp_path):
+    """IMAGES=imagenet_ipc50_random alone says how many images there are; IPC says it of a folder that does not."""
+    dataset, long = dataset_of(recipe), {"batch_size": 200, "epochs": 1500}[name]
+    for images in (f"{dataset}_ipc50_random", f"{dataset}_ipc50_s0.7_g8_kmexpand1_stm", "a_ipc50_from_b_ipc10_text"):
+        args = parsed(recipe, tmp_path, IMAGES=images)
+        assert args.train_dir == f"output/images/{images}" and getattr(args, name) == long
+        arguments = arguments_of(args, dataset)
+        assert recipe_name(arguments, 50) == recipe and recipe_name(arguments, 10) != recipe
+    assert getattr(parsed(recipe, tmp_path, IMAGES="x_ipc9"), name) == short
+    assert getattr(parsed(recipe, tmp_path, IMAGES="of_ipcs"), name) == short
+    assert getattr(parsed(recipe, tmp_path, IMAGES="mine", IPC="50"), name) == long
 
 
 # learning rate at epochs 0, E / 2 and E - 1, written out

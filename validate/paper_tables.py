@@ -146,7 +146,17 @@ def _image_size(arguments):
     return DATASETS[arguments["dataset"]].image_size
 
 
-# A tuple holds the values that a recipe has at different IPCs; a function takes the other arguments.
+def _rded_batch(arguments):
+    """100 images at IPC 10 and 200 above; half of that on small sets."""
+    full = 200 if arguments["ipc"] > 10 else 100
+    return full if arguments["dataset"] == "imagenet" else full // 2
+
+
+def _minimax_epochs(arguments):
+    return 2000 if arguments["ipc"] <= 10 else 1500 if arguments["ipc"] < 100 else 1000
+
+
+# A function takes the other arguments, and the images' IPC.
 _D4M = {
     "epochs": 300, "batch_size": 1024, "bn_batch": 73, "optimizer": "adamw", "lr": 0.001, "weight_decay": 0.01,
     "schedule": "cosine", "cos_stretch": 1.0, "warmup_epochs": 0, "loss": "kl", "temperature": 20.0, "use_fp16": True,
@@ -163,8 +173,8 @@ RECIPES = {
     "d4m-cifar": {**_D4M, "epochs": 500, "batch_size": 100, "bn_batch": 100},
     "cda": {**_D4M, "batch_size": 128, "bn_batch": 128},
     "rded": {
-        **_RDED, "batch_size": lambda a: (100, 200) if a["dataset"] == "imagenet" else (50, 100),
-        "bn_batch": lambda a: a["batch_size"], "lr": lambda a: RDED_LR.get(a["model"], 1e-3),
+        **_RDED, "batch_size": _rded_batch, "bn_batch": lambda a: a["batch_size"],
+        "lr": lambda a: RDED_LR.get(a["model"], 1e-3),
     },
     "rd3": {
         **_RDED, "epochs": 400, "batch_size": 50, "bn_batch": 50,
@@ -175,7 +185,7 @@ RECIPES = {
         "loss": "mse_ce", "ce_weight": 0.025, "ema": 0.99, "bn_refresh": False,
     },
     "minimax-hard": {
-        "epochs": (2000, 1500, 1000), "batch_size": 64, "bn_batch": 64, "optimizer": "sgd", "lr": 0.01,
+        "epochs": _minimax_epochs, "batch_size": 64, "bn_batch": 64, "optimizer": "sgd", "lr": 0.01,
         "momentum": 0.9, "weight_decay": 5e-4, "schedule": "step", "step_factor": 0.2, "warmup_epochs": 0,
         "loss": "ce", "input_size": _image_size, "min_scale_crops": 0.5, "max_scale_crops": 1.0, "flip": 0.5,
         "mix_type": "cutmix", "cutmix": 1.0, "color_jitter": 0.4, "lighting": 0.1, "ema": 0.0, "bn_refresh": False,
@@ -184,23 +194,25 @@ RECIPES = {
 OF_SOFT_LABELS = {"loss", "temperature", "ce_weight", "use_fp16"}  # hard labels have no say in these
 
 
-def recipe_differences(name, arguments):
-    """["epochs 3", ...]: the values in `arguments` of a results.json that are not the recipe's."""
+def recipe_differences(name, arguments, ipc):
+    """["epochs 3", ...]: the values in `arguments` of a results.json that are not the recipe's.
+
+    ipc    images a class; 0 where their number differs from class to class
+    """
     hard, odd = arguments["labels"] == "hard", []
     if not hard and name == "minimax-hard":
         return [f"labels {arguments['labels']}"]
     for key, wanted in RECIPES[name].items():
         if hard and key in OF_SOFT_LABELS and name != "minimax-hard":
             continue
-        wanted = wanted(arguments) if callable(wanted) else wanted
-        if arguments.get(key) not in (wanted if isinstance(wanted, tuple) else (wanted,)):
+        if arguments.get(key) != (wanted({**arguments, "ipc": ipc}) if callable(wanted) else wanted):
             odd.append(f"{key} {arguments.get(key)}")
     return odd
 
 
-def recipe_name(arguments):
+def recipe_name(arguments, ipc):
     """The recipe whose every value is in `arguments` of a results.json; None if it is none of them."""
-    return next((name for name in RECIPES if not recipe_differences(name, arguments)), None)
+    return next((name for name in RECIPES if not recipe_differences(name, arguments, ipc)), None)
 
 
 def paper_recipe(dataset):
@@ -237,7 +249,7 @@ def read_result(path):
         "student": arguments["model"],
         "labels": "hard" if arguments["labels"] == "hard" else "soft",
         "labelled": found.get("labels") or {},
-        "recipe": recipe_name(arguments),
+        "recipe": recipe_name(arguments, images["ipc"] or 0),
         "arguments": arguments,
         "last": found["summary"]["last"]["top1"],
         "best": found["summary"]["best"]["top1"],
@@ -339,7 +351,7 @@ def differences(cell, row, arm, labels, checkpoint):
     odd = [f"{what} {_word(has)}" for what, (has, wanted) in facts.items() if has != wanted]
     if labels == "soft":
         odd += [f"teacher's {word}" for word in row["teacher_differs"]]
-    return odd + recipe_differences(paper_recipe(cell.dataset), row["arguments"])
+    return odd + recipe_differences(paper_recipe(cell.dataset), row["arguments"], row["ipc"] or 0)
 
 
 def _word(value):

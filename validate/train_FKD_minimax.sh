@@ -15,6 +15,7 @@ DATASET="${DATASET:-imagenette}"
 DATA_DIR="${DATA_DIR:-data/$DATASET}"
 OUT="${OUT:-output}"
 IMAGES="${IMAGES:-${DATASET}_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
+IPC="$(ipc_of "$IMAGES" "$IPC")" # what is below depends on what the images are
 STUDENT="${STUDENT:-resnet_ap10}"
 INPUT_SIZE="${INPUT_SIZE:-224}"
 case "$IPC" in

@@ -131,6 +131,30 @@ def test_each_stages_output_is_the_next_ones_input(record, dataset, variables):
     assert str(images).startswith(variables.get("OUT", "output") + "/")
 
 
+@pytest.mark.parametrize("dataset", CHAINS)
+def test_a_recipe_on_another_data_set_has_that_sets_place_size_and_teacher(record, dataset):
+    def stage(launcher, **variables):
+        [(_, _, module, arguments)] = record(launcher, OUT="elsewhere", **variables)
+        return parsed(module, arguments)
+
+    labels, own = stage(f"matching/{CHAINS[dataset][1]}"), stage(f"validate/{CHAINS[dataset][2]}")
+    networks = ["resnet18", "mobilenet_v2", "shufflenet_v2_x0_5", "efficientnet_b0"]
+    for recipe in ("cda", "rded", "rd3", "edc", "minimax"):
+        args = stage(f"validate/train_FKD_{recipe}.sh", DATASET=dataset)
+        assert (args.val_dir, args.input_size) == (own.val_dir, own.input_size), recipe
+        if recipe == "cda":  # its labels are stored under their teacher's name
+            assert f"_{labels.arch[0]}_" in Path(args.fkd_path).name
+        if args.online:
+            assert args.arch == (networks if recipe == "edc" else labels.arch)
+            [checkpoint] = labels.teacher_checkpoint or ["torchvision"]
+            known = [checkpoint.replace(labels.arch[0], network) for network in args.arch]
+            assert args.teacher_checkpoint == known, recipe
+    args = stage("validate/train_FKD_rded.sh", DATASET=dataset, DATA_DIR="d", INPUT_SIZE="8", TEACHER="resnet50")
+    assert (args.val_dir, args.input_size, args.arch) == ("d", 8, ["resnet50"])
+    args = stage("validate/train_FKD_rded.sh", DATASET=dataset, TEACHER_CHECKPOINT="mine")
+    assert args.teacher_checkpoint == ["mine"]
+
+
 @pytest.mark.parametrize(
     "script", sorted(p for p in ROOT.glob("*/*.py") if "__main__" in p.read_text() and "test" not in p.parts[-2])
 )

@@ -2,7 +2,7 @@
 # Stage 4 by EDC's recipe (arXiv 2404.13733): the mean logits of four teachers, squared error of logits + 0.025 cross-entropy,
 # averaged weights (decay 0.99), cosine stretched by 2.
 # TEACHER_CHECKPOINT has as many words as TEACHER.
-# Other images: IMAGES=imagenet_ipc10_random; other data sets: DATASET=imagenette INPUT_SIZE=224 sh ..., and a teacher of theirs.
+# Other images: IMAGES=imagenet_ipc10_random; other data sets: DATASET=cifar10 sh ..., after a teacher of theirs was trained.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh
@@ -12,13 +12,11 @@ KM_EXPAND="${KM_EXPAND:-1}"
 STRENGTH="${STRENGTH:-0.7}"
 GUIDANCE="${GUIDANCE:-8}"
 DATASET="${DATASET:-imagenet}"
-DATA_DIR="${DATA_DIR:-data/$DATASET}"
 OUT="${OUT:-output}"
-IMAGES="${IMAGES:-${DATASET}_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
 TEACHER="${TEACHER:-resnet18 mobilenet_v2 shufflenet_v2_x0_5 efficientnet_b0}"
-TEACHER_CHECKPOINT="${TEACHER_CHECKPOINT:-torchvision torchvision torchvision torchvision}"
+of_dataset
+IMAGES="${IMAGES:-${DATASET}_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
 STUDENT="${STUDENT:-resnet18}"
-INPUT_SIZE="${INPUT_SIZE:-224}"
 
 exec $RUN -m validate.train_FKD \
     --train_dir "$OUT/images/$IMAGES" \

@@ -12,12 +12,11 @@ KM_EXPAND="${KM_EXPAND:-1}"
 STRENGTH="${STRENGTH:-0.7}"
 GUIDANCE="${GUIDANCE:-8}"
 DATASET="${DATASET:-imagenette}"
-DATA_DIR="${DATA_DIR:-data/$DATASET}"
 OUT="${OUT:-output}"
+of_dataset
 IMAGES="${IMAGES:-${DATASET}_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
 IPC="$(ipc_of "$IMAGES" "$IPC")" # what is below depends on what the images are
 STUDENT="${STUDENT:-resnet_ap10}"
-INPUT_SIZE="${INPUT_SIZE:-224}"
 case "$IPC" in
     [1-9] | 10) EPOCHS="${EPOCHS:-2000}" ;;
     [1-9][0-9]) EPOCHS="${EPOCHS:-1500}" ;;

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Stage 4 by RD3's recipe: RDED's with 400 epochs, batches of 50, and a cosine stretched by zeta = 1 for ResNet-18, 2 for others.
 # ImageNet-1K, R18, D4M images: 45.4 at IPC 10 and 60.2 at IPC 50 (read in a summary of the paper, not measured here).
-# Other images: IMAGES=imagenet_ipc10_random; other data sets: DATASET=imagenette INPUT_SIZE=224 sh ..., and a teacher of theirs.
+# Other images: IMAGES=imagenet_ipc10_random; other data sets: DATASET=cifar10 sh ..., after a teacher of theirs was trained.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh
@@ -11,13 +11,10 @@ KM_EXPAND="${KM_EXPAND:-1}"
 STRENGTH="${STRENGTH:-0.7}"
 GUIDANCE="${GUIDANCE:-8}"
 DATASET="${DATASET:-imagenet}"
-DATA_DIR="${DATA_DIR:-data/$DATASET}"
 OUT="${OUT:-output}"
+of_dataset
 IMAGES="${IMAGES:-${DATASET}_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
-TEACHER="${TEACHER:-resnet18}"
-TEACHER_CHECKPOINT="${TEACHER_CHECKPOINT:-torchvision}"
 STUDENT="${STUDENT:-resnet18}"
-INPUT_SIZE="${INPUT_SIZE:-224}"
 case "$STUDENT" in
     resnet18) ZETA="${ZETA:-1}" ;;
     *) ZETA="${ZETA:-2}" ;;

@@ -2,7 +2,7 @@
 # Stage 4 by RDED's recipe (arXiv 2312.03526): the teacher labels during training, half the picture or more in a crop, small
 # batches, a learning rate for each student that ends at half, BatchNorm refreshed on un-mixed images (--bn_refresh).
 # Batch: 100 at IPC 10, 200 at IPC 50 and more, for 1000 classes; half of that on small sets.
-# Other images: IMAGES=imagenet_ipc10_random; other data sets: DATASET=imagenette INPUT_SIZE=224 sh ..., and a teacher of theirs.
+# Other images: IMAGES=imagenet_ipc10_random; other data sets: DATASET=cifar10 sh ..., after a teacher of theirs was trained.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh
@@ -12,14 +12,11 @@ KM_EXPAND="${KM_EXPAND:-1}"
 STRENGTH="${STRENGTH:-0.7}"
 GUIDANCE="${GUIDANCE:-8}"
 DATASET="${DATASET:-imagenet}"
-DATA_DIR="${DATA_DIR:-data/$DATASET}"
 OUT="${OUT:-output}"
+of_dataset
 IMAGES="${IMAGES:-${DATASET}_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
 IPC="$(ipc_of "$IMAGES" "$IPC")" # what is below depends on what the images are
-TEACHER="${TEACHER:-resnet18}"
-TEACHER_CHECKPOINT="${TEACHER_CHECKPOINT:-torchvision}"
 STUDENT="${STUDENT:-resnet18}"
-INPUT_SIZE="${INPUT_SIZE:-224}"
 if [ "$IPC" -le 10 ]; then FULL=100; else FULL=200; fi
 case "$DATASET" in imagenet) ;; *) FULL=$((FULL / 2)) ;; esac
 BATCH_SIZE="${BATCH_SIZE:-$FULL}"

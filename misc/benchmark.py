@@ -9,7 +9,7 @@ The release's way is a small reference of ours at the settings of its launchers 
 the Stable Diffusion 1.5 configuration with random weights (speed does not depend on them, nothing is downloaded),
 ResNet-18 and, while the 8 minutes last, ResNet-101; on a CPU small networks. Rates are units a second on a GPU, and
 units a CPU-second, child processes included, on a CPU. Writes OUT/NAME.json and OUT/NAME.md, anew after each stage.
-What bf16 and its like do to accuracy: misc/bench/accuracy.py.
+Outputs that differ end it with status 1. What bf16 and its like do to accuracy: misc/bench/accuracy.py.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
@@ -21,6 +21,7 @@ if __name__ == "__main__" and not __package__:  # run by path, our packages woul
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -84,6 +85,10 @@ def main(argv=None):
     size = SIZES["quick" if args.quick else device.type]
     result = run(device, size, stages, images, args.profile, args.arch, save)
     print(f"\n{out / name}.json, {out / name}.md: {result['seconds']} s")
+    for what in result["differ"]:
+        print(f"error: outputs differ: {what}", file=sys.stderr)
+    if result["differ"]:
+        sys.exit(1)
     return out / f"{name}.json"
 
 

@@ -5,7 +5,7 @@ import torch
 from conftest import tree
 
 from misc import benchmark
-from misc.bench import costs, measure, memory, networks, run, stage_4, tables
+from misc.bench import costs, measure, memory, networks, run, stage_3, stage_4, tables
 from scripts.files import read_json
 
 CHUNKS = set()  # in which students were trained
@@ -39,11 +39,11 @@ def test_every_stage_is_there_and_its_outputs_agree(result):
     }
     for row in rows:
         assert row["release"] > 0 and row["ours"] > 0 and row["ratio"] > 0, row["what"]
-        assert "DIFFERENT" not in row["same"], row["what"]
+        assert row["agree"] and "DIFFERENT" not in row["same"], row["what"]
         if "differ by" in row["same"] and "bf16" not in row["what"]:
             off = row["same"].split("differ by ")[1].split()[0]
             assert float(off) <= (1 if "pixels" in row["same"] else 1e-3), row["what"]
-    assert any("0 of" in row["same"] for row in rows)  # crops
+    assert [row["what"] for row in rows if row["same"].startswith("0 of ")] == ["crops replayed: PNG, crop, flip"]
     assert sum("channels_last" in row["what"] for row in rows) == 4 and result[1].stem == "cpu-convnet_w128-profile"
     assert all(peak["host_mib"] > 100 for peak in result[0]["peak_memory"].values())
     assert result[0]["facts"]["crop_bytes_that_differ"] == {"224": 0, "64": 0, "32": 0}
@@ -122,6 +122,16 @@ def test_costs_are_marked_and_prefer_a_gpu(result, tmp_path):
     assert "measured on Some GPU" in text and "| 2 synthesis | 100 s c |" in text
 
 
+def test_outputs_that_differ_end_it_with_status_1(tmp_path, monkeypatch, capsys):
+    original = stage_3.crop_on_cpu
+    monkeypatch.setattr(stage_3, "crop_on_cpu", lambda *args: original(*args).clamp(max=254))  # white is one off
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["--device", "cpu", "--quick", "--stage", "3", "--out", str(tmp_path)])
+    found, lines = read_json(tmp_path / "cpu-stage3.json"), capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and [row["agree"] for row in found["rows"]] == [False, True, True, True]
+    assert sum(line.startswith("error: outputs differ: stage 3, crops") for line in lines) == len(found["differ"]) > 1
+
+
 def test_a_row_knows_whether_its_target_is_met():
     times = {"release": [(4.0, 2.0), (4.0, 2.0)], "ours": [(1.0, 1.0), (1.0, 0.5)]}
     facts = {"same": "same", "target": 2.5}
@@ -129,4 +139,5 @@ def test_a_row_knows_whether_its_target_is_met():
     row = measure.compare(3, "feeding", "image", times, counts, torch.device("cpu"), **facts)
     assert row["ratios"] == [2, 4] and row["ratio"] == 3 and row["ours"] == 150 and row["met"]
     assert not measure.compare(3, "x", "image", times, counts, torch.device("cpu"), least=1000, **facts)["met"]
+    assert not measure.compare(3, "x", "image", times, counts, torch.device("cpu"), agree=False, **facts)["met"]
     assert "2.5x: met" in tables.table([row])

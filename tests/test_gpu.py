@@ -1,11 +1,14 @@
 """What only a CUDA device can show: python -m pytest -m gpu. Everything else runs on a CPU too."""
 
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from distillation.prototypes import _minibatch_sklearn, _minibatch_torch
-from matching.soft_labels import crop_on_cpu, draw_crops, resized_crop_batch
+from distillation.prototypes import _minibatch_sklearn, _minibatch_torch, class_prototypes
+from matching.soft_labels import PROTOCOL, Feed, crop_on_cpu, draw_crops, resized_crop_batch
 from scripts.checkpoints import load_pipeline
 from scripts.pipeline_stable_diffusion_gen_latents import StableDiffusionGenLatentsPipeline
 from scripts.pipeline_stable_diffusion_latents2img import StableDiffusionLatents2ImgPipeline
@@ -31,6 +34,40 @@ def test_crops_on_the_gpu_have_the_cpus_bytes(size):
     expected = crop_on_cpu([image.numpy() for image in images], index, crop, flip, size)
     found = resized_crop_batch(images[index].to(CUDA), crop, flip, size)
     assert torch.equal(found.cpu(), torch.as_tensor(expected))
+
+
+def feed_on(device, mix_type, arrays, rows_of=None):
+    images = SimpleNamespace(folders=("zero", "one", "two"), dataset="digits")
+    protocol = {**PROTOCOL, "epochs": 1, "batch_size": 16, "input_size": 32, "mix_type": mix_type}
+    return Feed(list(arrays), images, protocol, device, rows_of=rows_of)
+
+
+@pytest.fixture
+def arrays():
+    return list(torch.randint(0, 256, (40, 48, 48, 3), dtype=torch.uint8, generator=generator(0)).numpy())
+
+
+@pytest.mark.parametrize("mix_type", ["none", "mixup", "cutmix"])
+@pytest.mark.parametrize("rows_of", [None, lambda count: torch.arange(1, count, 2)])
+def test_batches_on_the_gpu_have_the_cpus_bits(arrays, mix_type, rows_of):
+    on_gpu, on_cpu = (feed_on(device, mix_type, arrays, rows_of) for device in (CUDA, CPU))
+    assert on_gpu.resident is not None and on_cpu.resident is None
+    keys = [(0, n) for n in range(3)]
+    for a, b in zip(on_gpu.loader(keys), on_cpu.loader(keys)):
+        assert torch.equal(on_gpu.mixed(a).cpu(), on_cpu.mixed(b))
+
+
+def test_kmeans_beside_a_busy_gpu_equals_sklearn():
+    """From the thread and in the stream of stage 1, while the main stream is busy and takes and frees memory."""
+    latents = np.random.default_rng(3).standard_normal((400, 4, 16, 16)).astype(np.float16)
+    expected, x = class_prototypes(latents, 10, 10), torch.randn(4096, 4096, device=CUDA)
+    with ThreadPoolExecutor(1) as background:
+        found = [background.submit(class_prototypes, latents, 10, 10, "minibatch", CUDA) for _ in range(5)]
+        while not all(future.done() for future in found):
+            x = torch.nn.functional.normalize(x @ x)
+    for future in found:
+        assert np.array_equal(future.result().latents, expected.latents)
+        assert np.array_equal(future.result().sizes, expected.sizes)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

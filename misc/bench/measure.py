@@ -39,9 +39,10 @@ def clock_of(device):
     return 0 if device.type == "cuda" else 1
 
 
-def compare(stage, what, unit, times, counts, device, release="release", ours="ours", clock=None, **facts):
+def compare(stage, what, unit, times, counts, device, release="release", ours="ours", agree=True, clock=None, **facts):
     """One row of the table. counts: units a turn of each way; facts: same, known, target, flops (a unit), ...
 
+    agree   whether the outputs do, where there are any to compare: nothing is met by a way that makes others
     clock   which of `spent`'s two numbers; default: the device's
     """
     clock = clock_of(device) if clock is None else clock
@@ -57,6 +58,7 @@ def compare(stage, what, unit, times, counts, device, release="release", ours="o
         "ratio": statistics.median(ratios),
         "ratios": ratios,
         "n": len(ratios),
+        "agree": bool(agree),
         **facts,
     }
     if facts.get("flops"):
@@ -64,7 +66,7 @@ def compare(stage, what, unit, times, counts, device, release="release", ours="o
         row["tflops"] = facts["flops"] * statistics.median(seconds) / 1e12
     target = facts.get("target")
     if target:
-        row["met"] = bool(row["ratio"] >= target and row["ours"] >= facts.get("least", 0))
+        row["met"] = bool(agree and row["ratio"] >= target and row["ours"] >= facts.get("least", 0))
     return row
 
 

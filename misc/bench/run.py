@@ -122,8 +122,12 @@ class Bench:
         self.facts.setdefault("left_out", []).append(what)
         self.log(f"left out: {what}", flush=True)
 
-    def network_rows(self, stage, what, ways, model, training, targets, note=""):
-        """Rows of an epoch by each way; model: what "release" and "ours" run, for its operations; targets by way."""
+    def network_rows(self, stage, what, ways, model, training, targets, closeness, note=""):
+        """Rows of an epoch by each way; model: what "release" and "ours" run, for its operations.
+
+        targets, closeness   by way: the ratio to reach, and how far its output may be from the release's relative to
+                             the largest; without one, since it approximates or since BatchNorm sees other images: 0.5
+        """
         size, device, model = self.size, self.device, copy.deepcopy(model).train(training)
 
         def run_model(count):
@@ -145,11 +149,19 @@ class Bench:
                     stage, f"{what}, {size.side} px{'' if name == 'ours' else ', ' + name}", "image", times,
                     dict.fromkeys(ways, size.epoch), device, ours=name,
                     same=f"{'losses' if training else 'logits'} differ by {off:.1e} at most", flops=flops,
-                    ceiling=ceiling, target=targets.get(name) if size.real else None,
+                    agree=off <= closeness.get(name, 0.5), ceiling=ceiling,
+                    target=targets.get(name) if size.real else None,
                     note="; ".join(filter(None, [note, "" if size.real else "no worker on either side"])),
                 ),
                 {"release": ways["release"], "ours": ways[name]},
             )  # fmt: skip
+
+
+def differing(result):
+    """What says in the result that our outputs are not the release's: one text each."""
+    rows = [f"stage {row['stage']}, {row['what']}: {row['same']}" for row in result["rows"] if not row["agree"]]
+    crops = result["facts"].get("crop_bytes_that_differ", {})
+    return rows + [f"stage 3, crops of {s} px on the device: {n} bytes differ" for s, n in crops.items() if n]
 
 
 def run(device, size, stages, images=None, profile=False, arch=None, save=lambda result: None, log=print):
@@ -177,6 +189,7 @@ def run(device, size, stages, images=None, profile=False, arch=None, save=lambda
         for stage in stages:
             forget_peak_memory(device)
             STAGES[stage](bench)
+            result["differ"] = differing(result)
             result["peak_memory"][stage] = peak_memory(device)
             result["seconds"] = round(time.perf_counter() - started, 1)
             save(result)

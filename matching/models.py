@@ -8,6 +8,7 @@ the usual recipe for CIFAR and Tiny-ImageNet. The ConvNets are those of DM / MTT
 pooling.
 """
 
+import math
 import re
 import urllib.error
 from pathlib import Path
@@ -213,7 +214,7 @@ def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher
     if checkpoint == PUBLIC:
         checkpoint = None
     if checkpoint is None:
-        state, weights, digest = _public_weights(name, image_size)
+        state, weights, digest = _public_weights(name, image_size, dataset)
         owned = list(known_prompts("imagenet"))
     elif Path(checkpoint).is_dir():
         state, weights, digest, owned, arguments = _teacher_folder(name, Path(checkpoint), dataset, image_size, flag)
@@ -265,10 +266,25 @@ def ranges(numbers):
     return ", ".join(texts if len(texts) <= 12 else [*texts[:10], f"... {texts[-1]}"])
 
 
-def _public_weights(name, image_size):
+def _check_input(name, expects, image_size, dataset):
+    """Refuse timm's weights where images do not arrive as they were trained.   expects: a model's pretrained_cfg"""
+    facts, wanted = DATASETS[dataset], tuple(expects.get("input_size") or ())[-2:]
+    theirs, ours = [*expects["mean"], *expects["std"]], [*facts.mean, *facts.std]
+    if not all(math.isclose(a, b, abs_tol=1e-3) for a, b in zip(theirs, ours, strict=True)):
+        refuse(
+            f"--arch {name}: its weights are for mean {tuple(expects['mean'])} and std {tuple(expects['std'])}, "
+            f"images of {dataset} have {facts.mean} and {facts.std}"
+        )
+    if expects.get("fixed_input_size") and wanted != (image_size, image_size):
+        refuse(f"--input_size {image_size}: {name} takes {' x '.join(map(str, wanted))} px and nothing else")
+
+
+def _public_weights(name, image_size, dataset):
     """(state dict, weights name, sha256) of torchvision's (or timm's) published ImageNet weights."""
     if name.startswith("timm:"):
-        state = _timm(name, pretrained=True).state_dict()
+        model = _timm(name, pretrained=True)
+        _check_input(name, model.pretrained_cfg, image_size, dataset)
+        state = model.state_dict()
         return state, "timm pretrained", state_digest(state)
     if name not in TEACHER_WEIGHTS:
         refuse(f"--arch {name}: nobody publishes weights for it; train some with matching.train_teacher and pass them")

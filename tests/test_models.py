@@ -1,5 +1,8 @@
 """Teachers and students: parameter counts, shapes at 32, 64 and 224 px, weights in all their wrappings, columns."""
 
+import sys
+import types
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -139,7 +142,7 @@ def test_a_1000_class_teacher_needs_wnids(checkpoint, refused):
     refused(lambda argv: _load(checkpoint, "cifar10", list(known_prompts("cifar10"))), [], "wnid", "airplane")
 
 
-def test_columns_of_another_order_are_refused(tmp_path, refused):
+def test_a_head_of_another_number_of_classes_is_refused(tmp_path, refused):
     net = create_model("convnet_mini", 3, 32)
     torch.save(net.state_dict(), tmp_path / "three.pt")
     refused(
@@ -161,6 +164,39 @@ def test_public_weights_without_internet(monkeypatch, tmp_path, refused):
     assert str(tmp_path / "checkpoints") in line
     refused(lambda argv: _load(None, name="resnet18", size=32), [], "train_teacher")
     refused(lambda argv: _load(None, name="convnet_w128"), [], "nobody publishes")
+
+
+@pytest.fixture
+def timm_net(monkeypatch):
+    """timm_net(**pretrained_cfg) puts a module `timm` in place whose every model is one linear layer with that."""
+
+    def place(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), **cfg):
+        def create(_, pretrained, num_classes=1000):
+            net = torch.nn.Sequential(
+                torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, num_classes)
+            )
+            net.pretrained_cfg = {"mean": mean, "std": std, **cfg}
+            return net
+
+        monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create))
+
+    return place
+
+
+def test_timms_weights_want_the_images_that_they_were_trained_on(timm_net, refused):
+    def load(size=224):
+        return lambda argv: _load(None, name="timm:net", size=size)
+
+    timm_net(input_size=(3, 224, 224), fixed_input_size=True)
+    model, facts = load()([])
+    assert facts["weights"] == "timm pretrained" and model(torch.zeros(2, 3, 224, 224)).shape == (2, 10)
+    refused(load(256), [], "--input_size 256", "timm:net takes 224 x 224 px")
+    timm_net(input_size=(3, 224, 224), fixed_input_size=False)
+    assert load(256)([])[1]["classes"] == 1000  # a convolutional net takes any
+    timm_net(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    refused(load(), [], "timm:net", "(0.5, 0.5, 0.5)", "(0.485, 0.456, 0.406)")
+    timm_net(std=(1.0, 1.0, 1.0))
+    refused(load(), [], "std (1.0, 1.0, 1.0)")
 
 
 def test_teacher_folder_is_checked(tmp_path, refused):

@@ -726,7 +726,7 @@ def test_torchvisions_teacher_can_be_named(monkeypatch, tmp_path):
 
     asked = []
     monkeypatch.setattr(
-        models, "_public_weights", lambda name, size: asked.append(name) or pytest.skip("as it should")
+        models, "_public_weights", lambda name, size, dataset: asked.append(name) or pytest.skip("as it should")
     )
     with pytest.raises(pytest.skip.Exception):
         generate_soft_label.load_teachers(["resnet18"], ["torchvision"], "imagenet", ["n01440764"], 224, "cpu")

@@ -740,7 +740,9 @@ RESIDENT_SHARE = 0.5  # of the free GPU memory that images may take; networks an
 
 def fits_gpu(what, needed, device, otherwise):
     """Whether `needed` bytes may be kept on a CUDA device; a warning with both sizes if not."""
-    room = RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+    # what PyTorch keeps for itself but does not use, after an earlier stage in this process, is free for us
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    room = RESIDENT_SHARE * (torch.cuda.mem_get_info(device)[0] + kept)
     if needed > room:
         warn(
             f"{what} need {needed / 2**20:.1f} MiB of GPU memory, {room / 2**20:.1f} MiB may be used for them "

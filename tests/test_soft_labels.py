@@ -232,6 +232,13 @@ def test_images_that_do_not_fit_the_gpu_are_cropped_on_the_cpu_with_a_warning(st
     assert "images of 2 sizes, such as [32, 32] and [40, 32]" in capsys.readouterr().err
 
 
+def test_gpu_memory_that_pytorch_keeps_unused_counts_as_free(monkeypatch):
+    for name, answer in (("mem_get_info", (100, 1000)), ("memory_reserved", 800), ("memory_allocated", 300)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    assert soft_labels.fits_gpu("the images", 300, "cuda", "cropped on the CPU")
+    assert not soft_labels.fits_gpu("the images", 301, "cuda", "cropped on the CPU")
+
+
 @pytest.mark.parametrize("mix_type", ["none", "mixup", "cutmix"])
 @pytest.mark.parametrize("rows_of", [None, lambda count: torch.tensor([1, 3])])
 def test_a_batch_is_made_without_reading_anything_back(stored, mix_type, rows_of):

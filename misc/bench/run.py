@@ -187,6 +187,7 @@ def run(device, size, stages, images=None, profile=False, arch=None, save=lambda
             "rows": bench.rows,
         }
         for stage in stages:
+            torch.cuda.empty_cache()  # what the stage before has freed counts as free; nothing without CUDA
             forget_peak_memory(device)
             STAGES[stage](bench)
             result["differ"] = differing(result)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,12 +63,18 @@ def class_prototypes(latents, k, batch_size, method="minibatch", device="cpu") -
         centres = _lloyd(rows, k)
     elif torch.device(device).type == "cuda":
         # beside the encoder, not behind it: in its stream each number read back would wait for a whole batch of images
-        with torch.cuda.stream(torch.cuda.Stream(device, priority=-1)):
+        with torch.cuda.stream(_stream(device)):
             centres = _minibatch_torch(rows, k, batch_size, device)
     else:
         centres = _minibatch_sklearn(rows, k, batch_size)
     sizes = np.bincount(_nearest(torch.from_numpy(rows), torch.from_numpy(centres)).numpy(), minlength=k)
     return Prototypes(centres.reshape(k, *latents.shape[1:]).astype(np.float16), sizes)
+
+
+@lru_cache
+def _stream(device):
+    """One a device, kept: PyTorch never uses memory of one stream again in another."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def _buffers(rows, batch_size):

@@ -71,8 +71,10 @@ def test_the_torch_port_equals_sklearn(seed, n, k, batch, monkeypatch):
 
 
 def test_on_a_gpu_kmeans_has_a_stream_of_its_own(monkeypatch):
-    """CUDA stood in for: in the encoder's stream, k-means would wait for a batch of images at every buffer."""
-    made, inside = [], []
+    """CUDA stood in for: in the encoder's stream, k-means would wait for a batch of images at every buffer. One stream
+    for all classes: each one has memory of its own."""
+    streams, made, inside = [], [], []
+    module._stream.cache_clear()
 
     @contextlib.contextmanager
     def enter(found):
@@ -84,11 +86,13 @@ def test_on_a_gpu_kmeans_has_a_stream_of_its_own(monkeypatch):
         made.append((inside[-1], device))
         return module._minibatch_sklearn(rows, k, batch_size)
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: (device, priority))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *how, **more: streams.append((how, more)) or len(streams))
     monkeypatch.setattr(torch.cuda, "stream", enter)
     monkeypatch.setattr(module, "_minibatch_torch", kmeans)
     found = class_prototypes(latents(40), 4, 8, device="cuda")
-    assert made == [(("cuda", -1), "cuda")] and not inside
+    class_prototypes(latents(40), 4, 8, device="cuda")
+    module._stream.cache_clear()
+    assert streams == [(("cuda",), {"priority": -1})] and made == [(1, "cuda")] * 2 and not inside
     assert np.array_equal(found.latents, class_prototypes(latents(40), 4, 8).latents)
 
 

@@ -335,7 +335,7 @@ def open_split(
         prompts = read_label_file(label_file, folders, dataset)
     else:
         prompts = list(known_prompts(dataset).values()) or [re.sub(r"[_\s]+", " ", f).strip() for f in folders]
-    chosen = _choose(classes, folders)
+    chosen = class_positions(classes, folders)
     missing = [folders[c] for c in chosen if folders[c] not in by_class]
     if missing:
         refuse(
@@ -353,8 +353,8 @@ def open_split(
     )
 
 
-def _choose(classes, folders):
-    """--classes -> sorted class indices."""
+def class_positions(classes, folders):
+    """--classes (names, indices, ranges; None for all) -> sorted positions in `folders`."""
     if not classes:
         return list(range(len(folders)))
     chosen = set()

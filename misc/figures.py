@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from distillation.datasets import DATASETS, dataset_name, known_prompts, open_split, squash
+from distillation.datasets import DATASETS, class_positions, dataset_name, known_prompts, open_split, squash
 from distillation.prototypes import open_prototypes, prototype_folder_name
 from matching.models import load_teacher, model_name
 from matching.soft_labels import load_pixels, normalise, open_images
@@ -122,26 +122,12 @@ def read_image(images, folder, i, flag="--images"):
         return image.convert("RGB")
 
 
-def choose_classes(words, images, count):
-    """Class folders by name or index; by default `count` spread evenly over all."""
-    folders = images.folders
+def choose_classes(words, folders, count):
+    """Class folders by name, index or range, in the order of `words`; by default `count` spread evenly over all."""
     if not words:
         picks = np.linspace(0, len(folders) - 1, min(count, len(folders))).round().astype(int)
         return [folders[n] for n in picks]
-    chosen = []
-    for word in words:
-        first, dash, last = word.partition("-")
-        if word in folders:
-            chosen.append(word)
-        elif (
-            first.isdigit()
-            and int(first) < len(folders)
-            and (not dash or (last.isdigit() and int(last) < len(folders)))
-        ):
-            chosen += folders[int(first) : int(last or first) + 1]
-        else:
-            refuse(f"--classes {word}: neither a class folder nor an index or range within 0-{len(folders) - 1}")
-    return chosen
+    return [folders[n] for word in words for n in class_positions([word], folders)]
 
 
 def titles_of(images, folders):
@@ -190,14 +176,14 @@ def fit_text(texts, room, largest, tall=False):
 
 def grid(args):
     sets = open_sets(args.images, args.names)
-    folders = choose_classes(args.classes, sets[0][1], args.count)
+    folders = choose_classes(args.classes, sets[0][1].folders, args.count)
     rows = [[read_image(images, folder, args.image) for folder in folders] for _, images in sets]
     return draw_grid(rows, [name for name, _ in sets], titles_of(sets[0][1], folders))
 
 
 def row(args):
     sets = open_sets(args.images, args.names)
-    folder = choose_classes([args.class_folder] if args.class_folder else [], sets[0][1], 1)[0]
+    folder = choose_classes([args.class_folder] if args.class_folder else [], sets[0][1].folders, 1)[0]
     available = min(
         int((images.targets == images.folders.index(folder)).sum()) for _, images in sets if folder in images.folders
     )
@@ -267,6 +253,8 @@ def paper_curves(dataset, methods):
 
 def measured_curves(root, dataset, arms, x_of):
     """{Curve: [(x, mean, std or 0)]} of the results.json below `root`; of several at one IPC that over most seeds."""
+    if not Path(root).is_dir():
+        refuse(f"--output_root {root}: no such folder")
     best = {}
     for result in find_results(root):
         if result["dataset"] == dataset and result["arm"] in arms and result["ipc"]:
@@ -533,7 +521,7 @@ def latents(args):
     plt = _pyplot()
     source = open_prototypes(args.prototype_path, args.dataset or _dataset_of(args.prototype_path))
     folders = [c["folder"] for c in source.classes]
-    positions = _positions(args.classes, folders, args.count)
+    positions = [folders.index(f) for f in choose_classes(args.classes, folders, args.count)]
     columns = min(3, len(positions))
     rows = -(-len(positions) // columns)
     figure, panels = plt.subplots(rows, columns, figsize=(2.2 * columns, 2.2 * rows), squeeze=False)
@@ -551,15 +539,6 @@ def _dataset_of(path):
     if not manifest.is_file():
         refuse(f"--prototype_path {path}: no manifest.json in it; a single file also needs --dataset")
     return read_json(manifest)["dataset"]
-
-
-def _positions(words, folders, count):
-    class Named:
-        pass
-
-    named = Named()
-    named.folders = folders
-    return [folders.index(f) for f in choose_classes(words, named, count)]
 
 
 def cached_latents(root, own):

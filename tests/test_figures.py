@@ -39,7 +39,7 @@ def test_grid_shows_the_images_where_they_belong(images, tmp_path):
     pixels = check_files(figures.main([*argv, "--output", str(tmp_path / "figure4")]))
     args = figures.get_args(argv)
     sets = figures.open_sets(args.images, args.names)
-    folders = figures.choose_classes(args.classes, sets[0][1], 10)
+    folders = figures.choose_classes(args.classes, sets[0][1].folders, 10)
     assert folders == ["0", "3", "4", "5"]
     drawn = []
     figure = figures.grid(args)
@@ -182,7 +182,11 @@ def test_latents_with_their_prototypes(tiny_sd, tmp_path):
 def test_figures_refuse(images, tmp_path, refused):
     refused(figures.main, ["grid", "--images", *images, "--names", "A"], "--names", "1 names for 2")
     refused(figures.main, ["grid", "--images", *images, "--classes", "11"], "--classes 11")
+    refused(figures.main, ["grid", "--images", *images, "--classes", "2-1"], "--classes 2-1", "within 0-9")
+    refused(figures.main, ["row", "--images", *images, "--class_folder", "2-1"], "2-1")
     refused(figures.main, ["grid", "--images", *images, "--image", "4"], "has 4 images")
     refused(figures.main, ["grid", "--images", tmp_path / "no"], "--images")
     refused(figures.main, ["ipc", "--output_root", tmp_path, "--dataset", "imagewoof"], "imagewoof")
+    for kind in ("ipc", "time"):  # the paper's curves alone are no figure of what is not there
+        refused(figures.main, [kind, "--output_root", tmp_path / "nowhere"], "nowhere: no such folder")
     refused(figures.main, ["latents", "--latent_cache", tmp_path, "--prototype_path", tmp_path], "--prototype_path")

@@ -552,6 +552,37 @@ def test_images_of_another_vae_size_are_refused(arm, tmp_path, refused):
     refused(lambda _: run_table.check_generator(args, planned), [], "--size 512", folder, "made with 256")
 
 
+@pytest.mark.parametrize(
+    "where, value, words",
+    [
+        (("arguments", "dataset"), None, "no dataset in its arguments"),
+        (("arguments", "dataset"), "mnist", "'mnist', which is unknown"),
+        (("images", "arm"), None, "no arm in its images"),
+        (("summary", "last", "top1"), None, "no top1 in its summary.last"),
+        (("teacher", 0, "arch"), None, "no arch in its teacher"),
+        (("teacher", 0, "arguments", "dataset"), None, "no dataset in its teacher.arguments"),
+        (("teacher",), None, "no list of teachers"),
+    ],
+)
+def test_a_result_that_does_not_say_what_it_is_is_one_line(where, value, words, tmp_path, refused):
+    name = images_name("cifar10", 10, "d4m")
+    fake(tmp_path, "a", "cifar10", 10, "d4m", name, "convnet_w128", "convnet_w128", 50.0)
+    path = tmp_path / "students" / "a" / "results.json"
+    found = part = json.loads(path.read_text())
+    for key in where[:-1]:
+        part = part[key]
+    part[where[-1]] = value
+    if value is None:
+        del part[where[-1]]
+    path.write_text(json.dumps(found))
+    refused(paper_tables.main, ["--output_root", tmp_path], path, words)
+
+
+def test_a_trained_teacher_that_does_not_say_its_data_set_is_one_line(tmp_path, refused):
+    (tmp_path / "results.json").write_text(json.dumps({"arguments": {"arch": "resnet18"}, "parameters": 1}))
+    refused(paper_tables.main, ["--output_root", tmp_path], "results.json: no dataset in its arguments")
+
+
 def test_a_missing_root_is_refused(tmp_path, refused):
     refused(paper_tables.main, ["--output_root", tmp_path / "nowhere"], "--output_root")
 

@@ -26,7 +26,7 @@ from matching.models import TEACHER_WEIGHTS
 from matching.train_teacher import default_recipe
 from matching.training import summary
 from scripts.checkpoints import DEFAULT_CHECKPOINT, model_name
-from scripts.files import read_json, write_text
+from scripts.files import read_json, write_text, wrong_field
 from scripts.runtime import Parser, refuse
 
 NUMBERS = Path(__file__).with_name("paper_numbers.json")
@@ -231,11 +231,12 @@ def read_result(path):
     found = read_json(path)
     if not isinstance(found, dict) or not {"arguments", "images", "summary", "seeds"} <= set(found):
         return None
+    _check_result(path, found)
     arguments, images = found["arguments"], found["images"]
     return {
         "path": str(path),
         "dataset": arguments["dataset"],
-        "ipc": images["ipc"],
+        "ipc": images.get("ipc"),
         "arm": images["arm"],
         "images": images["name"],
         "generator": generator_name(images.get("generator")),
@@ -249,11 +250,41 @@ def read_result(path):
         "student": arguments["model"],
         "labels": "hard" if arguments["labels"] == "hard" else "soft",
         "labelled": found.get("labels") or {},
-        "recipe": recipe_name(arguments, images["ipc"] or 0),
+        "recipe": recipe_name(arguments, images.get("ipc") or 0),
         "arguments": arguments,
         "last": found["summary"]["last"]["top1"],
         "best": found["summary"]["best"]["top1"],
     }
+
+
+SAID = {  # what a result must say of itself, part by part
+    "arguments": {"dataset": str, "model": str, "labels": str},
+    "images": {"name": str, "arm": str},
+    "summary": {"last": dict, "best": dict},
+}
+TRAINED = {"dataset": str, "arch": str}  # and a teacher of train_teacher's
+
+
+def _check_result(path, found):
+    """Refuse a student's results.json that does not say what tables need, such as an edited one."""
+    parts = [(name, found[name], fields) for name, fields in SAID.items()]
+    parts += [(f"summary.{which}", (found["summary"] or {}).get(which), {"top1": dict}) for which in ("last", "best")]
+    teachers = found.get("teacher")
+    if not isinstance(teachers, list):
+        refuse(f"{path}: no list of teachers in it")
+    parts += [("teacher", teacher, {"arch": str, "weights": str}) for teacher in teachers]
+    own = [t["arguments"] for t in teachers if isinstance(t, dict) and t.get("arguments") is not None]
+    parts += [("teacher.arguments", arguments, TRAINED) for arguments in own]
+    _check_parts(path, parts)
+
+
+def _check_parts(path, parts):
+    for name, record, fields in parts:
+        odd = wrong_field(record, fields)
+        if odd:
+            refuse(f"{path}: no {odd} in its {name}")
+        if record.get("dataset", "imagenet") not in DATASETS:
+            refuse(f"{path}: its {name} say the data set {record['dataset']!r}, which is unknown")
 
 
 def generator_name(facts):
@@ -291,6 +322,7 @@ def find_teachers(root):
         found = read_json(path)
         if isinstance(found, dict) and "parameters" in found and "arch" in found.get("arguments", {}):
             arguments = found["arguments"]
+            _check_parts(path, [("arguments", arguments, TRAINED)])
             rest = {k: v for k, v in arguments.items() if k not in ("seed", "eval_every")}
             key = (arguments["dataset"], arguments["arch"]), json.dumps(rest, sort_keys=True)
             groups.setdefault(key, (teacher_differences(arguments), []))[1].append(found)

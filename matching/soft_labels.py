@@ -524,17 +524,26 @@ def _triangle_taps(start, length, bound, size, taps):
     return positions.clamp(max=bound - 1), torch.stack(fixed, 2)
 
 
+def sent(tensor, device):
+    """`tensor` on `device`, without waiting for what the device has yet to do, as a copy from unpinned memory would.
+
+    The loader pins what it hands out; an indexed part of it is new memory.
+    """
+    tensor = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+    return tensor.to(device, non_blocking=True)
+
+
 def resized_crop_batch(images, boxes, flips, size, rows=128):
     """Crop, resize and flip a whole batch on any device, with the bytes of `crop_on_cpu`.   -> (B, size, size, 3)
     uint8
 
-    images   (B, H, W, 3) uint8; boxes (B, 4) int64 top, left, height, width; flips (B,) bool, both best on the CPU:
-             nothing waits for the device then
+    images   (B, H, W, 3) uint8; boxes (B, 4) int64 top, left, height, width; flips (B,) bool, both best on the CPU,
+             since the largest box is looked at
     Two separable passes of integer weights, rounded to bytes in between, as Pillow; 32-bit sums suffice (255 * 2^22 <
     2^31).
     """
     taps = [math.ceil(2 * max(1.0, int(boxes[:, k].max()) / size)) for k in (2, 3)]
-    boxes, flips = (t.to(images.device, non_blocking=True) for t in (boxes, flips))
+    boxes, flips = (sent(t, images.device) for t in (boxes, flips))
     parts = [
         _resized_crop(images[i : i + rows], boxes[i : i + rows], flips[i : i + rows], size, *taps)
         for i in range(0, len(images), rows)
@@ -596,8 +605,8 @@ def mix(x, batch, mix_type, rows=None, held=None):
     partner, own = batch.partner, x
     if rows is not None:
         partner = torch.searchsorted(held, partner[rows])
-        own = x[torch.searchsorted(held, rows).to(x.device, non_blocking=True)]
-    partner = partner.to(x.device, non_blocking=True)
+        own = x[sent(torch.searchsorted(held, rows), x.device)]
+    partner = sent(partner, x.device)
     if mix_type == "mixup":
         return own.mul(batch.lam).add_(x[partner], alpha=1 - batch.lam)
     if mix_type == "cutmix":
@@ -901,9 +910,9 @@ class Feed(torch.utils.data.Dataset):
     def _pixels(self, item):
         """The held rows of an item, cropped, on the device: (n, S, S, 3) uint8."""
         if item.pixels is not None:
-            return item.pixels.to(self.device, non_blocking=True)
+            return sent(item.pixels, self.device)
         batch, which = item.batch, slice(None) if item.held is None else item.held
-        index = batch.index[which].to(self.device, non_blocking=True)
+        index = sent(batch.index[which], self.device)
         return resized_crop_batch(
             self.resident[index], batch.crop[which], batch.flip[which], self.protocol["input_size"]
         )
@@ -922,7 +931,7 @@ class Feed(torch.utils.data.Dataset):
             return mix(self.unmixed(item), item.batch, mix_type, item.rows, item.held)
         pixels, cutmix = self._pixels(item), None
         if mix_type == "cutmix" and item.rows is None:  # mixed as bytes: the same bits, a quarter moved
-            cutmix = item.batch.partner.to(pixels.device), item.batch.box.tolist()
+            cutmix = sent(item.batch.partner, pixels.device), item.batch.box.tolist()
         else:
             pixels = mix(pixels.permute(0, 3, 1, 2), item.batch, mix_type, item.rows, item.held).permute(0, 2, 3, 1)
         if self.device.type == "cpu" and (self.out is None or len(self.out) < len(pixels)):

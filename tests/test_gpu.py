@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from distillation.prototypes import _minibatch_sklearn, _minibatch_torch, class_prototypes
-from matching.soft_labels import PROTOCOL, Feed, crop_on_cpu, draw_crops, resized_crop_batch
+from matching.models import create_model
+from matching.soft_labels import PROTOCOL, Feed, crop_on_cpu, draw_crops, resized_crop_batch, write_epoch
+from matching.training import chunks_of, make_optimizer, soft_loss, train_step
 from scripts.checkpoints import load_pipeline
 from scripts.pipeline_stable_diffusion_gen_latents import StableDiffusionGenLatentsPipeline
 from scripts.pipeline_stable_diffusion_latents2img import StableDiffusionLatents2ImgPipeline
-from scripts.runtime import generator
+from scripts.runtime import Process, generator
+from validate import train_FKD
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -55,6 +58,39 @@ def test_batches_on_the_gpu_have_the_cpus_bits(arrays, mix_type, rows_of):
     keys = [(0, n) for n in range(3)]
     for a, b in zip(on_gpu.loader(keys), on_cpu.loader(keys)):
         assert torch.equal(on_gpu.mixed(a).cpu(), on_cpu.mixed(b))
+
+
+@pytest.mark.parametrize("mix_type", ["none", "mixup", "cutmix"])
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("rows_of", [None, lambda count: torch.arange(count // 2)])
+def test_feeding_and_training_wait_for_nothing(arrays, mix_type, resident, rows_of, tmp_path):
+    drawn = feed_on(CPU, mix_type, arrays)
+    batches = [item.batch for item in drawn.loader([(0, n) for n in range(3)])]
+    write_epoch(tmp_path, 0, batches, torch.randn(40, 3, generator=generator(0)).half())
+    feed = feed_on(CUDA if resident else CPU, mix_type, arrays, rows_of)
+    feed.labels, feed.device = (tmp_path, {}), CUDA
+    model = create_model("convnet_mini", 3, 32).to(CUDA)
+    optimizer = make_optimizer(model, False, 1e-3, 0.01)
+    recipe, targets = train_FKD.Recipe("cosine"), torch.arange(40) % 3
+    job = train_FKD.Job("convnet_mini", recipe, drawn.protocol, 3, targets, 4, True, [], False, 1, 1)
+    for n, item in enumerate(feed.loader([(0, 0), (0, 1)])):
+        own = torch.arange(16) if rows_of is None else item.rows
+        # the first batch makes what is kept on the device: means, states of the optimiser
+        torch.cuda.set_sync_debug_mode("error" if n else "default")
+        try:
+            x, logits, _, _ = train_FKD.prepare(job, item, feed, Process(0, 1, CUDA), own)
+
+            def loss_of(rows, x=x, logits=logits):
+                return soft_loss(model(x[rows]), logits[rows], 20.0)
+
+            train_step(model, optimizer, chunks_of_rows(len(own)), 16, loss_of, 1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert x.device.type == logits.device.type == "cuda" and (feed.resident is not None) == resident
+
+
+def chunks_of_rows(count):
+    return [(first, slice(first, end)) for first, end in chunks_of(count, 4)]
 
 
 def test_kmeans_beside_a_busy_gpu_equals_sklearn():

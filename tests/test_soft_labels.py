@@ -241,14 +241,23 @@ def test_gpu_memory_that_pytorch_keeps_unused_counts_as_free(monkeypatch):
 
 @pytest.mark.parametrize("mix_type", ["none", "mixup", "cutmix"])
 @pytest.mark.parametrize("rows_of", [None, lambda count: torch.tensor([1, 3])])
-def test_a_batch_is_made_without_reading_anything_back(stored, mix_type, rows_of):
+def test_a_batch_is_made_without_reading_anything_back(stored, mix_type, rows_of, monkeypatch):
     """On the meta device, which has no values: whatever would wait for a GPU's fails here."""
     _, drawn, _ = stored
     feed = Feed(list(drawn.arrays), _set_of(drawn), protocol(mix_type=mix_type), "cpu", rows_of=rows_of)
     feed.device = torch.device("meta")
     feed.resident = torch.empty((21, 32, 32, 3), dtype=torch.uint8, device="meta")
     [item] = feed.loader([(0, 1)])
+    to, waits = torch.Tensor.to, []
+
+    def noted(tensor, *args, non_blocking=False, **more):
+        found = to(tensor, *args, non_blocking=non_blocking, **more)
+        waits.append(found.device != tensor.device and not non_blocking)
+        return found
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
     x = feed.mixed(item)
+    assert waits and not any(waits)
     assert x.device.type == "meta" and x.dtype == torch.float32 and x.shape == (2 if rows_of else 8, 3, 32, 32)
 
 

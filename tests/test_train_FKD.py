@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from stage34 import CLASSES, PROTOCOL, copy, make_images, make_teacher, redo_man
 
 from matching import generate_soft_label, training
 from matching.models import MODELS, create_model
+from matching.soft_labels import Item
 from matching.training import Forward, lr_factor, rank_chunks, train_step
 from scripts.files import read_json, write_json
 from validate import train_FKD
@@ -74,6 +76,21 @@ def test_a_step_is_made_without_reading_anything_back():
             model, optimizer, chunks, 8, lambda rows: training.soft_loss(model(x[rows]), logits[rows], 20.0), 1
         )
     assert loss.device.type == "meta"
+
+
+def test_one_processs_logits_go_to_the_device_from_where_the_loader_put_them():
+    """An indexed copy is not pinned. Two processes take theirs."""
+    logits, index = torch.randn(8, 3), torch.arange(8)
+    job = SimpleNamespace(recipe=train_FKD.Recipe("cosine"), teachers=[], targets=index * 10)
+    batch, process = SimpleNamespace(index=index, partner=index.flip(0)), SimpleNamespace(device=torch.device("cpu"))
+    feed = SimpleNamespace(mixed=lambda item: torch.zeros(len(index if item.rows is None else item.rows), 3, 2, 2))
+    item = Item(0, 0, batch, None, None, None, logits)
+    x, found, targets, other = train_FKD.prepare(job, item, feed, process, index)
+    assert found.data_ptr() == logits.data_ptr() and len(x) == 8 and torch.equal(other, targets.flip(0))
+    mine = torch.tensor([2, 5])
+    item = item._replace(rows=torch.tensor([2, 4, 5]), held=index)
+    x, found, targets, _ = train_FKD.prepare(job, item, feed, process, mine)
+    assert len(x) == 2 and torch.equal(found, logits[mine]) and targets.tolist() == [20, 50]
 
 
 # ---- the same student

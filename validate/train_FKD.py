@@ -40,6 +40,7 @@ from matching.soft_labels import (
     mix,
     open_images,
     protocol_of,
+    sent,
     teacher_logits,
 )
 from matching.training import (
@@ -622,17 +623,19 @@ def prepare(job, item, feed, process, own):
         x = mixed_with_jitter(job, item, feed)
     else:
         x = feed.mixed(item)
-    logits = item.logits[own] if item.logits is not None else None
+    whole = item.rows is None  # `own` is every row then, and indexing would copy them all to memory that is not pinned
+    logits = item.logits
+    if logits is not None and not whole:
+        logits = logits[own]
     if job.teachers:
         logits = teacher_logits(job.teachers, x, half=job.half)
-    if item.rows is not None:  # more rows may be here than this rank trains on
-        where = torch.searchsorted(item.rows, own).to(device)
+    if not whole:  # more rows may be here than this rank trains on
+        where = sent(torch.searchsorted(item.rows, own), device)
         x = x[where]
         logits = logits[where] if job.teachers else logits
     targets = job.targets[batch.index]
-    move = {"device": device, "non_blocking": True}
-    logits = logits.to(**move) if logits is not None else None
-    return x, logits, targets[own].to(**move), targets[batch.partner[own]].to(**move)
+    logits = sent(logits, device) if logits is not None else None
+    return x, logits, sent(targets[own], device), sent(targets[batch.partner[own]], device)
 
 
 def mixed_with_jitter(job, item, feed):
@@ -652,7 +655,7 @@ def refresh_batch_norm(model, forward, feed, item, chunks, own, process, key):
     """RDED: one more forward in train mode, without gradient, on the un-mixed images."""
     x = feed.unmixed(item)
     if item.held is not None:
-        x = x[torch.searchsorted(item.held, own).to(process.device)]
+        x = x[sent(torch.searchsorted(item.held, own), process.device)]
     x = forward.lay_out(x)
     for first, rows in chunks:
         with seeded(*key, first, 1, device=process.device) if key else contextlib.nullcontext():

@@ -125,6 +125,8 @@ def test_the_recorded_commands_are_these(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("torchrun --standalone --nproc_per_node 8 -m distillation.gen_syn") for line in lines)
     assert all(line.startswith("python -m") for line in lines if "validate.train_FKD" in line)
+    run_table.main(["--table", "1", "--smoke", "--commands", "--jobs", "8"])  # all in this process, or two
+    assert "torchrun" not in capsys.readouterr().out
 
 
 # ---- the commands are the launchers', and name their output as the stages do
@@ -207,6 +209,25 @@ def test_plan_counts_each_shared_command_once(capsys):
     # stages 1 and 2, random images; labels of 2 image sets by 3 teachers; 15 + 15 + 5 students
     assert "15 cells, 44 commands, 0 on disk" in head and len(lines) == 15
     assert all(re.search(r"of \d+ commands on disk; .+ on one H200, \d+ GB if run alone", line) for line in lines)
+
+
+def test_what_is_the_papers_value_is_no_change():
+    def changed(table, *flags):
+        return list(run_table.changes(run_table.get_args(["--table", str(table), *flags])))
+
+    own = ["--size", "512", "--epochs", "300", "--batch_size", "1024"]
+    assert changed(2, *own) == [] and changed(2, *own[:3], "299", *own[4:]) == ["epochs"]
+    assert changed(1, *own) == ["epochs", "batch_size"]  # CIFAR's are others
+    assert changed(2, "--dataset", "tiny_imagenet", "--teacher_epochs", "200") == []
+    assert changed(2, "--dataset", "tiny_imagenet", "--teacher_epochs", "90") == ["teacher_epochs"]
+    assert changed(2, "--classes", "0-999") == ["classes"]
+
+
+def test_flags_that_do_not_go_together_are_refused(refused):
+    refused(run_table.main, ["--table", "1", "--plan", "--baseline", "none", "random"], "--baseline none random")
+    for flag, value in (("ipc", "50"), ("student", "resnet18"), ("epochs", "3")):
+        refused(run_table.main, ["--table", "6", "--plan", f"--{flag}", value], "--table 6", f"--{flag}")
+    refused(run_table.main, ["--table", "1", "--smoke", "--epochs", "500"], "--smoke", "--epochs")
 
 
 def test_choosing_nothing_is_refused(refused):

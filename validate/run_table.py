@@ -687,7 +687,21 @@ def planned_differences(plan, checkpoint):
 
 
 def changes(args):
-    return {name: getattr(args, name) for name in CHANGES if getattr(args, name)}
+    """{flag: value} of CHANGES that were given and are not what every chosen cell has anyway."""
+    given = {name: getattr(args, name) for name in CHANGES if getattr(args, name)}
+    own = [paper_values(cell) for cell in table_cells(args.table) if chosen(cell, args)]
+    return {name: value for name, value in given.items() if any(values.get(name) != value for values in own)}
+
+
+def paper_values(cell):
+    """The values of CHANGES that the full run of a cell has."""
+    from matching.train_teacher import default_recipe
+
+    site = {**Site._field_defaults, **FULL[cell.dataset]}
+    values = {"size": site["size"], "epochs": site["epochs"], "batch_size": site["batch"]}
+    if cell.teacher:
+        values["teacher_epochs"] = default_recipe(cell.dataset, cell.teacher).epochs
+    return values
 
 
 def output_root(args):
@@ -803,8 +817,15 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     model = "misc/tiny-sd-digits" if args.smoke else DEFAULT_CHECKPOINT
     args.diffusion_checkpoints_path = args.diffusion_checkpoints_path or model
-    if args.smoke and changes(args):
-        refuse(f"--smoke: has its own values; drop --{next(iter(changes(args)))}")
+    given = [name for name in CHANGES if getattr(args, name)]
+    if args.smoke and given:
+        refuse(f"--smoke: has its own values; drop --{given[0]}")
+    if "none" in args.baseline and len(args.baseline) > 1:
+        refuse(f"--baseline {' '.join(args.baseline)}: none leaves out what else is named")
+    students = ("ipc", "teacher", "student", "epochs", "batch_size", "teacher_epochs")
+    odd = [name for name in students if args.table == 6 and getattr(args, name)]
+    if odd:
+        refuse(f"--table 6: trains nothing and makes {COST_IPC} images a class; drop --{odd[0]}")
     return args
 
 
@@ -820,8 +841,9 @@ def plan_of(args):
 def main(argv=None):
     args = get_args(argv)
     plan = plan_of(args)
+    lines = command_lines(plan, 1 if args.smoke else args.jobs)  # --smoke has no GPUs: run_smoke starts no torchrun
     if args.commands:
-        print("\n".join(command_lines(plan, args.jobs)))
+        print("\n".join(lines))
         return
     print_plan(args.table, plan, estimated=not (args.smoke or changes(args)))
     if args.plan:
@@ -830,7 +852,7 @@ def main(argv=None):
     watch = Stopwatch()
     root = output_root(args)
     (root / "tables").mkdir(parents=True, exist_ok=True)
-    write_text(root / "tables" / f"table{args.table}.commands.txt", "\n".join(command_lines(plan, args.jobs)) + "\n")
+    write_text(root / "tables" / f"table{args.table}.commands.txt", "\n".join(lines) + "\n")
     if args.smoke:
         make_smoke_data(root / "data")
     run_steps([step for _, steps, _ in plan for step in steps], args.jobs, args.smoke)

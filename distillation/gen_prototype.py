@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from distillation.datasets import BadImage, add_dataset_flags, open_split, squash
 from distillation.prototypes import (
@@ -49,6 +48,7 @@ from scripts.runtime import (
     log_run,
     natural,
     positive_int,
+    progress,
     refuse,
     result_of,
     this_process,
@@ -140,7 +140,7 @@ def encode_classes(pipeline, split, positions, size, batch_size, seed, num_worke
         pin_memory=pipeline.vae.device.type == "cuda",
     )
     waiting, latents, skipped, seen = {p: len(split.items[p]) for p in positions}, [], [], set()
-    with tqdm(total=sum(waiting.values()), desc="encode", unit="image", disable=quiet) as bar:
+    with progress(total=sum(waiting.values()), desc="encode", unit="image", quiet=quiet) as bar:
         for chunk, (images, bad, thumbnails) in zip(chunks, loader):
             position = chunk[0][0]
             items = [split.items[position][i] for _, i in chunk]

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
 from distillation.datasets import DATASETS, dataset_name, known_prompts, read_label_file
 from distillation.prototypes import open_prototypes, prototype_suffix
@@ -71,6 +70,7 @@ from scripts.runtime import (
     log_run,
     natural,
     positive_int,
+    progress,
     refuse,
     result_of,
     seed_of,
@@ -260,7 +260,7 @@ def make_images(folder, batches, synthesizer, stream, image_size, signals, quiet
     classes = stream(sorted({job.position for batch in todo for job in batch}))
     with ThreadPoolExecutor(2) as background:
         at_hand, writes = {}, []
-        with tqdm(total=sum(map(len, todo)), desc=synthesizer.arm, unit="image", disable=quiet) as bar:
+        with progress(total=sum(map(len, todo)), desc=synthesizer.arm, unit="image", quiet=quiet) as bar:
             for batch in todo:
                 at_hand = {position: p for position, p in at_hand.items() if position >= batch[0].position}
                 while not all(job.position in at_hand for job in batch):

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from distillation.datasets import DATASETS, BadImage, add_dataset_flags, open_split
 from distillation.gen_prototype import check_class_sizes, choose_images, class_table
@@ -31,6 +30,7 @@ from scripts.runtime import (
     log_run,
     natural,
     positive_int,
+    progress,
     refuse,
     this_process,
 )
@@ -94,7 +94,7 @@ def main(argv=None):
     watch = Stopwatch()
     with StopSignals() as signals, output_folder("--save_init_image_path", folder, settings, process) as settings:
         todo = [job for job in jobs[process.rank :: process.world] if not (folder / job.file).exists()]
-        for job in tqdm(todo, desc="random", unit="image"):
+        for job in progress(todo, desc="random", unit="image", quiet=not process.is_main):
             item = chosen.items[job.position][job.i]
             try:
                 picture = np.array(centre_square(split.read(item), size))

@@ -17,7 +17,6 @@ if __name__ == "__main__" and not __package__:  # run by path, our packages woul
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from distillation.datasets import DATASETS, BadImage, dataset_name, known_prompts, read_rgb
 from distillation.gen_syn_image import finish_folder, list_jobs, read_image_manifest, save_png
@@ -30,6 +29,7 @@ from scripts.runtime import (
     entry_point,
     log_run,
     positive_int,
+    progress,
     refuse,
     this_process,
 )
@@ -83,7 +83,7 @@ def main(argv=None):
     watch = Stopwatch()
     with output_folder("--save_init_image_path", folder, settings, process) as settings, StopSignals() as signals:
         todo = [job for job in jobs[process.rank :: process.world] if not (folder / job.file).exists()]
-        for job in tqdm(todo, desc="take", unit="image"):
+        for job in progress(todo, desc="take", unit="image", quiet=not process.is_main):
             check_file("--image_path", source, job.file, manifest)
             try:
                 picture = np.array(read_rgb(source / job.file))

@@ -20,7 +20,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from distillation.datasets import DATASETS, dataset_name
 from matching.models import load_teacher, model_name, ranges
@@ -47,6 +46,7 @@ from scripts.runtime import (
     log_run,
     memory_for,
     natural,
+    progress,
     refuse,
     this_process,
 )
@@ -194,7 +194,7 @@ def label_images(args, images, protocol, teachers, teacher_facts, process):
         todo = [epoch for epoch in mine if not (folder / files[epoch]).exists()]
         feed = Feed(arrays, images, protocol, process.device)
         loader = feed.loader([(epoch, b) for epoch in todo for b in range(batches)], args.num_workers)
-        bar = tqdm(total=len(todo) * count, desc="soft labels", unit="image", disable=not process.is_main)
+        bar = progress(total=len(todo) * count, desc="soft labels", unit="image", quiet=not process.is_main)
         with StopSignals() as signals, bar:
             for epoch in todo:
                 with memory_for("in labelling", "use --amp bf16, or fewer teachers at once"):

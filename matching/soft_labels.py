@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from distillation.datasets import DATASETS, EXTENSIONS, BadImage, class_folders, known_prompts, read_rgb
 from distillation.gen_syn_image import read_image_manifest
@@ -39,6 +38,7 @@ from scripts.runtime import (
     natural,
     positive,
     positive_int,
+    progress,
     refuse,
     unit_interval,
     warn,
@@ -331,7 +331,7 @@ def in_threads(function, items, num_workers, desc):
     if len(items) <= 256:
         return [function(item) for item in items]
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:
-        return list(tqdm(pool.map(function, items), total=len(items), desc=desc, unit="image", leave=False))
+        return list(progress(pool.map(function, items), total=len(items), desc=desc, unit="image", leave=False))
 
 
 def load_pixels(flag, images, num_workers=0):

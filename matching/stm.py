@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from distillation.datasets import DATASETS
 from distillation.gen_syn_image import finish_folder, list_jobs, save_png
@@ -44,6 +43,7 @@ from scripts.runtime import (
     not_negative,
     positive,
     positive_int,
+    progress,
     refuse,
     this_process,
 )
@@ -221,7 +221,7 @@ def main(argv=None):
         mine = list(enumerate(batches))[process.rank :: process.world]
         todo = [unit for unit in mine if not all((folder / job.file).exists() for job in unit[1][1])]
         pixels, _ = load_pixels("--image_path", images, args.num_workers) if todo else ([], images)
-        with tqdm(total=len(todo) * args.iterations, desc="stm", unit="step") as bar:
+        with progress(total=len(todo) * args.iterations, desc="stm", unit="step", quiet=not process.is_main) as bar:
             for number, (_, batch) in todo:
                 rows = torch.stack([torch.from_numpy(pixels[position[job.file]].copy()) for job in batch])
                 x = normalise(rows.to(process.device), mean, std)  # (B, 3, S, S)

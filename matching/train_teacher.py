@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from distillation.datasets import DATASETS, BadImage, add_dataset_flags, open_split, squash
 from distillation.gen_prototype import check_class_sizes
@@ -88,6 +87,7 @@ from scripts.runtime import (
     not_negative,
     positive,
     positive_int,
+    progress,
     refuse,
     this_process,
     unit_interval,
@@ -376,8 +376,8 @@ def train_teacher(args, recipe, settings, folder, train, val, process, forward, 
         if process.is_main:
             save_checkpoint(checkpoint, state)
 
-    bar = tqdm(
-        total=(recipe.epochs - first) * len(data.items), desc=args.arch, unit="image", disable=not process.is_main
+    bar = progress(
+        total=(recipe.epochs - first) * len(data.items), desc=args.arch, unit="image", quiet=not process.is_main
     )
     with StopSignals() as signals, bar:
         for epoch in range(first, recipe.epochs):

@@ -377,7 +377,15 @@ class StopSignals:
             raise SystemExit(EXIT_STOPPED)
 
 
-# ---- logs
+# ---- bars and logs
+
+
+def progress(items=None, quiet=False, **options):
+    """tqdm's bar, drawn by one process (`quiet` in the others) and by none under TQDM_DISABLE=1.
+
+    Not `disable=quiet`: False, said aloud, beats that variable.
+    """
+    return tqdm(items, **options, **({"disable": True} if quiet else {}))
 
 
 def append_log(folder, **row):

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from stage34 import TEACHER
 
 from matching import train_teacher
 from scripts.files import read_json
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def train(root, *more):
@@ -25,6 +30,24 @@ def test_digits_are_learnt(tmp_path):
     assert folder.name == "digits_convnet_mini_epochs5" and results["last"]["top1"] > 94
     assert read_json(folder / "manifest.json")["top1"] == results["last"]["top1"]
     assert results["parameters"] == 15_402
+
+
+@pytest.mark.parametrize("variable, bars", [({}, True), ({"TQDM_DISABLE": "1"}, False)])
+def test_tqdms_own_variable_turns_the_bar_off(variable, bars, tmp_path):
+    command = [sys.executable, "-m", "matching.train_teacher", *TEACHER, "--epochs", "1", "--num_workers", "0"]
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    ended = subprocess.run(
+        [*command, "--output_dir", str(tmp_path)], cwd=ROOT, env={**environment, **variable}, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ("image/s]" in ended.stderr) == bars and "top-1" in ended.stdout
+
+
+def test_no_stage_has_a_bar_of_its_own():
+    """Each is runtime's, which knows who draws and heeds the variable."""
+    for folder in ("distillation", "matching", "validate"):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            assert "tqdm import" not in path.read_text(), path
 
 
 def test_interrupted_and_resumed_is_straight_through(tmp_path, monkeypatch):

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from distillation.datasets import DATASETS, dataset_name, known_prompts, open_split
 from matching.generate_soft_label import add_teacher_flags, load_teachers, name_extras
@@ -104,6 +103,7 @@ from scripts.runtime import (
     natural,
     not_negative,
     positive,
+    progress,
     refuse,
     this_process,
     unit_interval,
@@ -546,7 +546,7 @@ def train_students(job, trained, folder, feed, process, forward, test_model, tra
     keys = [(epoch, b) for _, first in todo for epoch in range(first, epochs) for b in range(batches)]
     items = feed.loader(keys, num_workers)
     units = sum(epochs - first for _, first in todo)
-    bar = tqdm(total=units * count, desc=job.model, unit="image", disable=not process.is_main)
+    bar = progress(total=units * count, desc=job.model, unit="image", quiet=not process.is_main)
     with StopSignals() as signals, bar:
         for seed, first in todo:
             student = Student(job, seed, folder, forward, first)

@@ -207,10 +207,15 @@ def write_class(path, prototypes, facts):
         write_bytes(path, save(arrays, {"facts": json.dumps(facts, ensure_ascii=False)}))
         return
     head = {**facts, "latent_shape": list(prototypes.latents.shape[1:]), "cluster_sizes": prototypes.sizes.tolist()}
-    lines = ",\n".join(
-        "[" + ",".join(row.astype("U")) + "]" for row in prototypes.latents.reshape(len(prototypes.latents), -1)
-    )
+    bits = prototypes.latents.astype(np.float16, copy=False).view(np.uint16)
+    lines = ",\n".join("[" + ",".join(_decimals()[row].tolist()) + "]" for row in bits.reshape(len(bits), -1))
     write_text(path, json.dumps(head, ensure_ascii=False, indent=1)[:-2] + ',\n "prototypes": [\n' + lines + "\n]}\n")
+
+
+@lru_cache(1)
+def _decimals():
+    """The shortest decimals of all 65,536 fp16 numbers, by their bits: a look-up takes a seventh of the conversion."""
+    return np.arange(2**16, dtype=np.uint16).view(np.float16).astype("U")
 
 
 def read_class(path, flag="--prototype_path", digest=None):

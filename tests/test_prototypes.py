@@ -128,6 +128,17 @@ def test_files_hold_what_the_array_says_not_its_memory_order(tmp_path):
         assert np.array_equal(read_class(tmp_path / f"x{suffix}")[0].latents, turned)
 
 
+def test_the_jsons_numbers_are_numpys_own_shortest_decimals(tmp_path):
+    """All finite fp16 numbers, written by a table that is made once."""
+    numbers = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    numbers = numbers[np.isfinite(numbers)]
+    path = tmp_path / "0000_a.json"
+    write_class(path, Prototypes(numbers.reshape(2, 4, -1, 1), np.ones(2, np.int64)), {})
+    lines = path.read_text().splitlines()[-3:-1]
+    assert ",".join(line.strip("[],") for line in lines) == ",".join(numbers.astype("U"))
+    assert module._decimals.cache_info().misses == 1
+
+
 def prototype_folder(folder, classes, k=2, shape=(4, 4, 4), form="json"):
     """A finished prototype folder as stage 1 writes it."""
     folder.mkdir()

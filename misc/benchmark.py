@@ -72,7 +72,7 @@ def main(argv=None):
 
     device, stages = resolve_device(args.device), sorted(set(args.stage))
     if device.type == "cpu":
-        torch.set_num_threads(1)  # threads that wait for each other would count as CPU-seconds
+        torch.set_num_threads(1)  # for the ceilings, too, of which its rows are shares
     name = re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()) if device.type == "cuda" else "cpu"
     name += "" if stages == list(STAGES) else "-stage" + "".join(map(str, stages))
     name += (f"-{args.arch.replace(':', '-')}" if args.arch else "") + "-profile" * args.profile

@@ -5,7 +5,7 @@ import torch
 from conftest import tree
 
 from misc import benchmark
-from misc.bench import costs, measure, memory, networks, run, stage_3, stage_4, tables
+from misc.bench import costs, measure, memory, networks, release, run, stage_3, stage_4, tables
 from scripts.files import read_json
 
 CHUNKS = set()  # in which students were trained
@@ -130,6 +130,21 @@ def test_outputs_that_differ_end_it_with_status_1(tmp_path, monkeypatch, capsys)
     found, lines = read_json(tmp_path / "cpu-stage3.json"), capsys.readouterr().err.splitlines()
     assert stop.value.code == 1 and [row["agree"] for row in found["rows"]] == [False, True, True, True]
     assert sum(line.startswith("error: outputs differ: stage 3, crops") for line in lines) == len(found["differ"]) > 1
+
+
+def test_whatever_is_timed_on_a_cpu_has_one_torch_thread(monkeypatch):
+    """On a machine with a GPU too, where the networks' side may have all."""
+    now = [3]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: now.__setitem__(0, n))
+    _, seen = measure.in_turns({"release": torch.get_num_threads}, 2, torch.device("cpu"))
+    assert seen == {"release": 1} and now == [3]
+
+
+def test_the_releases_batches_are_pinned_for_a_gpu_only(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    feed = release.ReleaseFeed([], [], 32)
+    assert [feed.loader(0, torch.device(name)).pin_memory for name in ("cpu", "cuda")] == [False, True]
 
 
 def test_a_row_knows_whether_its_target_is_met():

@@ -25,12 +25,15 @@ def spent(device):
 
 def in_turns(ways, turns, device):
     """Every way once a turn, in alternating order: ({name: [(seconds, CPU-seconds)]}, {name: last result})."""
-    times, results = {name: [] for name in ways}, {}
+    times, results, threads = {name: [] for name in ways}, {}, torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # threads that wait for each other would count as CPU-seconds
     for turn in range(turns):
         for name in list(ways)[:: -1 if turn % 2 else 1]:
             before = spent(device)
             results[name] = ways[name]()
             times[name].append(tuple(b - a for a, b in zip(before, spent(device))))
+    torch.set_num_threads(threads)
     return times, results
 
 

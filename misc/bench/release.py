@@ -47,19 +47,19 @@ class ReleaseFeed(torch.utils.data.Dataset):
         x = torch.utils.data.default_collate(rows)
         return number, x, load_pickle(self.pickles, number)[5] if self.pickles else None
 
-    def loader(self, workers):
+    def loader(self, workers, device):
         """Its workers are spawned: each imports torch anew, every epoch."""
         return torch.utils.data.DataLoader(
             self,
             batch_size=None,
             num_workers=workers,
             multiprocessing_context="spawn" if workers else None,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=device.type == "cuda",
         )
 
     def mixed(self, device, workers):
         """(batch, mixed images, logits) of an epoch, on the device."""
-        for number, x, logits in self.loader(workers):
+        for number, x, logits in self.loader(workers, device):
             batch = self.batches[number]
             x = mix(x.to(device), batch, "cutmix")
             yield batch, x, logits if logits is None else logits.to(device)

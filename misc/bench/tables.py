@@ -48,7 +48,8 @@ def markdown(result):
         f"torch {result['versions'].get('torch')}, Pillow {result['versions'].get('pillow')}. "
         f"Inputs: {result['inputs']}.",
         "",
-        "All measured, both sides in this run, in turns; rates and ratios are medians (least to most, n turns).",
+        "All measured, both sides in this run, in turns; rates and ratios are medians (least to most, n turns); one "
+        "torch thread wherever CPU-seconds are counted.",
         "",
         table(result["rows"]),
         "",

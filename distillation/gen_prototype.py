@@ -16,6 +16,7 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 from distillation.datasets import BadImage, add_dataset_flags, open_split, squash
 from distillation.prototypes import (
     FORMATS,
+    check_class,
     class_file,
     class_prototypes,
     default_size,
@@ -32,7 +34,15 @@ from distillation.prototypes import (
     write_class,
 )
 from scripts.checkpoints import add_checkpoint_flags, cast, load_pipeline, model_name, resolve_dtype, speed_up
-from scripts.files import output_folder, require_space, sweep, write_bytes, write_manifest, write_timing
+from scripts.files import (
+    output_folder,
+    require_space,
+    settings_digest,
+    sweep,
+    write_bytes,
+    write_manifest,
+    write_timing,
+)
 from scripts.runtime import (
     CHOICE,
     POSTERIOR,
@@ -446,6 +456,7 @@ def main(argv=None):
         cache = latent_cache(args.latent_cache, split, settings)
         if cache:
             require_space("--latent_cache", cache.folder, settings["images"] * latent * 2, cache.files())
+        digest = settings_digest(settings)
         mine = range(process.rank, len(files), process.world)
         todo = [n for n in mine if not (folder / files[n]).exists()]
 
@@ -460,6 +471,7 @@ def main(argv=None):
                 "prompt": split.prompts[position],
                 "images": len(latents),
                 "skipped": skipped,
+                "settings_sha256": digest,
             }
             write_class(folder / files[position], prototypes, facts)
 
@@ -487,7 +499,9 @@ def main(argv=None):
             "latent_shape": [4, size // pipeline.vae_scale_factor, size // pipeline.vae_scale_factor],
             "classes": class_table(split),
         }
-        missing = write_manifest(folder, "prototypes", settings, files, facts)
+        missing = write_manifest(
+            folder, "prototypes", settings, files, facts, partial(check_class, settings_sha256=digest)
+        )
         if not missing:
             write_timing(folder)
     left = f"; {len(missing)} classes are left to other processes" if missing else ""

@@ -44,12 +44,14 @@ from scripts.checkpoints import (
 )
 from scripts.files import (
     atomic,
+    check_unit,
     is_complete,
     output_folder,
     output_name,
     read_manifest,
     require_space,
     safe_name,
+    settings_digest,
     write_manifest,
     write_text,
     write_timing,
@@ -226,13 +228,25 @@ def draw_batch(synthesizer, jobs, prototypes):
     return pictures, attempts
 
 
-def save_png(path, picture, image_size, facts):
-    """(H, W, 3) uint8 -> PNG of image_size (PIL's default filter, bicubic, as the release), facts in its text."""
+def picture_digest(settings):
+    """`settings_digest` of what decides a PNG: the same for distill, which has no prototype files."""
+    origin = settings.get("prototype_arguments")
+    if origin:
+        origin = {name: value for name, value in origin.items() if name not in ("prototype_format", "batch_size")}
+        settings = {**settings, "prototype_arguments": origin, "prototypes": None}
+    return settings_digest(settings)
+
+
+def save_png(path, picture, image_size, facts, settings_sha256=None):
+    """(H, W, 3) uint8 -> PNG of image_size (PIL's default filter, bicubic, as the release), facts in its text.
+
+    settings_sha256   `picture_digest` of the run that makes it; None: of no run
+    """
     image = Image.fromarray(picture)
     if image.size != (image_size, image_size):
         image = image.resize((image_size, image_size))
     text = PngInfo()
-    text.add_itxt("d4m", json.dumps(facts, ensure_ascii=False))
+    text.add_itxt("d4m", json.dumps({**facts, "settings_sha256": settings_sha256}, ensure_ascii=False))
     path.parent.mkdir(exist_ok=True)
     with atomic(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=text)
@@ -244,17 +258,20 @@ def read_facts(path):
         with Image.open(path) as image:
             facts = json.loads(image.text["d4m"])
             image.load()
+        if not isinstance(facts, dict) or facts.keys() & {"file_name", "class_index", "folder", "prompt"}:
+            raise ValueError("other facts than this stage writes")
         return facts
     except Exception as error:  # whatever is wrong inside somebody's file
         refuse(f"{path}: is no image of this stage ({type(error).__name__}: {error}); remove it to have it made again")
 
 
-def make_images(folder, batches, synthesizer, stream, image_size, signals, quiet=False):
+def make_images(folder, batches, synthesizer, stream, image_size, signals, quiet=False, settings_sha256=None):
     """Make every batch that is not wholly on disk; returns the number of images made. PNGs are written in the
     background.
 
     stream    positions -> iterator of (position, Prototypes): classes come one by one, and go when their images are
               made
+    settings_sha256   as `save_png`'s
     """
     todo = [batch for batch in batches if not all((folder / job.file).exists() for job in batch)]
     classes = stream(sorted({job.position for batch in todo for job in batch}))
@@ -271,7 +288,12 @@ def make_images(folder, batches, synthesizer, stream, image_size, signals, quiet
                     result_of(write)
                 writes = [
                     background.submit(
-                        save_png, folder / job.file, picture, image_size, synthesizer.facts(job, at_hand, attempt)
+                        save_png,
+                        folder / job.file,
+                        picture,
+                        image_size,
+                        synthesizer.facts(job, at_hand, attempt),
+                        settings_sha256,
                     )
                     for job, picture, attempt in zip(batch, pictures, attempts)
                 ]
@@ -332,9 +354,10 @@ def finish_folder(folder, jobs, settings, classes):
     """Once every PNG is there: images.jsonl, the data card and the manifest. Returns the missing files."""
     pngs = [job.file for job in jobs]
     if all((folder / name).is_file() for name in pngs) and not is_complete(folder):
-        rows = []
+        rows, digest = [], picture_digest(settings)
         for job in jobs:
             made = read_facts(folder / job.file)
+            check_unit(folder / job.file, made.pop("settings_sha256", None), digest)
             row = {
                 "file_name": job.file,
                 "class_index": job.class_id,
@@ -580,6 +603,7 @@ def synthesize_arms(args, arms, process, pipeline, precision, hashes, classes, s
                 settings["image_size"],
                 signals,
                 quiet=not process.is_main,
+                settings_sha256=picture_digest(settings),
             )
             cost = log_run(folder, process, watch, made, stages)
             missing = finish_folder(folder, jobs, settings, classes)

@@ -22,6 +22,7 @@ import torch
 
 from distillation.datasets import DATASETS, known_prompts
 from scripts.files import (
+    check_unit,
     output_name,
     read_json,
     read_manifest,
@@ -247,6 +248,11 @@ def read_class(path, flag="--prototype_path", digest=None):
     if sizes.shape != (len(latents),):
         refuse(f"{flag} {path}: {len(latents)} prototypes, but cluster sizes of shape {sizes.shape}")
     return Prototypes(latents, sizes), facts
+
+
+def check_class(path, settings_sha256, flag="--save_prototype_path"):
+    """Refuse a file that is no prototype file, or one made with other settings."""
+    check_unit(path, read_class(path, flag)[1].get("settings_sha256"), settings_sha256)
 
 
 def check_latents(latents, where):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from distillation.datasets import DATASETS, BadImage, add_dataset_flags, open_split
 from distillation.gen_prototype import check_class_sizes, choose_images, class_table
-from distillation.gen_syn_image import finish_folder, list_jobs, save_png
+from distillation.gen_syn_image import finish_folder, list_jobs, picture_digest, save_png
 from scripts.files import output_folder, output_name, require_space, write_timing
 from scripts.runtime import (
     Parser,
@@ -93,6 +93,7 @@ def main(argv=None):
     require_space("--save_init_image_path", folder, len(jobs) * size**2 * 2, [job.file for job in jobs])
     watch = Stopwatch()
     with StopSignals() as signals, output_folder("--save_init_image_path", folder, settings, process) as settings:
+        digest = picture_digest(settings)
         todo = [job for job in jobs[process.rank :: process.world] if not (folder / job.file).exists()]
         for job in progress(todo, desc="random", unit="image", quiet=not process.is_main):
             item = chosen.items[job.position][job.i]
@@ -100,7 +101,7 @@ def main(argv=None):
                 picture = np.array(centre_square(split.read(item), size))
             except BadImage as error:
                 refuse(error)
-            save_png(folder / job.file, picture, size, {"source": Path(str(item)).name})
+            save_png(folder / job.file, picture, size, {"source": Path(str(item)).name}, digest)
             signals.leave_if_asked()
         cost = log_run(folder, process, watch, len(todo))
         missing = finish_folder(folder, jobs, settings, classes)

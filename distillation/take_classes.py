@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from distillation.datasets import DATASETS, BadImage, dataset_name, known_prompts, read_rgb
-from distillation.gen_syn_image import finish_folder, list_jobs, read_image_manifest, save_png
+from distillation.gen_syn_image import finish_folder, list_jobs, picture_digest, read_image_manifest, save_png
 from scripts.files import check_file, output_folder, output_name, require_space, write_timing
 from scripts.runtime import (
     Parser,
@@ -82,6 +82,7 @@ def main(argv=None):
     require_space("--save_init_image_path", folder, len(jobs) * size**2 * 2, [job.file for job in jobs])
     watch = Stopwatch()
     with output_folder("--save_init_image_path", folder, settings, process) as settings, StopSignals() as signals:
+        digest = picture_digest(settings)
         todo = [job for job in jobs[process.rank :: process.world] if not (folder / job.file).exists()]
         for job in progress(todo, desc="take", unit="image", quiet=not process.is_main):
             check_file("--image_path", source, job.file, manifest)
@@ -89,7 +90,7 @@ def main(argv=None):
                 picture = np.array(read_rgb(source / job.file))
             except BadImage as error:
                 refuse(error)
-            save_png(folder / job.file, picture, size, {"source": job.file})
+            save_png(folder / job.file, picture, size, {"source": job.file}, digest)
             signals.leave_if_asked()
         cost = log_run(folder, process, watch, len(todo))
         missing = finish_folder(folder, jobs, settings, classes)

@@ -16,6 +16,7 @@ if __name__ == "__main__" and not __package__:  # run by path, our packages woul
     sys.exit(2)
 
 import argparse
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from matching.soft_labels import (
     Feed,
     add_protocol_flags,
     batches_of,
+    check_epoch,
     label_bytes,
     label_file,
     labels_name,
@@ -36,7 +38,7 @@ from matching.soft_labels import (
     teacher_logits,
     write_epoch,
 )
-from scripts.files import output_folder, require_space, write_manifest, write_timing
+from scripts.files import output_folder, require_space, settings_digest, write_manifest, write_timing
 from scripts.runtime import (
     Parser,
     StopSignals,
@@ -190,6 +192,7 @@ def label_images(args, images, protocol, teachers, teacher_facts, process):
     settings = label_settings(protocol, images, teacher_facts, args.use_fp16, args.amp, args.channels_last)
     facts = DATASETS[images.dataset]
     with output_folder("--fkd_path", folder, settings, process) as settings:
+        digest = settings_digest(settings)
         mine = range(process.rank, epochs, process.world)
         todo = [epoch for epoch in mine if not (folder / files[epoch]).exists()]
         feed = Feed(arrays, images, protocol, process.device)
@@ -204,7 +207,7 @@ def label_images(args, images, protocol, teachers, teacher_facts, process):
                 if not logits.abs().max().isfinite():
                     hint = "; --no_use_fp16 keeps numbers above 65,504" if args.use_fp16 else ""
                     refuse(f"--arch {' '.join(args.arch)}: logits of epoch {epoch} are NaN or infinite{hint}")
-                write_epoch(folder, epoch, drawn, logits)
+                write_epoch(folder, epoch, drawn, logits, digest)
                 signals.leave_if_asked()
         cost = log_run(folder, process, watch, len(todo))
         manifest_facts = {
@@ -215,7 +218,9 @@ def label_images(args, images, protocol, teachers, teacher_facts, process):
             "mean": facts.mean,
             "std": facts.std,
         }
-        missing = write_manifest(folder, "soft_labels", settings, files, manifest_facts)
+        missing = write_manifest(
+            folder, "soft_labels", settings, files, manifest_facts, partial(check_epoch, settings_sha256=digest)
+        )
         if not missing:
             write_timing(folder)
     left = f"; {len(missing)} epochs are left to other processes" if missing else ""

@@ -22,6 +22,7 @@ from PIL import Image
 from distillation.datasets import DATASETS, EXTENSIONS, BadImage, class_folders, known_prompts, read_rgb
 from distillation.gen_syn_image import read_image_manifest
 from scripts.files import (
+    check_unit,
     content_digest,
     is_complete,
     output_name,
@@ -632,10 +633,11 @@ def label_file(epoch):
     return f"epoch_{epoch:04d}.safetensors"
 
 
-def write_epoch(folder, epoch, batches, logits):
+def write_epoch(folder, epoch, batches, logits, settings_sha256=None):
     """All draws of an epoch, batch by batch, and its logits, as one safetensors file that is whole or absent.
 
-    logits   (N, classes), rows in the order of the batches
+    logits            (N, classes), rows in the order of the batches
+    settings_sha256   digest of the run that makes it; None: of no run
     """
     import safetensors.torch
 
@@ -653,7 +655,23 @@ def write_epoch(folder, epoch, batches, logits):
         "lam": torch.tensor([batch.lam for batch in batches], dtype=torch.float64),
         "logits": logits.contiguous(),
     }
+    if settings_sha256:  # a tensor: safetensors writes two metadata in any order, so not always the same bytes
+        tensors["settings_sha256"] = torch.tensor(list(bytes.fromhex(settings_sha256)), dtype=torch.uint8)
     write_bytes(Path(folder) / label_file(epoch), safetensors.torch.save(tensors, {"epoch": str(epoch)}))
+
+
+def check_epoch(path, settings_sha256):
+    """Refuse a file that is no label file of its epoch, or one made with other settings."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            epoch, found = int(file.get_tensor("epoch")[0]), bytes(file.get_tensor("settings_sha256").tolist()).hex()
+    except Exception as error:  # safetensors has its own errors for damaged headers and missing names
+        refuse(f"{path}: is no label file of this run ({str(error)[:200]}); remove it to have it made again")
+    check_unit(path, found, settings_sha256)
+    if Path(path).name != label_file(epoch):
+        refuse(f"{path}: holds epoch {epoch}; remove it to have it made again")
 
 
 def label_bytes(count, classes, batches, half):
@@ -690,7 +708,7 @@ class EpochLabels:
         draws, start, count = self.draws, self.start, len(sizes)
         shape, stated = list(self.logits.get_shape()), (self.file.metadata() or {}).get("epoch")
         names = {"epoch", "start", "index", "crop", "flip", "partner", "box", "lam"}
-        if set(draws) != names:
+        if not names <= set(draws) <= names | {"settings_sha256"}:
             raise LabelError(f"{self.path}: holds {sorted(draws)}, expected {sorted(names)}")
         found = {int(draws["epoch"][0]), int(stated) if str(stated).isdigit() else stated}
         if found != {epoch}:

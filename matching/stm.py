@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from distillation.datasets import DATASETS
-from distillation.gen_syn_image import finish_folder, list_jobs, save_png
+from distillation.gen_syn_image import finish_folder, list_jobs, picture_digest, save_png
 from matching.models import load_teacher, model_name
 from matching.soft_labels import draw_crops, load_pixels, normalise, open_images
 from scripts.files import output_folder, output_name, read_manifest, require_space, write_timing
@@ -218,6 +218,7 @@ def main(argv=None):
     batches = class_batches(jobs, images.ipc, args.batch_size)
     watch = Stopwatch()
     with output_folder("--save_init_image_path", folder, settings, process) as settings, StopSignals() as signals:
+        digest = picture_digest(settings)
         mine = list(enumerate(batches))[process.rank :: process.world]
         todo = [unit for unit in mine if not all((folder / job.file).exists() for job in unit[1][1])]
         pixels, _ = load_pixels("--image_path", images, args.num_workers) if todo else ([], images)
@@ -231,7 +232,8 @@ def main(argv=None):
                 if not x.isfinite().all():
                     refuse(f"--lr {args.lr}: batch {number} became NaN or infinite; use a smaller one")
                 for job, picture in zip(batch, to_pictures(x, mean, std)):
-                    save_png(folder / job.file, picture, size, {"source": job.file, "matched": args.arch})
+                    matched = {"source": job.file, "matched": args.arch}
+                    save_png(folder / job.file, picture, size, matched, digest)
                 append_log(folder, event="batch", batch=number, **losses)
                 bar.set_postfix(losses)
                 signals.leave_if_asked()

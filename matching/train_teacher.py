@@ -64,6 +64,7 @@ from scripts.files import (
     output_name,
     read_manifest,
     require_space,
+    settings_digest,
     write_json,
     write_manifest,
     write_timing,
@@ -307,9 +308,10 @@ def main(argv=None):
     }
     accelerator = join_processes(process)
     with output_folder("--output_dir", folder, settings, process) as settings:
+        digest = settings_digest(settings)
         complete, checkpoint, first = is_complete(folder), checkpoint_path(folder, args.seed), 0
         if checkpoint.exists() and not complete:
-            first = load_checkpoint(checkpoint, recipe.epochs)["epoch"]
+            first = load_checkpoint(checkpoint, recipe.epochs, digest)["epoch"]
         check_ranks(folder, settings, [recipe.epochs if complete else first], process)
         if complete:
             read_manifest("--output_dir", folder, "teacher")
@@ -355,9 +357,9 @@ def train_teacher(args, recipe, settings, folder, train, val, process, forward, 
         model = create_model(args.arch, classes, size)
     model = forward.place(model)
     optimizer = make_optimizer(model, True, recipe.learning_rate, recipe.weight_decay, args.momentum, args.fused)
-    checkpoint, rows = checkpoint_path(folder, args.seed), []
+    checkpoint, digest, rows = checkpoint_path(folder, args.seed), settings_digest(settings), []
     if first:
-        state = load_checkpoint(checkpoint, recipe.epochs)
+        state = load_checkpoint(checkpoint, recipe.epochs, digest)
         restore(checkpoint, state, model, optimizer)
         rows = state["rows"]
     require_space("--output_dir", folder, 12 * count_parameters(model) + 2**20)
@@ -374,7 +376,7 @@ def train_teacher(args, recipe, settings, folder, train, val, process, forward, 
     def save(epoch):
         state = {"epoch": epoch, "model": plain(model).state_dict(), "optimizer": optimizer.state_dict(), "rows": rows}
         if process.is_main:
-            save_checkpoint(checkpoint, state)
+            save_checkpoint(checkpoint, state, digest)
 
     bar = progress(
         total=(recipe.epochs - first) * len(data.items), desc=args.arch, unit="image", quiet=not process.is_main

@@ -9,9 +9,7 @@ the short last batch.
 
 import contextlib
 import copy
-import hashlib
 import io
-import json
 import math
 import statistics
 from pathlib import Path
@@ -23,7 +21,7 @@ from PIL import Image
 
 from distillation.datasets import DATASETS, BadImage, squash
 from matching.soft_labels import fits_gpu, in_threads, normalise
-from scripts.files import atomic
+from scripts.files import atomic, check_unit, settings_digest
 from scripts.runtime import positive_int, refuse, seed_of
 
 # ---- optimiser, schedule
@@ -204,9 +202,7 @@ def check_ranks(folder, settings, epochs, process):
     """
     if process.world == 1:
         return
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
-    key = int.from_bytes(digest[:6], "little")
-    low, high = _extremes([key], process)
+    low, high = _extremes([int(settings_digest(settings)[:12], 16)], process)
     if low != high:  # first, as the seeds are among the settings
         refuse(f"--output_dir {folder}: the {process.world} processes were started with different settings")
     for low, high in zip(*_extremes(epochs, process)):
@@ -360,16 +356,16 @@ def summary(values):
 # ---- checkpoints
 
 
-def save_checkpoint(path, state):
+def save_checkpoint(path, state, settings_sha256):
     """A dict of tensors and plain values, whole or absent; the same bytes for the same values."""
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save({**state, "settings_sha256": settings_sha256}, buffer)
     with atomic(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
 
-def load_checkpoint(path, epochs):
-    """What save_checkpoint wrote before the last of `epochs`; refuses, in one line, what is none."""
+def load_checkpoint(path, epochs, settings_sha256):
+    """What save_checkpoint wrote before the last of `epochs`; refuses, in one line, what is none or another run's."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a damaged file makes it raise
@@ -381,6 +377,7 @@ def load_checkpoint(path, epochs):
     whole = type(epoch) is int and 0 <= epoch < epochs and isinstance(rows, list) and len(rows) == epoch
     if not (whole and all(isinstance(row, dict) for row in rows)):
         refuse(f"{path}: not after one of the {epochs} epochs, with a row for each; remove it to begin anew")
+    check_unit(path, state.get("settings_sha256"), settings_sha256)
     return state
 
 

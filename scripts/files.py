@@ -2,7 +2,8 @@
 
 A unit of work is a file (or a few). It is written under a temporary name in its own folder, flushed, fsynced and
 renamed, so "exists" means "finished". An output folder holds `args.json` (what decides its bytes, written first), the
-units, and `manifest.json` (the same arguments, facts for the next stage, size and sha256 of each file), written last.
+units (each with a digest of args.json, so that no other run's is adopted), and `manifest.json` (the same arguments,
+facts for the next stage, size and sha256 of each file), written last.
 """
 
 import contextlib
@@ -368,6 +369,17 @@ def _alive(pid):
     return True
 
 
+def settings_digest(settings):
+    """sha256 of the settings of an output folder, which its units and checkpoints carry."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def check_unit(path, found, wanted):
+    """Refuse a unit that says another digest of settings than its folder's."""
+    if found != wanted:
+        refuse(f"{path}: not made with the settings in {ARGS} beside it; remove it to have it made again")
+
+
 # ---- manifests
 
 
@@ -382,9 +394,10 @@ def library_versions():
     return versions
 
 
-def write_manifest(folder, stage, settings, files, facts):
+def write_manifest(folder, stage, settings, files, facts, check=None):
     """Write `folder`/manifest.json if every one of `files` (relative paths) is there; returns the missing ones.
 
+    check   called with the path of each file that the manifest is to vouch for; refuses what is none of this run's
     Idempotent: whichever process finds all units present writes it, and two that do write the same bytes. A manifest
     that is there already is not written again; a file that is no longer what it says is refused.
     """
@@ -401,6 +414,8 @@ def write_manifest(folder, stage, settings, files, facts):
                 f"{stage} {folder}: its {MANIFEST} is of other files or arguments; remove that file to write it anew"
             )
         return []
+    for name in files if check else ():
+        check(folder / name)
     entries = {
         name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in sorted(files)
     }

@@ -22,7 +22,7 @@ from matching import generate_soft_label, train_teacher
 from matching.training import load_checkpoint
 from misc.kill_test import Forked, forked, free_port, rank_environment
 from scripts import files
-from scripts.files import MANIFEST, atomic, output_folder, write_manifest
+from scripts.files import MANIFEST, atomic, output_folder, read_json, settings_digest, write_manifest
 from scripts.runtime import Process
 from validate import train_FKD
 
@@ -190,7 +190,7 @@ def finished_files(folder):
     """{name: bytes} of what lies under final names; a checkpoint, which is gone in the end, must load."""
     found = {name: data for name, data in tree(folder).items() if not name.startswith(".")}
     if found.pop("checkpoint_seed0.pt", None):
-        load_checkpoint(folder / "checkpoint_seed0.pt", 3)
+        load_checkpoint(folder / "checkpoint_seed0.pt", 3, settings_digest(read_json(folder / "args.json")))
     return found
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from reliability import STAGE_1, STAGE_2, image_folder
 from safetensors.torch import load_file, save_file
 from stage34 import PROTOCOL, TEACHER, copy, make_images, make_teacher, redo_manifest
@@ -366,6 +368,89 @@ def test_a_seeds_rows_that_no_run_wrote(base, refused):
     for edited, word in (("{}", "3 epochs"), (rows.replace('"top5"', '"top9"'), "top5"), ('{"rows": [1, 2, 3]}', "3")):
         (folder / "seed0.json").write_text(edited)
         refused(train_FKD.main, student(base), "seed0.json", word)
+
+
+OTHERS = {  # {stage: (file to take from another run, flags of that run)}
+    "prototypes": ("0001_1.json", ["--seed", "1"]),
+    "images": ("1/1_0000.png", ["--guidance_scale", "4"]),
+    "labels": ("epoch_0001.safetensors", ["--fkd_seed", "7"]),
+    "weights": ("student_seed0.safetensors", ["--adamw_lr", "0.5"]),
+    "rows": ("seed0.json", ["--adamw_lr", "0.5"]),
+}
+
+
+def again(stage, base, made, model):
+    """(main, flags) of a stage, as `base` and `made` were made."""
+    images, teacher, _ = base
+    label = ["--data", str(images), "--arch", "convnet_mini", "--teacher_checkpoint", str(teacher), *PROTOCOL]
+    return {
+        "prototypes": (gen_prototype.main, [*STAGE_1, *model]),
+        "images": (gen_syn_image.main, [*STAGE_2, *model, "--prototype_path", str(made[0])]),
+        "labels": (generate_soft_label.main, [*label, "--device", "cpu"]),
+    }.get(stage, (train_FKD.main, student(base)))
+
+
+def the_folder(made):
+    return made[0] if isinstance(made, list) else made
+
+
+@pytest.mark.parametrize("stage", OTHERS)
+def test_a_unit_of_another_run_is_not_adopted(stage, base, made, model, refused):
+    """In a folder that is not finished; without it the run goes on to the bytes that it had."""
+    (name, flags), (main, argv) = OTHERS[stage], again(stage, base, made, model)
+    folder, other = the_folder(main(argv)), the_folder(main([*argv, *flags]))
+    before = (folder / MANIFEST).read_bytes()
+    (folder / MANIFEST).unlink()
+    shutil.copy(other / name, folder / name)
+    for _ in range(2):  # nor by the rerun
+        refused(main, argv, name, "remove")
+        assert not (folder / MANIFEST).exists()
+    (folder / name).unlink()
+    main(argv)
+    assert (folder / MANIFEST).read_bytes() == before
+
+
+@pytest.mark.parametrize("stage", ["prototypes", "images", "labels"])
+def test_an_empty_unit_is_not_adopted(stage, base, made, model, refused):
+    name, (main, argv) = OTHERS[stage][0], again(stage, base, made, model)
+    folder = the_folder(main(argv))
+    (folder / MANIFEST).unlink()
+    (folder / name).write_bytes(b"")
+    refused(main, argv, name)
+    assert not (folder / MANIFEST).exists()
+
+
+@pytest.mark.parametrize("stage", ["student", "teacher"])
+def test_a_checkpoint_of_another_run_is_not_adopted(stage, base, refused):
+    main, argv, flag = train_FKD.main, student(base), "--adamw_lr"
+    if stage == "teacher":
+        main, flag = train_teacher.main, "--learning_rate"
+        argv = [*TEACHER, "--epochs", "3", "--num_workers", "0", "--device", "cpu", "--checkpoint_every", "1"]
+    module = train_FKD if stage == "student" else train_teacher
+
+    def first_epoch(argv):
+        original = module.save_checkpoint
+        module.save_checkpoint = lambda *args: (original(*args), os._exit(9))
+        main(argv)
+
+    for root, rate in (("one", "0.001"), ("other", "0.5")):
+        assert forked(first_epoch, [*argv, "--output_dir", root, flag, rate]).status == 9
+    [mine], [other] = (list(Path(root).glob("*/checkpoint_seed0.pt")) for root in ("one", "other"))
+    shutil.copy(other, mine)
+    refused(main, [*argv, "--output_dir", "one", flag, "0.001"], mine, "not made with the settings", "remove it")
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"file_name": "other.png"}', "no JSON"])
+def test_facts_in_a_picture_that_no_run_wrote(text, made, model, refused):
+    main, argv = again("images", (None, None, None), made, model)
+    [folder] = main(argv)
+    (folder / MANIFEST).unlink()
+    with Image.open(folder / "1/1_0000.png") as image:
+        image.load()
+        facts = PngInfo()
+        facts.add_itxt("d4m", text)
+        image.save(folder / "1/1_0000.png", pnginfo=facts)
+    refused(main, argv, "1/1_0000.png", "remove it")
 
 
 def test_rows_without_their_weights_are_not_a_finished_seed(base):

@@ -74,12 +74,15 @@ from matching.training import (
     validation_pixels,
 )
 from scripts.files import (
+    check_unit,
     is_complete,
     output_folder,
     output_name,
     read_json,
     read_manifest,
     require_space,
+    settings_digest,
+    sha256,
     write_json,
     write_manifest,
     write_timing,
@@ -398,14 +401,15 @@ def main(argv=None):
     folder = Path(args.output_dir) / student_name(inputs, recipe, chunk, args)
     accelerator = join_processes(process, args.tracker, args.output_dir)
     with output_folder("--output_dir", folder, settings, process) as settings:
-        trained = {seed: epochs_trained(folder, seed, protocol["epochs"]) for seed in args.seeds}
+        complete = is_complete(folder)
+        trained = {s: settings["epochs"] if complete else epochs_trained(folder, s, settings) for s in args.seeds}
         check_ranks(folder, settings, list(trained.values()), process)
-        if is_complete(folder):
+        if complete:
             read_manifest("--output_dir", folder, "student")
             print(f"{folder}: already there")
         else:
             watch = Stopwatch()
-            units = train(args, inputs, test, recipe, chunk, folder, trained, process, forward, accelerator)
+            units = train(args, inputs, test, settings, recipe, folder, trained, process, forward, accelerator)
             if process.is_main:
                 cost = log_run(folder, process, watch, units)
                 finish_folder(folder, settings, inputs, args.seeds, cost)
@@ -414,12 +418,13 @@ def main(argv=None):
     return folder
 
 
-def train(args, inputs, test, recipe, chunk, folder, trained, process, forward, accelerator):
+def train(args, inputs, test, settings, recipe, folder, trained, process, forward, accelerator):
     """Images to memory (or the device), then every seed; returns the number of epochs trained now.
 
     trained   {seed: epochs that it is trained already}
     """
     images, protocol, facts = inputs.images, inputs.protocol, DATASETS[inputs.images.dataset]
+    chunk = settings["bn_batch"]
     arrays = inputs.arrays or load_pixels("--train_dir", images, args.num_workers)[0]
 
     def rows_of(count):
@@ -442,7 +447,7 @@ def train(args, inputs, test, recipe, chunk, folder, trained, process, forward, 
         accelerator.init_trackers("d4m", {"train_dir": args.train_dir, "model": args.model, **recipe._asdict()})
     job = Job(
         args.model, recipe, protocol, len(images.folders), images.targets, chunk, inputs.half, inputs.teachers,
-        args.fused, args.eval_every, args.checkpoint_every,
+        args.fused, args.eval_every, args.checkpoint_every, settings_digest(settings),
     )  # fmt: skip
     with memory_for("in training", "lower --bn_batch, or raise --gradient_accumulation_steps"):
         return train_students(job, trained, folder, feed, process, forward, test_model, track, args.num_workers)
@@ -485,6 +490,7 @@ class Job(NamedTuple):
     fused: bool
     eval_every: int
     checkpoint_every: int
+    settings_sha256: str | None = None
 
 
 class Student:
@@ -492,6 +498,7 @@ class Student:
 
     def __init__(self, job, seed, folder, forward, first=0):
         self.seed, self.path, recipe = seed, checkpoint_path(folder, seed), job.recipe
+        self.settings_sha256 = job.settings_sha256
         with seeded(seed, WEIGHTS):
             model = create_model(job.model, job.classes, job.protocol["input_size"])
         self.model = forward.place(model)
@@ -501,7 +508,7 @@ class Student:
         )
         self.epoch, self.rows, self.random = 0, [], has_random_layers(model)
         if first:
-            state = load_checkpoint(self.path, job.protocol["epochs"])
+            state = load_checkpoint(self.path, job.protocol["epochs"], job.settings_sha256)
             restore(self.path, state, self.model, self.optimizer, self.average)
             self.epoch, self.rows = state["epoch"], state["rows"]
 
@@ -517,22 +524,23 @@ class Student:
             "ema": self.average.model.state_dict() if self.average else None,
             "rows": self.rows,
         }
-        save_checkpoint(self.path, state)
+        save_checkpoint(self.path, state, self.settings_sha256)
 
     def finish(self, folder):
         """Weights, then rows, then the checkpoint goes: a stop in between repeats at most the last write."""
-        save_weights(folder / f"student_seed{self.seed}.safetensors", self.tested)
-        write_json(folder / f"seed{self.seed}.json", {"seed": self.seed, "rows": self.rows})
+        weights = folder / f"student_seed{self.seed}.safetensors"
+        save_weights(weights, self.tested)
+        digests = {"settings_sha256": self.settings_sha256, "weights_sha256": sha256(weights)}
+        write_json(folder / f"seed{self.seed}.json", {"seed": self.seed, **digests, "rows": self.rows})
         self.path.unlink(missing_ok=True)
 
 
-def epochs_trained(folder, seed, epochs):
-    """How many of the `epochs` of a seed are trained already, by its finished files or its checkpoint."""
+def epochs_trained(folder, seed, settings):
+    """How many of a seed's epochs are trained already, by its finished files or its checkpoint."""
     if all((folder / f"{name}{seed}.{end}").exists() for name, end in SEED_FILES):
-        read_rows(folder, seed, epochs)
-        return epochs
+        return len(read_rows(folder, seed, settings))
     path = checkpoint_path(folder, seed)
-    return load_checkpoint(path, epochs)["epoch"] if path.exists() else 0
+    return load_checkpoint(path, settings["epochs"], settings_digest(settings))["epoch"] if path.exists() else 0
 
 
 def train_students(job, trained, folder, feed, process, forward, test_model, track, num_workers):
@@ -665,9 +673,9 @@ def refresh_batch_norm(model, forward, feed, item, chunks, own, process, key):
 KEPT = ("epoch", "top1", "top5")
 
 
-def read_rows(folder, seed, epochs):
-    """The rows of a finished seed; refuses, in one line, a file that no run of ours has written."""
-    path = folder / f"seed{seed}.json"
+def read_rows(folder, seed, settings):
+    """The rows of a finished seed; refuses, in one line, files that no run of these settings has written."""
+    path, weights, epochs = folder / f"seed{seed}.json", folder / f"student_seed{seed}.safetensors", settings["epochs"]
     found = read_json(path)
     rows = found.get("rows") if isinstance(found, dict) else None
     if not isinstance(rows, list) or len(rows) != epochs or not all(isinstance(row, dict) for row in rows):
@@ -676,6 +684,9 @@ def read_rows(folder, seed, epochs):
         odd = wrong_field(row, dict.fromkeys(KEPT, (int, float)))
         if odd:
             refuse(f"{path}: a row of a test does not say {odd}; remove it to train this seed again")
+    check_unit(path, (found.get("seed"), found.get("settings_sha256")), (seed, settings_digest(settings)))
+    if found.get("weights_sha256") != sha256(weights):
+        refuse(f"{weights}: not the weights that {path.name} is of; remove both to train this seed again")
     return rows
 
 
@@ -683,7 +694,7 @@ def write_results(folder, settings, inputs, seeds):
     """results.json: no seconds and no paths in it, so that equal runs give equal bytes."""
     images, by_seed = inputs.images, []
     for seed in seeds:
-        rows = read_rows(folder, seed, settings["epochs"])
+        rows = read_rows(folder, seed, settings)
         tested = [row for row in rows if "top1" in row]
         by_seed.append(
             {

@@ -426,9 +426,8 @@ def tsne(args):
     plt = _pyplot()
     sets = open_sets(args.images, args.names)
     images, device = sets[0][1], resolve_device(args.device)
-    split = open_split(
-        images.dataset, args.data_dir, args.split, classes=args.classes, max_per_class=args.real_per_class
-    )
+    chosen = args.classes or choose_classes(None, images.folders, 10)  # a thousand are no picture
+    split = open_split(images.dataset, args.data_dir, args.split, classes=chosen, max_per_class=args.real_per_class)
     size = images.image_size or DATASETS[images.dataset].image_size
     facts, folders = DATASETS[images.dataset], list(split.folders)
     # the whole head, so that a checkpoint of all classes fits; features do not depend on the columns
@@ -442,9 +441,9 @@ def tsne(args):
         missing = [f for f in folders if f not in other.folders]
         if missing:
             refuse(f"--images {other.root}: has no class {missing[0]} (for {name})")
-        arrays, _ = load_pixels("--images", other)
         keep = [n for n, c in enumerate(other.targets.tolist()) if other.folders[c] in folders]
-        pixels = stack_square([Image.fromarray(arrays[n]) for n in keep], size)
+        arrays, _ = load_pixels("--images", other._replace(files=[other.files[n] for n in keep]))
+        pixels = stack_square([Image.fromarray(array) for array in arrays], size)
         groups.append(features(model, pixels, facts.mean, facts.std, device))
         classes.append(np.array([folders.index(other.folders[other.targets[n]]) for n in keep]))
         where.append(len(groups) - 1)
@@ -629,7 +628,9 @@ def get_args(argv=None):
     image_flags(sub)
     sub.add_argument("--data_dir", default=None, help="the real data set's root (not for digits)")
     sub.add_argument("--split", choices=["train", "val"], default="val", help="real images of this split")
-    sub.add_argument("--classes", nargs="+", default=None, help="class folders, indices, or ranges such as 0-9")
+    sub.add_argument(
+        "--classes", nargs="+", default=None, help="folders, indices, or ranges such as 0-9 [ten, spread evenly]"
+    )
     sub.add_argument("--real_per_class", type=positive_int, default=50)
     sub.add_argument("--arch", type=model_name, default="resnet18", help="whose features")
     sub.add_argument("--teacher_checkpoint", default=None, help="its weights [torchvision's]")

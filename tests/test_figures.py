@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from test_paper_tables import fake
 
 from distillation import gen_prototype, random_real
+from matching import soft_labels
 from matching.models import create_model
 from misc import figures
 from validate.paper_tables import images_name
@@ -164,6 +165,25 @@ def test_tsne_of_real_and_synthetic(images, tmp_path):
         assert len(real.get_offsets()) == 3 * 8 and len(own.get_offsets()) == 3 * 4
     first, second = (axes.collections[0].get_offsets() for axes in figure.axes)
     assert (first == second).all()  # one embedding for all panels
+
+
+def test_tsne_of_many_classes_takes_ten_spread_evenly_and_opens_no_others_images(tmp_path, monkeypatch):
+    names = [f"c{n:02d}" for n in range(19)]
+    noise = np.random.default_rng(0).integers(0, 256, (2 * len(names), 32, 32, 3), dtype=np.uint8)
+    for n, name in enumerate(names):
+        for root in ("data/val", "images"):
+            (tmp_path / root / name).mkdir(parents=True)
+            for i in range(2):
+                Image.fromarray(noise[2 * n + i]).save(tmp_path / root / name / f"{i}.png")
+    torch.manual_seed(0)
+    save_file(create_model("convnet_mini", 19, 32).state_dict(), tmp_path / "weights.safetensors")
+    opened, original = [], soft_labels.read_rgb
+    monkeypatch.setattr(soft_labels, "read_rgb", lambda path: opened.append(path.parent.name) or original(path))
+    argv = ["tsne", "--images", str(tmp_path / "images"), "--data_dir", str(tmp_path / "data"), "--device", "cpu"]
+    argv += ["--arch", "convnet_mini", "--teacher_checkpoint", str(tmp_path / "weights.safetensors")]
+    [axes] = figures.tsne(figures.get_args(argv)).axes
+    assert opened == sorted(2 * names[::2])
+    assert [len(points.get_offsets()) for points in axes.collections] == [20, 20]
 
 
 def test_latents_with_their_prototypes(tiny_sd, tmp_path):

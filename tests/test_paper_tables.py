@@ -211,6 +211,33 @@ def test_plan_counts_each_shared_command_once(capsys):
     assert all(re.search(r"of \d+ commands on disk; .+ on one H200, \d+ GB if run alone", line) for line in lines)
 
 
+def test_plan_says_done_and_counts_no_encode_twice(tmp_path, capsys):
+    argv = ["--table", "1", "--dataset", "cifar10", "--ipc", "10", "--out", str(tmp_path)]
+    steps = {step.kind: step for _, own, _ in plan(*argv[1:]) for step in own}
+    encode = steps["prototypes"].once[1]
+    assert encode == pytest.approx(50000 / run_table.ENCODE / 3600)
+    # a ConvNet of 320,010 weights trains no faster than its steps can be started: 5 seeds x 500 epochs x 1 batch
+    assert steps["student"].hours >= 5 * 500 * run_table.STEP / 3600
+    assert steps["teacher"].hours >= 200 * 390 * run_table.STEP / 3600
+    cache = tmp_path / "latents" / "cifar10-latents-0123456789ab"
+    cache.mkdir(parents=True)
+    for n in range(10):
+        assert plan(*argv[1:])[0][1][1].once[1] == pytest.approx(encode * (1 - n / 10))
+        (cache / f"{n:04d}_x.safetensors").touch()
+    assert plan(*argv[1:])[0][1][1].once[1:] == (0, 0)
+    for step in steps.values():
+        step.folder.mkdir(parents=True, exist_ok=True)
+        (step.folder / "manifest.json").write_text("{}")
+    run_table.main([*argv, "--plan"])
+    assert "commands on disk" in capsys.readouterr().out.splitlines()[1]  # labels and students of the baselines
+    for step in (step for _, own, _ in plan(*argv[1:]) for step in own):
+        step.folder.mkdir(parents=True, exist_ok=True)
+        (step.folder / "manifest.json").write_text("{}")
+    run_table.main([*argv, "--plan"])
+    [head, line] = capsys.readouterr().out.splitlines()
+    assert line.endswith("--student convnet_w128  # done") and "left: nothing" in head
+
+
 def test_what_is_the_papers_value_is_no_change():
     def changed(table, *flags):
         return list(run_table.changes(run_table.get_args(["--table", str(table), *flags])))

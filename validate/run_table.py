@@ -195,6 +195,7 @@ def parsed(module, argv):
 
 # Estimates for one H200 (images a second), from operation counts at the utilisation that is usual there. Not measured.
 ENCODE, SYNTHESIS, LABEL, TRAIN = 360, 6.5, 21000, 14000
+STEP = 0.01  # seconds: no step takes less, however small its network; its kernels are started one by one
 RELATIVE = {  # cost of an image at 224 px, ResNet-18 = 1
     "resnet18": 1, "resnet50": 2.6, "resnet101": 4.4, "mobilenet_v2": 1.3, "efficientnet_b0": 1.9, "swin_t": 3.2,
     "vit_b_16": 7, "convnet_w128": 0.05,
@@ -218,29 +219,39 @@ class Estimate:
         gib = self.classes * share * ipc * 115000 / 2**30
         if classes:  # table 6 keeps no latents
             return {"hours": encode, "gib": gib}
-        return {
-            "hours": 0.0,
-            "gib": gib,
-            "once": (self.site.out + self.site.data_dir, encode, self.real * 32768 / 2**30),
-        }
+        left = 1 - self.cached()
+        once = (self.site.out + self.site.data_dir, left * encode, left * self.real * 32768 / 2**30)
+        return {"hours": 0.0, "gib": gib, "once": once}
+
+    def cached(self):
+        """The share of the classes whose latents an earlier run has kept."""
+        folders = Path(self.site.out, "latents").glob(f"{self.site.dataset}-latents-*")
+        return min(1, max((len(list(f.glob("*.safetensors"))) for f in folders), default=0) / self.classes)
+
+    def training(self, count, epochs, batch_size, rate):
+        """Hours of `epochs` over `count` images, at `rate` images a second at most."""
+        steps = -(-count // batch_size)
+        return epochs * max(count / rate, steps * STEP) / 3600
 
     def images(self, count, speed=SYNTHESIS):
         return {"hours": count / speed / 3600, "gib": count * PNG_KIB.get(self.site.image_size, 2.5) / 2**20}
 
     def labels(self, ipc, arch):
-        count = ipc * self.classes * self.site.epochs
-        hours = count * RELATIVE[arch] / LABEL / 3600
-        return {"hours": hours, "gib": count * (2 * self.classes + 25) / 2**30}
+        count, epochs = ipc * self.classes, self.site.epochs
+        hours = self.training(count, epochs, self.site.batch, LABEL / RELATIVE[arch])
+        return {"hours": hours, "gib": count * epochs * (2 * self.classes + 25) / 2**30}
 
     def student(self, ipc, arch, seeds):
-        count = ipc * self.classes * self.site.epochs * seeds
-        return {"hours": count * RELATIVE[arch] / TRAIN / 3600, "gib": MILLIONS[arch] * 4e6 * seeds / 2**30}
+        hours = self.training(ipc * self.classes, self.site.epochs, self.site.batch, TRAIN / RELATIVE[arch])
+        return {"hours": hours * seeds, "gib": MILLIONS[arch] * 4e6 * seeds / 2**30}
 
-    def teacher(self, arch, epochs):
-        return {"hours": self.real * epochs * RELATIVE[arch] / TRAIN / 3600, "gib": MILLIONS[arch] * 4e6 / 2**30}
+    def teacher(self, arch, recipe):
+        hours = self.training(self.real, recipe["epochs"], recipe["batch_size"], TRAIN / RELATIVE[arch])
+        return {"hours": hours, "gib": MILLIONS[arch] * 4e6 / 2**30}
 
     def stm(self, ipc, iterations):
-        return {"hours": ipc * self.classes * iterations / TRAIN / 3600, "gib": self.images(ipc * self.classes)["gib"]}
+        count = ipc * self.classes
+        return {**self.images(count), "hours": self.training(count, iterations, self.site.stm_batch, TRAIN)}
 
 
 def prototypes_step(dataset, site, ipc, root=None, classes=None):
@@ -333,7 +344,7 @@ def teacher_step(dataset, site, arch):
         output_dir=f"{site.out}/teachers",
     )  # fmt: skip
     args = parsed("matching.train_teacher", argv)
-    cost = Estimate(dataset, site).teacher(arch, recipe["epochs"])
+    cost = Estimate(dataset, site).teacher(arch, recipe)
     kind = "teacher" if site.teacher else "stand-in"
     folder = Path(site.out) / "teachers" / teacher_name(args, recipe_of(args))
     return Step(kind, "matching.train_teacher", argv, folder, **cost)
@@ -493,6 +504,8 @@ def size(gib):
 def total(steps):
     """'3.1 h on one H200, 14 GB' of those that are not on disk."""
     left = [step for step in unique(steps) if not is_complete(step.folder)]
+    if not left:
+        return "nothing"
     once = {step.once[0]: step.once for step in left}.values()
     hours = sum(s.hours for s in left) + sum(hours for _, hours, _ in once)
     return f"{duration(hours)} on one H200, {size(sum(s.gib for s in left) + sum(gib for *_, gib in once))}"
@@ -508,7 +521,8 @@ def print_plan(table, plan, estimated):
     for cell, own, _ in plan:
         there = sum(is_complete(step.folder) for step in unique(own))
         alone = f"; {total(own)} if run alone" if estimated else ""
-        print(f"{cell.command}  # {there} of {len(unique(own))} commands on disk{alone}")
+        left = f"{there} of {len(unique(own))} commands on disk{alone}" if there < len(unique(own)) else "done"
+        print(f"{cell.command}  # {left}")
     sys.stdout.flush()
 
 

@@ -305,6 +305,7 @@ def main(argv=None):
         "train_images": sum(map(len, train.items)),
         "images_sha256": train.fingerprint(),
         "val_images": sum(map(len, val.items)),
+        "val_sha256": val.fingerprint(),
     }
     accelerator = join_processes(process)
     with output_folder("--output_dir", folder, settings, process) as settings:

@@ -126,6 +126,32 @@ def test_a_teachers_class_without_images(split, flag, refused):
     refused(train_teacher.main, argv, flag, "class dog has no images")
 
 
+@pytest.mark.parametrize("name", ["test_sha256", "val_sha256"])
+def test_other_test_images_are_not_taken_for_those_of_a_finished_run(name, refused):
+    """As many, in the same classes: a --val_dir that was repaired."""
+    for root in ("data", "more", "other"):
+        image_folder(root, ["cat", "dog"])
+    Path("more/train").rename("data/val")
+    shared = [
+        "--dataset",
+        "imagefolder",
+        "--val_dir",
+        "data",
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+        "--epochs",
+        "1",
+    ]
+    main, argv = train_teacher.main, [*shared, "--data_dir", "data", "--arch", "convnet_mini", "--bn_batch", "2"]
+    if name == "test_sha256":
+        main, argv = train_FKD.main, [*shared, "--train_dir", "data/train", "--model", "convnet_mini", "--hard_label"]
+    assert (main(argv) / MANIFEST).exists() and (main(argv) / MANIFEST).exists()
+    Image.new("RGB", (24, 24)).save("data/val/cat/0.png")
+    refused(main, argv, f"begun with {name}")
+
+
 def test_a_download_without_internet(monkeypatch, model, refused):
     import torchvision
 

@@ -397,6 +397,7 @@ def main(argv=None):
         "labels_content": inputs.content,
         "teacher": [[t["arch"], t["sha256"]] for t in inputs.teacher_facts],
         "test_images": sum(map(len, test.items)),
+        "test_sha256": test.fingerprint(),
     }
     folder = Path(args.output_dir) / student_name(inputs, recipe, chunk, args)
     accelerator = join_processes(process, args.tracker, args.output_dir)

@@ -5,10 +5,11 @@ import torch
 from conftest import tree
 
 from misc import benchmark
-from misc.bench import costs, measure, memory, networks, release, run, stage_3, stage_4, tables
+from misc.bench import costs, measure, memory, networks, release, run, stage_1, stage_3, stage_4, tables
 from scripts.files import read_json
 
 CHUNKS = set()  # in which students were trained
+WRITTEN = set()  # (prototypes, class) of stage 1's files
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +20,16 @@ def result(tmp_path_factory):
         CHUNKS.add(job.chunk)
         return train_epoch(job, *rest)
 
+    write_class = stage_1.write_class
+
+    def written(path, found, facts):
+        WRITTEN.add((len(found.latents), facts["class_index"]))
+        write_class(path, found, facts)
+
     out = tmp_path_factory.mktemp("benchmark")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("D4M_TEST_DATA", raising=False)
+        patch.setattr(stage_1, "write_class", written)
         patch.setattr(stage_4, "BN_BATCH", 5)  # 73 in batches of 1024
         patch.setattr(stage_4, "train_epoch", noted)
         argv = ["--device", "cpu", "--quick", "--profile", "--arch", "convnet-w128", "--out", str(out)]
@@ -74,6 +82,14 @@ def test_a_second_network_is_left_out_when_time_or_memory_is_short(tmp_path, mon
     assert [text.split(":")[0] for text in bench.facts["left_out"]] == ["stage 3, large", "stage 4, large"]
 
 
+def test_another_ipc_is_timed_with_its_files_at_two_ipcs_in_both_forms(result):
+    rows = [row for row in result[0]["rows"] if row["what"].startswith("another IPC")]
+    assert [row["what"].split(":")[0] for row in rows] == [
+        f"another IPC, {ipc} a class, {form}" for ipc in (2, 4) for form in ("json", "safetensors")
+    ]
+    assert WRITTEN == {(n, c) for n in (2, 4) for c in (0, 1)} and all(row["target"] == 12 for row in rows)
+
+
 def test_its_tables_say_what_the_json_says(result):
     found, path = result
     text = path.with_suffix(".md").read_text()
@@ -120,6 +136,9 @@ def test_costs_are_marked_and_prefer_a_gpu(result, tmp_path):
     gpu = {"machine": {"gpu": "Some GPU"}, "rows": rows, "facts": {}}
     text = costs.costs([result[0], gpu])
     assert "measured on Some GPU" in text and "| 2 synthesis | 100 s c |" in text
+    rows[list(costs.GPU_ROWS).index("cache, IPC 200")]["ours"] = 25.0  # four times 3.6 hours
+    [line] = [line for line in costs.costs([gpu]).splitlines() if line.startswith("| 1 another IPC")][:1]
+    assert line == "| 1 another IPC, from the cache | 3.6 h c | 5.8 h c | 8.6 h c | 14.2 h c |"
 
 
 def test_outputs_that_differ_end_it_with_status_1(tmp_path, monkeypatch, capsys):

@@ -3,11 +3,14 @@
 import statistics
 
 # images a second on one H200, from operation counts and published rates: used until a GPU's JSON is there
-ESTIMATES = {"stage 1": 360, "stage 1 cache": 9000, "stage 2": 6.4, "stage 3": 20800, "stage 4": 12500}
+ESTIMATES = {
+    "stage 1": 360, "cache, IPC 10": 9000, "cache, IPC 200": 1800, "stage 2": 6.4, "stage 3": 20800, "stage 4": 12500
+}  # fmt: skip
 REAL_IMAGES, CLASSES, EPOCHS = 1_281_167, 1000, 300
 GPU_ROWS = {
     "stage 1": "images to prototypes",
-    "stage 1 cache": "another IPC",
+    "cache, IPC 10": "another IPC, 10 a class, json",
+    "cache, IPC 200": "another IPC, 200 a class, json",
     "stage 2": "prototypes to PNGs",
     "stage 3": "labels made by resnet18, 224 px",
     "stage 4": "an epoch of resnet18, 224 px",
@@ -39,6 +42,11 @@ def costs(results):
     def gigabytes(count, letter="c"):
         return f"{count / 1e9:.3g} GB {letter}"
 
+    def from_cache(ipc):
+        """Seconds of one GPU: k-means and files grow with IPC, reading does not."""
+        few, many = (REAL_IMAGES / rates[f"cache, IPC {n}"] for n in (10, 200))
+        return few + (many - few) * (ipc - 10) / 190
+
     ipcs, lines, seen = (10, 50, 100, 200), [], EPOCHS * CLASSES
     for gpus in (1, 8):
         # stages 1 to 3 share their work out and never talk; stage 4 sums gradients: 80 % is assumed
@@ -46,7 +54,7 @@ def costs(results):
         last = mark if gpus == 1 else "e"
         rows = {
             "1 prototypes, from images": [hours(REAL_IMAGES / rates["stage 1"] / gpus)] * 4,
-            "1 another IPC, from the cache": [hours(REAL_IMAGES / rates["stage 1 cache"] / gpus)] * 4,
+            "1 another IPC, from the cache": [hours(from_cache(n) / gpus) for n in ipcs],
             "2 synthesis": [hours(CLASSES * n / rates["stage 2"] / gpus) for n in ipcs],
             "3 soft labels, ResNet-18, 300 epochs": [hours(seen * n / rates["stage 3"] / gpus) for n in ipcs],
             "4 student, ResNet-18, 300 epochs": [hours(seen * n / rates["stage 4"] / many, last) for n in ipcs],

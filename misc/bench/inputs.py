@@ -56,10 +56,11 @@ def write_real(pictures, root, count):
     return open_split("imagefolder", root / "real")
 
 
-def repeated(split, count):
-    """The same split with the images of its one class repeated to `count`."""
+def repeated(split, count, classes=1):
+    """The same split with the images of its one class repeated to `count`, in each of `classes` classes."""
     items = tuple(split.items[0][i % len(split.items[0])] for i in range(count))
-    return type(split)(split.dataset, split.name, split.folders, split.prompts, split.class_ids, (items,))
+    folders, prompts = ([f"{text} {c}" for c in range(classes)] for text in (split.folders[0], split.prompts[0]))
+    return type(split)(split.dataset, split.name, folders, prompts, list(range(classes)), (items,) * classes)
 
 
 class Replay(NamedTuple):

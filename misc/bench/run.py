@@ -32,10 +32,10 @@ class Size(NamedTuple):
     real: bool  # Stable Diffusion 1.5 and ResNets, or small networks
     faster: tuple  # stages 1-2: what else is timed beside the stage's defaults
     pictures: int  # different photographs, for replay
-    encode: int  # stage 1: images
+    encode: tuple  # stage 1: images of a class by the release's way; classes by ours, and images of each
     workers: int  # stage 1: readers, as the release's launcher
-    ipc: int  # stage 1: prototypes of the class
-    cached: int  # stage 1: latents of the class in the cache
+    ipcs: tuple  # stage 1: prototypes of a class; all of them from the cache, the first from images
+    cached: tuple  # stage 1: classes in the cache, and latents of each
     synthesis: tuple  # stage 2: images by the release's way, by ours
     steps: int  # stage 2: num_inference_steps
     batch: int  # stages 3-4
@@ -46,9 +46,25 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "cuda": Size(2, True, ("channels_last + compile",), 256, 512, 4, 10, 1300, (3, 64), 50, 1024, 10240, 224, 8, 8192),
-    "cpu": Size(3, False, (), 256, 16, 0, 10, 1300, (4, 16), 10, 1024, 1024, 64, 2, 1536),
-    "quick": Size(1, False, ("channels_last",), 16, 8, 0, 2, 12, (2, 4), 4, 8, 16, 32, 1, 64),
+    "cuda": Size(
+        2,
+        True,
+        ("channels_last + compile",),
+        256,
+        (512, 3, 1300),
+        4,
+        (10, 200),
+        (3, 1300),
+        (3, 64),
+        50,
+        1024,
+        10240,
+        224,
+        8,
+        8192,
+    ),
+    "cpu": Size(3, False, (), 256, (16, 1, 16), 0, (10, 200), (1, 1300), (4, 16), 10, 1024, 1024, 64, 2, 1536),
+    "quick": Size(1, False, ("channels_last",), 16, (8, 2, 12), 0, (2, 4), (2, 12), (2, 4), 4, 8, 16, 32, 1, 64),
 }
 
 

@@ -56,9 +56,9 @@ def main(argv=None):
     settings = prototype_settings(args, split, precision, hashes["vae_sha256"])
     check_size(settings["size"], encoder)
 
-    def stream(positions, batch_size):
+    def stream(positions, batch_size, folder):
         """Prototypes of the classes that are still needed, made as synthesis gets to them."""
-        cache = latent_cache(args.latent_cache, split, {**settings, "batch_size": batch_size})
+        cache = latent_cache(args.latent_cache, split, {**settings, "batch_size": batch_size}, folder)
         latents = class_latents(
             encoder, split, positions, settings["size"], batch_size, args.seed, cache, **encoding(args, process)
         )

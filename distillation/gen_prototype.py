@@ -35,6 +35,7 @@ from distillation.prototypes import (
 )
 from scripts.checkpoints import add_checkpoint_flags, cast, load_pipeline, model_name, resolve_dtype, speed_up
 from scripts.files import (
+    log_rows,
     output_folder,
     require_space,
     settings_digest,
@@ -52,6 +53,7 @@ from scripts.runtime import (
     StopSignals,
     Stopwatch,
     add_process_flags,
+    append_log,
     entry_point,
     generator,
     in_parts,
@@ -179,9 +181,11 @@ class LatentCache:
 
     The folder's name hashes all that decides the latents, so files of another model, size or seed are never found; the
     class's image names stand in its file, so a changed data set is noticed.
+
+    log    the output folder whose log.jsonl is told what the encoding of each class once took
     """
 
-    def __init__(self, root, split, facts):
+    def __init__(self, root, split, facts, log=None):
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
         self.folder, self.split = Path(root) / f"{split.dataset}-latents-{digest}", split
         try:
@@ -189,6 +193,8 @@ class LatentCache:
         except OSError as error:
             refuse(f"--latent_cache {root}: cannot make a folder there: {error.strerror}")
         sweep(self.folder, locked=False)
+        self.log, rows = log, [row for row in log_rows(self.folder) if row.get("event") == "encode"]
+        self.took = {row.get("file"): row.get("seconds") for row in rows}
 
     def files(self):
         """Names of all classes' files."""
@@ -206,6 +212,9 @@ class LatentCache:
 
     def load(self, position):
         """(latents, skipped) of a class that is cached."""
+        name = self._path(position).name
+        if self.log:
+            append_log(self.log, event="cached", file=name, seconds=self.took.get(name))
         return self._read(position, "latents")
 
     def _read(self, position, what):
@@ -225,13 +234,15 @@ class LatentCache:
             refuse(f"--latent_cache {self._path(position)}: cannot be read: {error}; remove this file")
         return latents, facts["skipped"]
 
-    def save(self, position, latents, skipped):
+    def save(self, position, latents, skipped, seconds=None):
+        """seconds: what encoding them took; in the log, so that the file is the same bytes from run to run."""
         from safetensors.numpy import save
 
         latents = np.ascontiguousarray(latents)
         digest = hashlib.sha256(latents).hexdigest()
         facts = {"names": self._names(position), "skipped": skipped, "sha256": digest}
         write_bytes(self._path(position), save({"latents": latents}, {"facts": json.dumps(facts)}))
+        append_log(self.folder, event="encode", file=self._path(position).name, seconds=seconds)
 
 
 def class_latents(pipeline, split, positions, size, batch_size, seed, cache=None, **how):
@@ -242,9 +253,10 @@ def class_latents(pipeline, split, positions, size, batch_size, seed, cache=None
         if position in cached:
             yield position, *cache.load(position)
             continue
+        watch = Stopwatch()
         _, latents, skipped = next(encoder)
         if cache:
-            cache.save(position, latents, skipped)
+            cache.save(position, latents, skipped, watch.seconds)
         yield position, latents, skipped
 
 
@@ -387,8 +399,11 @@ def prototype_settings(args, split, precision, vae_sha256):
     }  # fmt: skip
 
 
-def latent_cache(root, split, settings):
-    """The cache that fits these settings; None without --latent_cache, and for a few chosen images of each class."""
+def latent_cache(root, split, settings, log):
+    """The cache that fits these settings; None without --latent_cache, and for a few chosen images of each class.
+
+    log    the output folder that uses it
+    """
     if not root or settings["kmeans"] == "none":
         return None
     keys = (
@@ -402,7 +417,7 @@ def latent_cache(root, split, settings):
         "on_bad_image",
         "max_images_per_class",
     )
-    return LatentCache(root, split, {key: settings[key] for key in keys})
+    return LatentCache(root, split, {key: settings[key] for key in keys}, log)
 
 
 def check_size(size, pipeline):
@@ -453,7 +468,7 @@ def main(argv=None):
         StopSignals() as signals,
         output_folder("--save_prototype_path", folder, settings, process, resumable=("batch_size",)) as settings,
     ):
-        cache = latent_cache(args.latent_cache, split, settings)
+        cache = latent_cache(args.latent_cache, split, settings, folder)
         if cache:
             require_space("--latent_cache", cache.folder, settings["images"] * latent * 2, cache.files())
         digest = settings_digest(settings)

@@ -567,7 +567,8 @@ def check_steps(arms, strength, steps, most=1000):
 def synthesize_arms(args, arms, process, pipeline, precision, hashes, classes, stream, origin, stages=None):
     """Make the image folder of every arm.
 
-    stream    (positions, batch_size) -> iterator of (position, Prototypes); batch_size: of the encoder, if it has one
+    stream    (positions, batch_size, folder) -> iterator of (position, Prototypes); batch_size: of the encoder, if it
+              has one; folder: the output's, for its log
     origin    {flag: value} of where the prototypes are from
     stages    for `log_run`: which stages the process runs, if `stream` is one itself
     """
@@ -599,7 +600,7 @@ def synthesize_arms(args, arms, process, pipeline, precision, hashes, classes, s
                 folder,
                 [cuts[n] for n in batches],
                 synthesizer,
-                partial(stream, batch_size=settings["batch_size"]),
+                partial(stream, batch_size=settings["batch_size"], folder=folder),
                 settings["image_size"],
                 signals,
                 quiet=not process.is_main,
@@ -635,7 +636,7 @@ def main(argv=None):
         "prompts": [c["prompt"] for c in classes] if args.label_file_path else None,
     }
 
-    def stream(positions, batch_size):
+    def stream(positions, batch_size, folder):
         return source.stream(positions)
 
     return synthesize_arms(args, args.arm, process, pipeline, precision, hashes, classes, stream, origin)

@@ -343,7 +343,9 @@ def _seconds(root, folder):
     """Stages 1 and 2, and STM, of an image folder. D4M-G: the share of the larger set's time that its images have."""
     if not ((folder / TIMING).is_file() and (folder / ARGS).is_file()):
         return None
-    own, made = read_json(folder / TIMING)["process_seconds"], read_json(folder / ARGS)
+    own, made = _spent(folder / TIMING), read_json(folder / ARGS)
+    if own is None:
+        return None
     if "source" in made:
         source = next((p.parent for p in (root / "images").glob(f"*/{ARGS}") if _is_source(p, made)), None)
         before = source and _seconds(root, source)
@@ -355,7 +357,15 @@ def _seconds(root, folder):
     if made["prototype_arguments"] is None:  # somebody's prototypes
         return None
     timing = root / "prototypes" / prototype_folder_name(made["prototype_arguments"]) / TIMING
-    return own + read_json(timing)["process_seconds"] if timing.is_file() else None
+    before = _spent(timing) if timing.is_file() else None
+    return None if before is None else own + before
+
+
+def _spent(timing):
+    """Process-seconds of a timing.json, with those of latents that a cache held; None where nobody knows these."""
+    found = read_json(timing)
+    cached = found.get("cached_seconds", 0.0)
+    return None if cached is None else found["process_seconds"] + cached
 
 
 def _is_source(path, made):

@@ -537,10 +537,13 @@ def write_timing(folder):
     """`folder`/timing.json from the `event: run` lines of its log.jsonl, over all processes and restarts.
 
     seconds: the longest-working process's sum; process_seconds: of all; units; host_mib, cuda_mib: a process's largest
-    peak, of this stage alone but where "since_start_of_process" or "peak_of" (which stages) stands beside it.
+    peak, of this stage alone but where "since_start_of_process" or "peak_of" (which stages) stands beside it;
+    cached_seconds: what another run spent on the latents that came from a cache, null where nobody knows.
     """
-    by_rank, total = {}, {"units": 0}
+    by_rank, total, cached = {}, {"units": 0}, {}
     for row in log_rows(folder):
+        if row.get("event") == "cached":  # a class that was taken again after a stop counts once
+            cached[row.get("file")] = row.get("seconds")
         if row.get("event") == "run" and all(
             isinstance(row.get(n), (int, float)) for n in ("rank", "seconds", "units")
         ):
@@ -554,6 +557,9 @@ def write_timing(folder):
         "seconds": round(max(by_rank.values(), default=0), 2),
         "process_seconds": round(sum(by_rank.values()), 2),
     }
+    if cached:
+        known = all(isinstance(value, (int, float)) for value in cached.values())
+        total["cached_seconds"] = round(sum(cached.values()), 2) if known else None
     write_json(Path(folder) / TIMING, {**seconds, "processes": len(by_rank), **total})
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import CLIPTextModel
 from distillation import distill, gen_prototype, gen_syn_image, random_real
 from distillation.prototypes import PrototypeFolder
 from scripts.checkpoints import load_pipeline
+from scripts.files import read_json
 from scripts.pipeline_stable_diffusion_gen_latents import StableDiffusionGenLatentsPipeline
 from scripts.runtime import POSTERIOR, generator
 
@@ -184,6 +186,21 @@ def test_the_latent_cache_serves_another_ipc_without_encoding(made, model, count
     assert tree(cached) == tree(gen_prototype.main([*argv, "b"]))
     gen_prototype.main([*argv, "c", "--latent_cache", "cache", "--seed", "1"])  # other latents: not from this cache
     assert sum(encoded) == 54
+
+
+def test_what_cached_latents_took_is_known_to_who_uses_them(model, monkeypatch):
+    """Figure 8 draws IPC 3 at the time that its prototypes would have taken without the run before."""
+    monkeypatch.setattr(gen_prototype, "Stopwatch", lambda: SimpleNamespace(seconds=100.0))
+    first = gen_prototype.main([*STAGE_1, *model, "--latent_cache", "cache", "--save_prototype_path", "p"])
+    assert "cached_seconds" not in read_json(first / "timing.json")
+    argv = [*STAGE_1, *model, "--ipc", "3", "--latent_cache", "cache", "--save_prototype_path"]
+    assert read_json(gen_prototype.main([*argv, "a"]) / "timing.json")["cached_seconds"] == 3 * 100.0
+    [log] = Path("cache").glob("*/log.jsonl")
+    log.unlink()  # a cache of before
+    assert read_json(gen_prototype.main([*argv, "b"]) / "timing.json")["cached_seconds"] is None
+    argv = [*STAGE_1, *model, "--ipc", "3", "--latent_cache", "cache", "--num_inference_steps", "5"]
+    [both] = distill.main([*argv, "--save_init_image_path", "c"])
+    assert read_json(both / "timing.json")["cached_seconds"] is None
 
 
 def test_the_arms_without_prototypes_start_from_pure_noise(made, model):

@@ -143,6 +143,17 @@ def test_time_is_that_of_all_that_made_the_images(results):
     assert hours == pytest.approx({"d4m50": d4m, "random50": 0.01, "stm": d4m + 5, "d4m-g": 0.01 + d4m / 5})
 
 
+def test_time_counts_the_latents_that_a_cache_held(results, tmp_path):
+    root = tmp_path / "output"
+    shutil.copytree(results, root)
+    [row] = [row for row in figures.find_results(root) if Path(row["path"]).parent.name == "d4m50"]
+    timing = root / "prototypes" / "imagenet-ipc50-kmexpand1" / "timing.json"
+    for cached, hours in ((3600.0, 2 * 10 + 2 * 0.01 + 1), (None, None)):
+        timing.write_text(json.dumps({"process_seconds": 10 * 3600 + 36, "cached_seconds": cached}))
+        seconds = figures.distillation_seconds(row)
+        assert seconds == (None if hours is None else pytest.approx(hours * 3600))
+
+
 def test_time_with_a_part_missing_is_none(results, tmp_path):
     root = tmp_path / "output"
     shutil.copytree(results, root)

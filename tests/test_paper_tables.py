@@ -586,7 +586,7 @@ def test_a_cost_of_a_resumed_run_is_that_of_the_images_it_made(tmp_path, capsys)
 
 @pytest.mark.parametrize("arm", ["d4m", "noise", "text"])
 def test_images_of_another_vae_size_are_refused(arm, tmp_path, refused):
-    """They would be skipped as done, and fill the cell: of noise and text the folder's name may say no size."""
+    """They would be skipped as done, and fill the cell, if their name says no size or somebody renamed them."""
     argv = ["--table", "4", "--dataset", "tiny_imagenet", "--student", "resnet18", "--out", str(tmp_path)]
     args = run_table.get_args(argv)
     planned = [entry for entry in run_table.plan_of(args) if entry[0].arm == arm]

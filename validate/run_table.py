@@ -723,9 +723,9 @@ def output_root(args):
 
 
 def check_generator(args, plan):
-    """Refuse an output root whose prototypes or images another Stable Diffusion made, or ours at another size.
+    """Refuse an output root whose prototypes or images another Stable Diffusion made, or this one at another size.
 
-    A complete folder is not made again, and its name need not say these: of noise there is no size in it.
+    A complete folder is not made again, and no name says the model; of noise, those of before say no size either.
     """
     wanted = checkpoint_name(args.diffusion_checkpoints_path)
     for cell, steps, _ in plan:

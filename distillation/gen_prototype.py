@@ -464,10 +464,7 @@ def main(argv=None):
     require_space("--save_prototype_path", folder, len(files) * args.ipc * latent * number, files)
 
     watch = Stopwatch()
-    with (
-        StopSignals() as signals,
-        output_folder("--save_prototype_path", folder, settings, process, resumable=("batch_size",)) as settings,
-    ):
+    with output_folder("--save_prototype_path", folder, settings, process, resumable=("batch_size",)) as settings:
         cache = latent_cache(args.latent_cache, split, settings, folder)
         if cache:
             require_space("--latent_cache", cache.folder, settings["images"] * latent * 2, cache.files())
@@ -491,7 +488,7 @@ def main(argv=None):
             write_class(folder / files[position], prototypes, facts)
 
         # k-means of one class runs beside the encoding of the next
-        with ThreadPoolExecutor(1) as background:
+        with StopSignals() as signals, ThreadPoolExecutor(1) as background:
             pending = None
             for unit in class_latents(
                 pipeline, split, todo, size, settings["batch_size"], args.seed, cache, **encoding(args, process)
@@ -504,6 +501,7 @@ def main(argv=None):
                     signals.leave_if_asked()
             if pending:
                 result_of(pending)
+            signals.leave_if_asked()
 
         cost = log_run(folder, process, watch, len(todo))
         facts = {

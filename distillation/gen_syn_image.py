@@ -580,10 +580,7 @@ def synthesize_arms(args, arms, process, pipeline, precision, hashes, classes, s
         jobs = list_jobs(classes, args.ipc, settings["num_prototypes"])
         needed = len(jobs) * settings["image_size"] ** 2 * 2
         require_space("--save_init_image_path", folder, needed, [job.file for job in jobs])
-        with (
-            StopSignals() as signals,
-            output_folder("--save_init_image_path", folder, settings, process, resumable=("batch_size",)) as settings,
-        ):
+        with output_folder("--save_init_image_path", folder, settings, process, resumable=("batch_size",)) as settings:
             synthesizer = Synthesizer(
                 pipeline,
                 arm,
@@ -596,16 +593,18 @@ def synthesize_arms(args, arms, process, pipeline, precision, hashes, classes, s
             # neighbours share a class, so every process takes one run of batches, not every world-th
             batches = np.array_split(np.arange(-(-len(jobs) // settings["batch_size"])), process.world)[process.rank]
             cuts = cut(jobs, settings["batch_size"])
-            made = make_images(
-                folder,
-                [cuts[n] for n in batches],
-                synthesizer,
-                partial(stream, batch_size=settings["batch_size"], folder=folder),
-                settings["image_size"],
-                signals,
-                quiet=not process.is_main,
-                settings_sha256=picture_digest(settings),
-            )
+            with StopSignals() as signals:
+                made = make_images(
+                    folder,
+                    [cuts[n] for n in batches],
+                    synthesizer,
+                    partial(stream, batch_size=settings["batch_size"], folder=folder),
+                    settings["image_size"],
+                    signals,
+                    quiet=not process.is_main,
+                    settings_sha256=picture_digest(settings),
+                )
+                signals.leave_if_asked()
             cost = log_run(folder, process, watch, made, stages)
             missing = finish_folder(folder, jobs, settings, classes)
             if not missing:

@@ -92,16 +92,18 @@ def main(argv=None):
     jobs = list_jobs(classes, args.ipc, args.ipc)
     require_space("--save_init_image_path", folder, len(jobs) * size**2 * 2, [job.file for job in jobs])
     watch = Stopwatch()
-    with StopSignals() as signals, output_folder("--save_init_image_path", folder, settings, process) as settings:
+    with output_folder("--save_init_image_path", folder, settings, process) as settings:
         digest = picture_digest(settings)
         todo = [job for job in jobs[process.rank :: process.world] if not (folder / job.file).exists()]
-        for job in progress(todo, desc="random", unit="image", quiet=not process.is_main):
-            item = chosen.items[job.position][job.i]
-            try:
-                picture = np.array(centre_square(split.read(item), size))
-            except BadImage as error:
-                refuse(error)
-            save_png(folder / job.file, picture, size, {"source": Path(str(item)).name}, digest)
+        with StopSignals() as signals:
+            for job in progress(todo, desc="random", unit="image", quiet=not process.is_main):
+                item = chosen.items[job.position][job.i]
+                try:
+                    picture = np.array(centre_square(split.read(item), size))
+                except BadImage as error:
+                    refuse(error)
+                save_png(folder / job.file, picture, size, {"source": Path(str(item)).name}, digest)
+                signals.leave_if_asked()
             signals.leave_if_asked()
         cost = log_run(folder, process, watch, len(todo))
         missing = finish_folder(folder, jobs, settings, classes)

@@ -81,16 +81,18 @@ def main(argv=None):
     folder = Path(args.save_init_image_path) / taken_folder_name(args.dataset, ipc, source.resolve().name, size)
     require_space("--save_init_image_path", folder, len(jobs) * size**2 * 2, [job.file for job in jobs])
     watch = Stopwatch()
-    with output_folder("--save_init_image_path", folder, settings, process) as settings, StopSignals() as signals:
+    with output_folder("--save_init_image_path", folder, settings, process) as settings:
         digest = picture_digest(settings)
         todo = [job for job in jobs[process.rank :: process.world] if not (folder / job.file).exists()]
-        for job in progress(todo, desc="take", unit="image", quiet=not process.is_main):
-            check_file("--image_path", source, job.file, manifest)
-            try:
-                picture = np.array(read_rgb(source / job.file))
-            except BadImage as error:
-                refuse(error)
-            save_png(folder / job.file, picture, size, {"source": job.file}, digest)
+        with StopSignals() as signals:
+            for job in progress(todo, desc="take", unit="image", quiet=not process.is_main):
+                check_file("--image_path", source, job.file, manifest)
+                try:
+                    picture = np.array(read_rgb(source / job.file))
+                except BadImage as error:
+                    refuse(error)
+                save_png(folder / job.file, picture, size, {"source": job.file}, digest)
+                signals.leave_if_asked()
             signals.leave_if_asked()
         cost = log_run(folder, process, watch, len(todo))
         missing = finish_folder(folder, jobs, settings, classes)

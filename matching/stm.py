@@ -217,12 +217,15 @@ def main(argv=None):
     require_space("--save_init_image_path", folder, len(jobs) * size**2 * 3)
     batches = class_batches(jobs, images.ipc, args.batch_size)
     watch = Stopwatch()
-    with output_folder("--save_init_image_path", folder, settings, process) as settings, StopSignals() as signals:
+    with output_folder("--save_init_image_path", folder, settings, process) as settings:
         digest = picture_digest(settings)
         mine = list(enumerate(batches))[process.rank :: process.world]
         todo = [unit for unit in mine if not all((folder / job.file).exists() for job in unit[1][1])]
         pixels, _ = load_pixels("--image_path", images, args.num_workers) if todo else ([], images)
-        with progress(total=len(todo) * args.iterations, desc="stm", unit="step", quiet=not process.is_main) as bar:
+        with (
+            StopSignals() as signals,
+            progress(total=len(todo) * args.iterations, desc="stm", unit="step", quiet=not process.is_main) as bar,
+        ):
             for number, (_, batch) in todo:
                 rows = torch.stack([torch.from_numpy(pixels[position[job.file]].copy()) for job in batch])
                 x = normalise(rows.to(process.device), mean, std)  # (B, 3, S, S)
@@ -237,6 +240,7 @@ def main(argv=None):
                 append_log(folder, event="batch", batch=number, **losses)
                 bar.set_postfix(losses)
                 signals.leave_if_asked()
+            signals.leave_if_asked()
         cost = log_run(folder, process, watch, sum(len(batch) for _, (_, batch) in todo))
         missing = finish_folder(folder, jobs, settings, classes)
         if not missing:

@@ -485,6 +485,33 @@ def test_a_stop_signal_finishes_the_unit_and_says_how_to_go_on(number, made, mod
         assert tree(folder) == tree(reference)
 
 
+def test_a_stop_signal_at_the_end_of_an_arm_begins_no_other(made, model):
+    def signalled(argv):
+        original = gen_syn_image.finish_folder
+        gen_syn_image.finish_folder = lambda *args: (os.kill(os.getpid(), signal.SIGTERM), original(*args))[1]
+        gen_syn_image.main(argv)
+
+    end = Forked(signalled, stage_2(model, made, "--arm", "d4m", "decoded", "noise")).wait()
+    assert end.status == 75 and "left at once; run the same command to go on" in end.err
+    assert [folder.name for folder in Path("output/images").iterdir()] == [made[1].name]
+    assert gen_syn_image.main(stage_2(model, made)) and tree(Path("output/images") / made[1].name) == tree(made[1])
+
+
+@pytest.mark.parametrize("module", [gen_prototype, random_real], ids=lambda m: m.__name__)
+def test_a_stop_signal_while_the_manifest_is_written_leaves_at_once(module, made, model):
+    argv = stage_1(model) if module is gen_prototype else ["--dataset", "digits", "--classes", "0-2"]
+    name = "write_manifest" if module is gen_prototype else "finish_folder"
+
+    def signalled(argv):
+        original = getattr(module, name)
+        setattr(module, name, lambda *args: (os.kill(os.getpid(), signal.SIGTERM), original(*args))[1])
+        module.main(argv)
+
+    assert Forked(signalled, argv).wait().status == 75
+    assert not list(Path("output").rglob(MANIFEST))
+    assert (module.main(argv) / MANIFEST).exists()
+
+
 def test_a_stop_signal_while_loading_leaves_at_once(model):
     def loading(argv):
         gen_prototype.load_pipeline = lambda *a, **k: time.sleep(30)

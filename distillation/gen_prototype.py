@@ -133,16 +133,18 @@ def encode_batch(pipeline, images, keys, names, limit):
 
 
 def encode_classes(pipeline, split, positions, size, batch_size, seed, num_workers=0, skip_bad=False, quiet=False):
-    """Yield (class position, (N, 4, h, w) float16 latents in the class's shuffled order, names of skipped images).
+    """Iterator of (class position, (N, 4, h, w) float16 latents in the class's shuffled order, names of skipped ones).
 
-    Images are read ahead by workers that live for the whole run; a batch holds images of one class only, so that a
-    class is the same bytes whichever process encodes it.
+    Images are read ahead by workers that live for the whole run and start at this call, not at the first class: no
+    thread of the caller's lives yet that a fork could catch in the middle. A batch holds images of one class only, so
+    that a class is the same bytes whichever process encodes it.
     """
-    limit = MemoryLimit(batch_size)
     chunks = []
     for position in positions:
         order = class_order(split, position, seed)
         chunks += [[(position, i) for i in order[s : s + batch_size]] for s in range(0, len(order), batch_size)]
+    if not chunks:
+        return iter(())
     loader = DataLoader(
         SquashedImages(split, size),
         batch_sampler=chunks,
@@ -151,9 +153,14 @@ def encode_classes(pipeline, split, positions, size, batch_size, seed, num_worke
         prefetch_factor=4 if num_workers else None,
         pin_memory=pipeline.vae.device.type == "cuda",
     )
+    limit = MemoryLimit(batch_size)
+    return _encoded(pipeline, split, positions, chunks, iter(loader), seed, limit, skip_bad, quiet)
+
+
+def _encoded(pipeline, split, positions, chunks, batches, seed, limit, skip_bad, quiet):
     waiting, latents, skipped, seen = {p: len(split.items[p]) for p in positions}, [], [], set()
     with progress(total=sum(waiting.values()), desc="encode", unit="image", quiet=quiet) as bar:
-        for chunk, (images, bad, thumbnails) in zip(chunks, loader):
+        for chunk, (images, bad, thumbnails) in zip(chunks, batches):
             position = chunk[0][0]
             items = [split.items[position][i] for _, i in chunk]
             for n, text in bad.items():

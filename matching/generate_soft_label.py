@@ -16,6 +16,7 @@ if __name__ == "__main__" and not __package__:  # run by path, our packages woul
     sys.exit(2)
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -50,6 +51,7 @@ from scripts.runtime import (
     natural,
     progress,
     refuse,
+    result_of,
     this_process,
 )
 
@@ -198,17 +200,29 @@ def label_images(args, images, protocol, teachers, teacher_facts, process):
         feed = Feed(arrays, images, protocol, process.device)
         loader = feed.loader([(epoch, b) for epoch in todo for b in range(batches)], args.num_workers)
         bar = progress(total=len(todo) * count, desc="soft labels", unit="image", quiet=not process.is_main)
-        with StopSignals() as signals, bar:
+
+        def finish_epoch(epoch, drawn, logits):
+            if not all(extreme.isfinite() for extreme in logits.aminmax()):  # NaN comes through both
+                hint = "; --no_use_fp16 keeps numbers above 65,504" if args.use_fp16 else ""
+                refuse(f"--arch {' '.join(args.arch)}: logits of epoch {epoch} are NaN or infinite{hint}")
+            write_epoch(folder, epoch, drawn, logits, digest)
+
+        # one epoch is checked and written beside the labelling of the next
+        with StopSignals() as signals, bar, ThreadPoolExecutor(1) as background:
+            pending = None
             for epoch in todo:
                 with memory_for("in labelling", "use --amp bf16, or fewer teachers at once"):
                     drawn, logits = label_epoch(
                         feed, loader, batches, teachers, args.amp, args.channels_last, args.use_fp16, bar
                     )
-                if not logits.abs().max().isfinite():
-                    hint = "; --no_use_fp16 keeps numbers above 65,504" if args.use_fp16 else ""
-                    refuse(f"--arch {' '.join(args.arch)}: logits of epoch {epoch} are NaN or infinite{hint}")
-                write_epoch(folder, epoch, drawn, logits, digest)
-                signals.leave_if_asked()
+                if pending:
+                    result_of(pending)
+                pending = background.submit(finish_epoch, epoch, drawn, logits)
+                if signals.name:
+                    result_of(pending)
+                    signals.leave_if_asked()
+            if pending:
+                result_of(pending)
         cost = log_run(folder, process, watch, len(todo))
         manifest_facts = {
             "dataset": images.dataset,

@@ -203,6 +203,30 @@ def test_what_cached_latents_took_is_known_to_who_uses_them(model, monkeypatch):
     assert read_json(both / "timing.json")["cached_seconds"] is None
 
 
+def test_readers_start_before_the_first_class_is_handed_out(model, monkeypatch):
+    """Also if it comes from the cache: the caller's thread of k-means runs from then on, and a fork would copy it."""
+    started = []
+
+    class Loader(gen_prototype.DataLoader):
+        def __iter__(self):
+            started.append(self.batch_sampler)
+            return super().__iter__()
+
+    class Cache(dict):
+        load, save = dict.get, lambda self, *_: None
+
+    monkeypatch.setattr(gen_prototype, "DataLoader", Loader)
+    split = gen_prototype.open_training_split(gen_prototype.get_args([*STAGE_1, *model]))
+    pipeline, _ = load_pipeline(
+        StableDiffusionGenLatentsPipeline, model[1], torch.device("cpu"), "fp32", vae_only=True
+    )
+    kept = {0: (np.zeros((9, 4, 8, 8), np.float16), [])}
+    classes = gen_prototype.class_latents(pipeline, split, [0, 1], 32, 4, 0, Cache(kept), quiet=True)
+    assert next(classes)[0] == 0 and len(started) == 1 and started[0][0][0][0] == 1
+    assert next(classes)[1].shape == (9, 4, 8, 8)
+    assert [p for p, *_ in gen_prototype.class_latents(None, split, [0], 32, 4, 0, Cache(kept))] == [0]
+
+
 def test_the_arms_without_prototypes_start_from_pure_noise(made, model):
     folders = gen_syn_image.main(
         [*STAGE_2, *model, "--prototype_path", str(made[0]), "--arm", "decoded", "noise", "text"]

@@ -59,6 +59,25 @@ def protocol(**changes):
     return protocol_of({"batch_size": 8, "mix_type": "cutmix", **changes}, 32)
 
 
+def test_an_epoch_is_written_while_the_next_is_labelled(images, teacher, tmp_path, monkeypatch):
+    labelling, waited = [threading.Event() for _ in range(3)], []
+    label_epoch, write = generate_soft_label.label_epoch, generate_soft_label.write_epoch
+    begun = iter(labelling)
+
+    def noted(*args):
+        next(begun).set()
+        return label_epoch(*args)
+
+    def slow(folder, epoch, *what):
+        waited.append(epoch + 1 < len(labelling) and labelling[epoch + 1].wait(20))
+        write(folder, epoch, *what)
+
+    monkeypatch.setattr(generate_soft_label, "label_epoch", noted)
+    monkeypatch.setattr(generate_soft_label, "write_epoch", slow)
+    folder = label(images, teacher, tmp_path, "--epochs", "3")
+    assert waited == [True, True, False] and len(list(folder.glob("epoch_*.safetensors"))) == 3
+
+
 # ---- draws
 
 

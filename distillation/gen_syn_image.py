@@ -351,13 +351,19 @@ def image_folder_name(settings, prototype_settings):
 
 
 def finish_folder(folder, jobs, settings, classes):
-    """Once every PNG is there: images.jsonl, the data card and the manifest. Returns the missing files."""
-    pngs = [job.file for job in jobs]
-    if all((folder / name).is_file() for name in pngs) and not is_complete(folder):
+    """Once every PNG is there: images.jsonl, the data card and the manifest. Returns the missing files.
+
+    Of a finished folder, either is written again if it is lost; the manifest says whether it is what it was.
+    """
+    pngs, texts, complete = [job.file for job in jobs], ["images.jsonl", "README.md"], is_complete(folder)
+    lacking = not complete or not all((folder / name).is_file() for name in texts)
+    if lacking and all((folder / name).is_file() for name in pngs):
         rows, digest = [], picture_digest(settings)
         for job in jobs:
             made = read_facts(folder / job.file)
-            check_unit(folder / job.file, made.pop("settings_sha256", None), digest)
+            found = made.pop("settings_sha256", None)
+            if not complete:
+                check_unit(folder / job.file, found, digest)
             row = {
                 "file_name": job.file,
                 "class_index": job.class_id,
@@ -374,7 +380,7 @@ def finish_folder(folder, jobs, settings, classes):
         folder,
         "images",
         settings,
-        [*pngs, "images.jsonl", "README.md"],
+        [*pngs, *texts],
         {**facts, "count": len(jobs), "classes": classes},
     )
 

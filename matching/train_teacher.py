@@ -59,6 +59,7 @@ from matching.training import (
     validation_pixels,
 )
 from scripts.files import (
+    TIMING,
     is_complete,
     output_folder,
     output_name,
@@ -318,6 +319,8 @@ def main(argv=None):
             read_manifest("--output_dir", folder, "teacher")
             if process.is_main:
                 checkpoint.unlink(missing_ok=True)
+                if not (folder / TIMING).exists():  # killed just after the manifest
+                    write_timing(folder)
             print(f"{folder}: already there")
             return folder
         watch = Stopwatch()

@@ -479,6 +479,28 @@ def test_facts_in_a_picture_that_no_run_wrote(text, made, model, refused):
     refused(main, argv, "1/1_0000.png", "remove it")
 
 
+@pytest.mark.parametrize("name", ["images.jsonl", "README.md"])
+def test_what_a_finished_image_folder_lost_is_written_again(name, made, model):
+    main, argv = again("images", (None, None, None), made, model)
+    [folder] = main(argv)
+    before = (folder / name).read_bytes(), (folder / MANIFEST).read_bytes()
+    (folder / name).unlink()
+    main(argv)
+    assert ((folder / name).read_bytes(), (folder / MANIFEST).read_bytes()) == before
+
+
+@pytest.mark.parametrize("training", ["student", "teacher"])
+def test_a_training_killed_just_after_its_manifest_gets_its_timing(training, base):
+    main, argv = train_FKD.main, student(base)
+    if training == "teacher":
+        main, argv = train_teacher.main, [*TEACHER, "--epochs", "1", "--num_workers", "0", "--device", "cpu"]
+    folder = main(argv)
+    before = read_json(folder / TIMING)
+    (folder / TIMING).unlink()
+    main(argv)
+    assert read_json(folder / TIMING) == before and before["units"] > 0
+
+
 def test_rows_without_their_weights_are_not_a_finished_seed(base):
     folder = train_FKD.main(student(base))
     before = (folder / MANIFEST).read_bytes()

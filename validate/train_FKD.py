@@ -74,6 +74,7 @@ from matching.training import (
     validation_pixels,
 )
 from scripts.files import (
+    TIMING,
     check_unit,
     is_complete,
     output_folder,
@@ -407,6 +408,8 @@ def main(argv=None):
         check_ranks(folder, settings, list(trained.values()), process)
         if complete:
             read_manifest("--output_dir", folder, "student")
+            if process.is_main and not (folder / TIMING).exists():  # killed just after the manifest
+                write_timing(folder)
             print(f"{folder}: already there")
         else:
             watch = Stopwatch()

@@ -1,5 +1,7 @@
 """The benchmark runs whole on a CPU, its outputs agree, and its tables say what was measured."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import tree
@@ -62,7 +64,7 @@ def test_a_student_of_ours_is_timed_in_the_launchers_chunks(result):
     assert CHUNKS == {5, 4}
     rows = {row["what"]: row for row in result[0]["rows"] if row["what"].startswith("an epoch of")}
     assert {"an epoch of convnet_w128, 32 px", "an epoch of convnet_w128, 32 px, 4 images a pass"} < set(rows)
-    assert all("BatchNorm sees 5 images" in row["note"] for row in rows.values())
+    assert all("5 images a pass where no other" in row["note"] for row in rows.values())
 
 
 def test_a_second_network_is_left_out_when_time_or_memory_is_short(tmp_path, monkeypatch):
@@ -164,6 +166,18 @@ def test_the_releases_batches_are_pinned_for_a_gpu_only(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     feed = release.ReleaseFeed([], [], 32)
     assert [feed.loader(0, torch.device(name)).pin_memory for name in ("cpu", "cuda")] == [False, True]
+
+
+def test_the_readmes_memory_is_that_of_the_costs():
+    """And counts, in stage 4, the test images."""
+    lines = (Path(__file__).parents[1] / "README.md").read_text().splitlines()
+    first = lines.index("| stage | time (estimated) | disk | GPU memory (estimated) |") + 1
+    usual, small = costs.gpu_bytes(10), costs.gpu_bytes(10, 8)
+    for stage, line in enumerate(lines[first + 1 : first + 5], 1):
+        cell = f"{usual[stage] / 1e9:.0f} GB"
+        cell += f", {small[stage] / 1e9:.0f} GB with `--batch_size 8`" if stage < 3 else ""
+        assert line.startswith(f"| {stage} |") and line.endswith(f"| {cell} |")
+    assert usual[4] - 7.5e9 > 10_000 * costs.PIXELS
 
 
 def test_a_row_knows_whether_its_target_is_met():

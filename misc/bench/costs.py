@@ -2,11 +2,15 @@
 
 import statistics
 
+from misc.bench.stage_4 import BN_BATCH
+from misc.check import ENCODE_GIB, GIB, SYNTHESIS_GIB
+
 # images a second on one H200, from operation counts and published rates: used until a GPU's JSON is there
 ESTIMATES = {
     "stage 1": 360, "cache, IPC 10": 9000, "cache, IPC 200": 1800, "stage 2": 6.4, "stage 3": 20800, "stage 4": 12500
 }  # fmt: skip
-REAL_IMAGES, CLASSES, EPOCHS = 1_281_167, 1000, 300
+REAL_IMAGES, TEST_IMAGES, CLASSES, EPOCHS = 1_281_167, 50_000, 1000, 300
+PIXELS = 224 * 224 * 3  # bytes of an image
 GPU_ROWS = {
     "stage 1": "images to prototypes",
     "cache, IPC 10": "another IPC, 10 a class, json",
@@ -25,6 +29,20 @@ def gpu_rates(results):
             if all(rows.values()):
                 return {k: v[0] for k, v in rows.items()}, f"measured on {result['machine']['gpu']}"
     return ESTIMATES, "estimated"
+
+
+def gpu_bytes(ipc, batch_size=32):
+    """{stage: bytes of GPU memory, estimated}; where the images do not fit in stages 3-4, they stay in host memory.
+
+    batch_size   of stages 1-2; stages 3-4 have the launchers' batches of 1024, in chunks in stage 4
+    """
+    images = CLASSES * ipc
+    return {
+        1: 0.17e9 + batch_size * ENCODE_GIB * GIB,
+        2: 2.1e9 + batch_size * SYNTHESIS_GIB * GIB,
+        3: images * PIXELS + 1024 * PIXELS * 9 + 4e9,
+        4: (images + TEST_IMAGES) * PIXELS + 1024 * PIXELS * 9 + BN_BATCH * 2.4e7 + 2e9,
+    }
 
 
 def costs(results):
@@ -60,7 +78,7 @@ def costs(results):
             "4 student, ResNet-18, 300 epochs": [hours(seen * n / rates["stage 4"] / many, last) for n in ipcs],
         }  # fmt: skip
         lines += [f"## Time on {gpus} GPU{'s' * (gpus > 1)}", "", *_by_ipc(ipcs, rows), ""]
-    pixels = [CLASSES * n * 224 * 224 * 3 for n in ipcs]
+    pixels = [CLASSES * n * PIXELS for n in ipcs]
     label = [CLASSES * n * (25 + 2 * CLASSES) for n in ipcs]
     rows = {
         "1 prototypes, safetensors": [gigabytes(CLASSES * n * 4 * 64 * 64 * 2) for n in ipcs],
@@ -71,14 +89,14 @@ def costs(results):
         "4 student and results": ["0.05 GB c"] * 4,
     }  # fmt: skip
     lines += ["## Disk", "", *_by_ipc(ipcs, rows), ""]
-    weights = {"1": 0.17e9, "2": 2.1e9}
+    on_gpu = [gpu_bytes(n) for n in ipcs]
     rows = {
-        "1 GPU: fp16 VAE, batch of 32 at 512 px": [gigabytes(weights["1"] + 32 * 0.25e9, "e")] * 4,
-        "2 GPU: fp16 Stable Diffusion, batch of 32": [gigabytes(weights["2"] + 32 * 0.45e9, "e")] * 4,
-        "3 GPU: set as bytes + a batch of 1024": [gigabytes(n + 1024 * 224 * 224 * 3 * 9 + 4e9, "e") for n in pixels],
-        "4 GPU: set as bytes + a chunk of 512": [gigabytes(n + 512 * 2.4e7 + 2e9, "e") for n in pixels],
+        "1 GPU: fp16 VAE, batch of 32 at 512 px": [gigabytes(n[1], "e") for n in on_gpu],
+        "2 GPU: fp16 Stable Diffusion, batch of 32": [gigabytes(n[2], "e") for n in on_gpu],
+        "3 GPU: set as bytes + a batch of 1024": [gigabytes(n[3], "e") for n in on_gpu],
+        f"4 GPU: set and test images as bytes + a chunk of {BN_BATCH}": [gigabytes(n[4], "e") for n in on_gpu],
         "3, 4 host: set in memory (or on its way to the GPU), an epoch's labels, 50,000 test images": [
-            gigabytes(p + n + 50_000 * 224 * 224 * 3 + 3e9, "e") for p, n in zip(pixels, label)
+            gigabytes(p + n + TEST_IMAGES * PIXELS + 3e9, "e") for p, n in zip(pixels, label)
         ],
     }  # fmt: skip
     lines += ["## Memory, one process", "", *_by_ipc(ipcs, rows), ""]

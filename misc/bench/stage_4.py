@@ -149,5 +149,5 @@ def student(bench, arch):
     targets = dict.fromkeys(ways, 8)
     same = f"{half} images a pass"
     ways[same] = way(Forward(device), chunk=half)[1]
-    note = f"BatchNorm sees {chunk} images where no other number is named, the release's {half}"
+    note = f"{chunk} images a pass where no other number is named, the release's {half}"
     bench.network_rows(4, f"an epoch of {arch}", ways, model, True, targets, {same: 0.02}, note)

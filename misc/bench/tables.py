@@ -59,7 +59,7 @@ def markdown(result):
         + ", ".join(f"{k} {v / 1e9:,.4g}" for k, v in result["flops"].items())
         + ".",
         "",
-        "Peak memory of each stage, MiB: "
+        "Peak memory of the benchmark's own process in each stage, both ways and their inputs in it, MiB: "
         + "; ".join(
             f"{k}: {', '.join(f'{n} {v}' for n, v in row.items())}" for k, row in result["peak_memory"].items()
         )

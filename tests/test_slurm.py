@@ -17,7 +17,7 @@ SBATCH = sorted((ROOT / "scripts/slurm").glob("*.sbatch"))
 PYTHON = """#!/bin/sh
 echo "$0" "$@" >> "$RECORD"
 [ -n "${SLEEP:-}" ] || exit "${STATUS:-0}"
-trap 'echo TERM >> "$RECORD"; sleep 0.2; exit 75' TERM
+trap 'echo TERM >> "$RECORD"; sleep 0.2; exit "${STATUS:-75}"' TERM
 touch "$RECORD.started"
 while :; do sleep 0.05; done
 """
@@ -25,14 +25,31 @@ SCONTROL = """#!/bin/sh
 echo scontrol "$@" >> "$RECORD"
 [ "$1" != show ] || echo node17
 """
-SRUN = '#!/bin/sh\nshift\nexec "$@"\n'
+# as Slurm's: a SIGTERM to srun itself kills the step
+SRUN = """#!/bin/sh
+shift
+"$@" &
+echo $! > "$RECORD.step"
+trap 'kill -KILL $!; exit 143' TERM HUP
+wait $!
+"""
+SCANCEL = """#!/bin/sh
+echo scancel "$@" >> "$RECORD"
+kill -TERM "$(cat "$RECORD.step")"
+"""
 
 
 @pytest.fixture
 def slurm(tmp_path):
     """slurm(file, **variables) -> a running sbatch script; its record grows at tmp_path/record."""
-    stand_ins = (("python", PYTHON), ("torchrun", PYTHON), ("scontrol", SCONTROL), ("srun", SRUN))
-    for name, text in stand_ins:
+    stand_ins = (
+        ("python", PYTHON),
+        ("torchrun", PYTHON),
+        ("scontrol", SCONTROL),
+        ("srun", SRUN),
+        ("scancel", SCANCEL),
+    )
+    for name, text in stand_ins.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "PYTHON", "TORCHRUN", "NUM_GPUS"))}
@@ -70,16 +87,31 @@ def test_a_finished_job_is_not_put_back(file, slurm, tmp_path):
         assert line.endswith("--seed 1")
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-@pytest.mark.parametrize("file", SBATCH, ids=lambda f: f.stem)
-def test_a_warning_reaches_the_stage_and_the_job_goes_back_into_the_queue(file, number, slurm, tmp_path):
-    job = slurm(file, SLEEP="1", **ARRAY)
+def warned(slurm, tmp_path, file, number, **variables):
+    """(exit status, what was called after the start) of a job that gets a signal."""
+    job = slurm(file, SLEEP="1", **ARRAY, **variables)
     while not (tmp_path / "record.started").exists() and job.poll() is None:
         time.sleep(0.02)
+    begun = len((tmp_path / "record").read_text().splitlines())
     job.send_signal(number)
-    assert job.wait(20) == 75
-    lines = (tmp_path / "record").read_text().splitlines()
-    assert lines[-2:] == ["TERM", "scontrol requeue 40_2"]
+    status, passed = job.wait(20), [] if is_array(file) else ["scancel --signal=TERM 41"]
+    lines = (tmp_path / "record").read_text().splitlines()[begun:]
+    assert lines[: len(passed) + 1] == [*passed, "TERM"]
+    return status, lines[len(passed) + 1 :]
+
+
+@pytest.mark.parametrize("file", SBATCH, ids=lambda f: f.stem)
+def test_a_warning_reaches_the_stage_and_the_job_goes_back_into_the_queue(file, slurm, tmp_path):
+    assert warned(slurm, tmp_path, file, signal.SIGUSR1) == (75, ["scontrol requeue 40_2"])
+
+
+@pytest.mark.parametrize("file", SBATCH, ids=lambda f: f.stem)
+def test_a_cancelled_job_stays_out_of_the_queue(file, slurm, tmp_path):
+    assert warned(slurm, tmp_path, file, signal.SIGTERM) == (75, [])
+
+
+def test_a_job_that_is_refused_after_its_warning_stays_out_of_the_queue(slurm, tmp_path):
+    assert warned(slurm, tmp_path, SBATCH[0], signal.SIGUSR1, STATUS="2") == (2, [])
 
 
 def test_a_failed_job_stays_out_of_the_queue(slurm, tmp_path):

@@ -1,8 +1,9 @@
 # Sourced by the sbatch files, from the repository root. POSIX sh.
 #
 # run COMMAND ...   starts it and passes Slurm's warnings on to it as SIGTERM; the stage then finishes its unit of work
-#                   and leaves. The job is put back into the queue if there is more to do: the same command goes on
-#                   where it stopped. Slurm itself puts it back after a preemption or a node's failure (--requeue).
+#                   and leaves. After SIGUSR1, the warning of the time limit, the job is put back into the queue: the
+#                   same command goes on where it stopped. SIGTERM is a scancel, which stays one, or a preemption, after
+#                   which Slurm itself puts the job back, as after a node's failure (--requeue).
 # shard             "I/N" of this element of a job array, for stages 1-3. An array of a part (--array=1,3, to make up for
 #                   two elements that failed) does not say how many shards the whole run has: SHARDS=4 does. A requeued
 #                   element keeps its number and the array's size.
@@ -16,11 +17,19 @@ shard() {
     echo "${SLURM_ARRAY_TASK_ID:-0}/${SHARDS:-$count}"
 }
 
+pass_on() {
+    case "$1" in
+        srun) scancel --signal=TERM "$SLURM_JOB_ID" || true ;; # the steps alone; srun takes a SIGTERM for "kill them"
+        *) kill -TERM "$child" 2>/dev/null || true ;;
+    esac
+}
+
 run() {
-    stopped=""
+    limit=""
     "$@" &
     child=$!
-    trap 'stopped=yes; kill -TERM "$child" 2>/dev/null || true' USR1 TERM
+    trap 'limit=yes; pass_on "$1"' USR1
+    trap 'pass_on "$1"' TERM
     status=0
     wait "$child" || status=$?
     while kill -0 "$child" 2>/dev/null; do # a signal ends the wait, not the child
@@ -31,8 +40,8 @@ run() {
     if [ "$status" -eq 0 ]; then
         return 0
     fi
-    # 75: left after a finished unit. torchrun reports a failure of its own instead, so our own signal counts as well
-    if [ "$status" -eq 75 ] || [ -n "$stopped" ]; then
+    # 75: left after a finished unit; torchrun reports a failure of its own instead. 2: refused, now and the next time
+    if [ -n "$limit" ] && [ "$status" -ne 2 ]; then
         job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"
         job="${job:-${SLURM_JOB_ID:-}}"
         echo "stopped with status $status; back into the queue" >&2

@@ -42,13 +42,7 @@ kill -TERM "$(cat "$RECORD.step")"
 @pytest.fixture
 def slurm(tmp_path):
     """slurm(file, **variables) -> a running sbatch script; its record grows at tmp_path/record."""
-    stand_ins = (
-        ("python", PYTHON),
-        ("torchrun", PYTHON),
-        ("scontrol", SCONTROL),
-        ("srun", SRUN),
-        ("scancel", SCANCEL),
-    )
+    stand_ins = {"python": PYTHON, "torchrun": PYTHON, "scontrol": SCONTROL, "srun": SRUN, "scancel": SCANCEL}
     for name, text in stand_ins.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)

@@ -18,6 +18,7 @@ def test_differences_are_of_the_same_seed_and_the_table_says_what_was_measured(t
     rows = {row["way"]: row for row in entry["rows"]}
     assert list(rows) == list(accuracy.WAYS) and len(ran) == 1 + 2 * len(rows)
     assert sum("--amp" in argv for argv in ran) == sum("--fused" in argv for argv in ran) == 2 * 2
+    assert sum("--compile" in argv for argv in ran) == 2
     plain = rows["as it is"]["top1"]["values"]
     for row in rows.values():
         assert row["difference"]["values"] == [a - b for a, b in zip(row["top1"]["values"], plain)]

@@ -1,4 +1,4 @@
-"""What --amp bf16, --channels_last and --fused do to a student's accuracy, beside what they do to its speed.
+"""What --amp bf16, --channels_last, --fused and --compile do to a student's accuracy, beside its speed.
 
     python -m misc.bench.accuracy --name digits --seeds 0 1 2 --train_dir DIR --fkd_path DIR --model convnet_mini ...
     sh misc/bench/accuracy.sh                            # the table of misc/benchmarks/accuracy.md, from nothing
@@ -34,6 +34,7 @@ WAYS = {
     "--fused": ["--fused"],
     "--amp bf16": ["--amp", "bf16"],
     "all three": ["--channels_last", "--fused", "--amp", "bf16"],
+    "--compile": ["--compile"],
 }
 
 
@@ -76,7 +77,7 @@ def spread(value, digits, sign=""):
 
 def markdown(entries):
     """entries {name: what `main` measured}"""
-    lines = ["# What bf16, channels_last and the fused optimiser do to accuracy", ""]
+    lines = ["# What bf16, channels_last, the fused optimiser and compile do to accuracy", ""]
     lines += [
         "Top-1 in % of the last epoch, mean ± sample std over the seeds; difference to the first row seed by seed;",
         "speed of whole runs, reading and tests included, over the first row's. All are off in the faithful preset.",

@@ -96,14 +96,19 @@ class Split:
         """How an error message calls this image."""
         return f"image {item} of {self.dataset} {self.name}" if self.arrays is not None else str(item)
 
-    def fingerprint(self, positions=None):
-        """A hash of which images there are: names and file sizes, or pixels where they live in memory."""
+    def fingerprint(self, positions=None, missing_ok=False):
+        """A hash of which images there are: names and file sizes, or pixels where they live in memory.
+
+        missing_ok   a broken link is one of them, for --on_bad_image skip; else the OSError of a missing file
+        """
         state = hashlib.sha256()
         for position in range(len(self.folders)) if positions is None else positions:
             state.update(f"{self.folders[position]}\n".encode())
             for item in self.items[position]:
                 if self.arrays is not None:
                     state.update(self.arrays[item].tobytes())
+                elif missing_ok and not os.path.exists(item):
+                    state.update(f"{item.name} missing\n".encode())
                 else:
                     status = os.stat(item)
                     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever

@@ -211,7 +211,7 @@ class LatentCache:
         return self.folder / self.files()[position]
 
     def _names(self, position):
-        return self.split.fingerprint([position])
+        return self.split.fingerprint([position], missing_ok=True)  # the stage has looked at them before
 
     def __contains__(self, position):
         """Whether the class is cached and its images are the same; reads no latents."""
@@ -402,7 +402,8 @@ def prototype_settings(args, split, precision, vae_sha256):
         "dtype": args.dtype, "precision": precision, "channels_last": args.channels_last, "compile": args.compile,
         "model": model_name(args.diffusion_checkpoints_path), "revision": args.revision, "vae_sha256": vae_sha256,
         "prompts_sha256": hashlib.sha256("\n".join(split.prompts).encode()).hexdigest(),
-        "images_sha256": split.fingerprint(), "images": sum(map(len, split.items)),
+        "images_sha256": split.fingerprint(missing_ok=args.on_bad_image == "skip"),
+        "images": sum(map(len, split.items)),
     }  # fmt: skip
 
 

@@ -193,7 +193,8 @@ def check_sample(plan, split, on_bad, flag):
     if not every or split.arrays is not None:
         return
     # the smallest files are the likeliest to be broken
-    chosen = sorted(random.Random(0).sample(every, min(len(every), 4 * SAMPLE)), key=lambda p: Path(p).stat().st_size)
+    chosen = random.Random(0).sample(every, min(len(every), 4 * SAMPLE))
+    chosen.sort(key=lambda p: Path(p).stat().st_size if Path(p).exists() else 0)
     chosen = chosen[: SAMPLE // 2] + random.Random(1).sample(every, min(len(every), SAMPLE // 2))
     bad = []
     for item in dict.fromkeys(chosen):

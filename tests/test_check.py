@@ -93,6 +93,17 @@ def test_weights_are_read_as_far_as_their_headers(preflight, model):
     assert any("unet/ holds no .safetensors" in problem for problem in problems)
 
 
+def test_a_broken_link_hides_no_other_problem(preflight):
+    image_folder("data", ["cat", "dog"])
+    Path("data/train/cat/zz.png").symlink_to("gone")
+    argv = ["--dataset", "imagefolder", "--data_dir", "data", "--ipc", "9", "--device", "cpu"]
+    argv += ["--diffusion_checkpoints_path", "/nope"]
+    plan, problems, _ = preflight("distillation.gen_prototype", *argv)
+    assert plan and any("zz.png" in problem for problem in problems)
+    assert any("cat has only 4 images" in problem for problem in problems)
+    assert any("/nope" in problem for problem in problems)
+
+
 def test_disk_is_summed_over_the_outputs(preflight, model, monkeypatch):
     monkeypatch.setattr(check, "free_space", lambda folder: 1000)
     _, problems, _ = preflight("distillation.gen_prototype", *STAGE_1, *model, "--latent_cache", "cache")

@@ -671,3 +671,10 @@ def test_what_is_no_trouble_with_files_keeps_its_traceback():
 
         with pytest.raises(type(error)):
             entry_point(main)([])
+
+
+def test_a_broken_link_is_an_image_that_can_be_skipped(model, capsys):
+    image_folder("data", ["cat"])
+    os.symlink("/gone", "data/train/cat/zz.png")
+    folder = gen_prototype.main([*of_folder(model), "--km_expand", "1", "--on_bad_image", "skip"])
+    assert (folder / MANIFEST).exists() and "zz.png" in next(folder.glob("0000_*.json")).read_text()

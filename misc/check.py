@@ -31,7 +31,7 @@ import torch
 
 from distillation.datasets import DATASETS, BadImage, known_prompts, open_split, read_label_file
 from distillation.prototypes import default_size, open_prototypes
-from scripts.files import free_space
+from scripts.files import free_space, read_json
 from scripts.runtime import EXIT_REFUSED, Parser, entry_point, parse_shard, resolve_device
 
 SAMPLE = 64  # images decoded of a data set
@@ -221,7 +221,7 @@ def check_checkpoint(plan, checkpoint, parts):
         if path.suffix != ".safetensors":
             plan.problem(f"{flag}: only .safetensors files are read, a {path.suffix} may hold code")
             return {}
-        size = parameters_of(plan, flag, path)
+        size = sum(tensors_of(plan, flag, path).values())
         return {"all": size} if size else {}
     if not path.is_dir():
         local = cached_snapshot(checkpoint)
@@ -245,29 +245,57 @@ def check_checkpoint(plan, checkpoint, parts):
         if not files:
             plan.problem(f"{flag}: {part}/ holds no .safetensors")
             continue
+        tensors = [tensors_of(plan, flag, file) for file in files]
         # variants such as fp16 lie beside the full weights: the largest is counted
-        sizes[part] = max(parameters_of(plan, flag, file) or 0 for file in files)
+        sizes[part] = max(sum(held.values()) for held in tensors)
+        if all(tensors):
+            check_part(plan, flag, path / part, set().union(*tensors))
     if "unet" in parts and not (path / "scheduler/scheduler_config.json").is_file():
         plan.problem(f"{flag}: scheduler/scheduler_config.json is missing")
+    if "text_encoder" in parts and not any((path / "tokenizer").glob("*.json")):
+        plan.problem(f"{flag}: tokenizer/ is missing")
     return sizes
 
 
-def parameters_of(plan, flag, file):
-    """Number of parameters from a safetensors header; a damaged or shortened file is a problem."""
+def check_part(plan, flag, folder, names):
+    """A problem if a part lacks its config.json, or holds another network's tensors than those that it asks for."""
+    import diffusers
+
+    if not (folder / "config.json").is_file():
+        plan.problem(f"{flag}: {folder.name}/config.json is missing")
+        return
+    kind = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}.get(folder.name)
+    config = plan.try_to(read_json, folder / "config.json")
+    if kind is None or config is None:  # transformers renames a text encoder's tensors while it loads them
+        return
+    try:
+        with torch.device("meta"):
+            wanted = set(getattr(diffusers, kind).from_config(config).state_dict())
+    except Exception as error:  # a config may hold anything, and diffusers raises anything
+        plan.problem(f"{flag}: {folder.name}/config.json describes no {kind}: {str(error).splitlines()[0][:100]}")
+        return
+    if len(wanted & names) < len(wanted) / 2:  # diffusers knows other names of a few, so all need not be there
+        plan.problem(
+            f"{flag}: {folder.name}/ holds {len(wanted & names)} of the {len(wanted)} tensors of its config.json"
+        )
+
+
+def tensors_of(plan, flag, file):
+    """{name: number of parameters} from a safetensors header; a damaged or shortened file is a problem, and {}."""
     try:
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if not 0 < length < 10**8:
                 raise ValueError("no safetensors header")
             header = json.loads(stream.read(length))
-        tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
-        end = max(tensor["data_offsets"][1] for tensor in tensors)
+        tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+        end = max(tensor["data_offsets"][1] for tensor in tensors.values())
         if file.stat().st_size != 8 + length + end:
             raise ValueError(f"{file.stat().st_size} bytes, its header says {8 + length + end}")
-        return sum(torch.Size(tensor["shape"]).numel() for tensor in tensors)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        return {name: torch.Size(tensor["shape"]).numel() for name, tensor in tensors.items()}
+    except (AttributeError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
         plan.problem(f"{flag}: {file} cannot be read: {error}")
-        return None
+        return {}
 
 
 def cached_snapshot(name):

@@ -93,6 +93,20 @@ def test_weights_are_read_as_far_as_their_headers(preflight, model):
     assert any("unet/ holds no .safetensors" in problem for problem in problems)
 
 
+def test_weights_that_no_stage_could_load(preflight, model):
+    """What lies beside the weights is missing, or they are another network's."""
+    broken, flags = Path(shutil.copytree(model[1], "broken")), ["--diffusion_checkpoints_path", "broken"]
+    (broken / "unet/config.json").unlink()
+    shutil.rmtree(broken / "tokenizer")
+    vae = broken / "vae/diffusion_pytorch_model.safetensors"
+    shutil.copy(broken / "text_encoder/model.safetensors", vae)
+    _, problems, _ = preflight("distillation.distill", *STAGE_1, *flags, "--device", "cpu")
+    assert len(problems) == 3
+    for words in ("unet/config.json is missing", "tokenizer/ is missing", "vae/ holds 0 of the"):
+        assert any(words in problem for problem in problems), problems
+    assert preflight("distillation.distill", *STAGE_1, *model)[1] == []
+
+
 def test_a_broken_link_hides_no_other_problem(preflight):
     image_folder("data", ["cat", "dog"])
     Path("data/train/cat/zz.png").symlink_to("gone")

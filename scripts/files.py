@@ -384,7 +384,7 @@ def check_unit(path, found, wanted):
 
 
 def library_versions():
-    """Versions of what computes, and the git revision: recorded, compared with a warning, never refused."""
+    """Versions of what computes: recorded, so that a difference can be looked up; never compared, never refused."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"python": sys.version.split()[0]}

@@ -419,6 +419,7 @@ def train_teacher(args, recipe, settings, folder, train, val, process, forward, 
             if epoch + 1 < recipe.epochs and ((epoch + 1) % args.checkpoint_every == 0 or asked):
                 save(epoch + 1)
                 if asked:
+                    sum_over_ranks([asked], process.world)  # a rank that left while rank 0 saves may get it killed
                     signals.name = signals.name or "SIGTERM"
                     signals.leave_if_asked()
     if process.is_main:

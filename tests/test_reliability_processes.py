@@ -290,6 +290,23 @@ def test_ranks_that_do_not_see_the_same_folder_are_refused(training, stages):
         training.main([*argv, "--output_dir", "node-0"])
 
 
+@pytest.mark.parametrize("training", [train_FKD, train_teacher], ids=["student", "teacher"])
+def test_no_rank_leaves_before_the_checkpoint_is_written(training, stages):
+    """srun --kill-on-bad-exit and torchrun kill the others as soon as one has left."""
+    argv, port = [*(stages[4].argv if training is train_FKD else TEACHER_ARGV), "--output_dir", "out"], free_port()
+
+    def rank(number):
+        save, step = training.save_checkpoint, training.train_step
+        training.save_checkpoint = lambda *args: (time.sleep(1), save(*args))
+        training.train_step = lambda *args: (number and os.kill(os.getpid(), signal.SIGTERM), step(*args))[1]
+        training.main(argv)
+
+    runs = [Forked(rank, number, environment=rank_environment(number, 2, port)) for number in (0, 1)]
+    end = runs[1].wait()
+    assert end.status == 75 and list(Path("out").glob("*/checkpoint_seed0.pt")), end.err[-500:]
+    assert runs[0].wait().status == 75
+
+
 def test_ranks_of_different_settings_are_refused(stages):
     argv, port = stages[4].argv, free_port()
     runs = [

@@ -581,6 +581,7 @@ def train_students(job, trained, folder, feed, process, forward, test_model, tra
                     elif student.epoch % job.checkpoint_every == 0 or asked:
                         student.save()
                 if asked:
+                    sum_over_ranks([asked], process.world)  # a rank that left while rank 0 saves may get it killed
                     signals.name = signals.name or "SIGTERM"
                     signals.leave_if_asked()
     return units

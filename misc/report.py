@@ -30,7 +30,7 @@ ARMS = {
     "d4m-g": "D4M of a larger data set (D4M-G)",
 }
 STAGES = {
-    "teachers": "teacher, on the full data",
+    "teachers": "teacher, on real images",
     "prototypes": "1 prototypes",
     "images": "2 synthesis, all sets",
     "labels": "3 soft labels, all sets",

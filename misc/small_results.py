@@ -4,7 +4,7 @@
         --results misc/results
 
 Writes the part of this scale into RESULTS/cifar10_small.json, then cifar10_small.md from all parts, and one picture
-a scale: synthetic images only, a row an arm. The page names the machine that it is made on: the one that trained.
+a scale: images by diffusion, a row an arm. The page names the machine that it is made on: the one that trained.
 """
 
 if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
@@ -312,7 +312,7 @@ def markdown(parts):
         shared = {key: sorted({str(c[key]) for c in part["cells"]}) for key in (*KEYS[:4], "seeds")}
         words = {"ipc": "IPC", "batch_size": "batch"}
         lines.append("- " + "; ".join(f"{words.get(key, key)} {', '.join(v)}" for key, v in shared.items()))
-        lines += ["", *table(part), "", f"![synthetic images, a row an arm](cifar10_small_{scale}.png)", ""]
+        lines += ["", *table(part), "", f"![images by diffusion, a row an arm](cifar10_small_{scale}.png)", ""]
         lines += ["| the paper's claim | here |", "|---|---|"]
         for claim, sentences in part["claims"].items():
             lines.append(f"| {claim} | {summary(sentences)}{'<br>'.join(sentences)} |")
@@ -321,14 +321,20 @@ def markdown(parts):
 
 
 def picture(root, cells):
-    """Figure: synthetic images, a row an arm, a column a class; none of real photographs. None without any."""
-    shown = {c["arm"]: c["images"] for c in cells if c["arm"] not in ("Random real", VAE_ONLY)}
+    """Figure: images that diffusion made, a row an arm, a column a class; None without any.
+
+    No decoded prototypes: k-means re-draws weak centres, so that some are a single photograph.
+    """
+    real = ("Random real", VAE_ONLY, "Decoded prototypes")
+    shown = {c["arm"]: c["images"] for c in cells if c["arm"] not in real}
     if not shown:
         return None
     sets = [open_images("--output_root", root / "images" / name) for name in shown.values()]
     rows = [[read_image(images, folder, 0) for folder in images.folders] for images in sets]
-    names = [arm.removeprefix("D4M, ") for arm in shown]
-    return draw_grid(rows, names, list(sets[0].folders), 0)
+    names = [
+        arm.removeprefix("D4M, ").replace("Text-to-image", "text").replace("full k-means", "Lloyd") for arm in shown
+    ]
+    return draw_grid(rows, names, list(sets[0].folders))
 
 
 def get_args(argv=None):

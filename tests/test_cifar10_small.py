@@ -12,7 +12,7 @@ import test_launchers
 from test_launchers import ROOT, SHELL, parsed
 
 from misc import small_results
-from misc.small_results import VAE_ONLY, arm_title, claims, pairs_of, rank, verdict
+from misc.small_results import VAE_ONLY, arm_title, claims, markdown, pairs_of, rank, verdict
 from scripts.files import VOLATILE, read_json
 
 record = test_launchers.record
@@ -132,7 +132,11 @@ esac
     )
     stub.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(stub), "MODEL": MODEL, "OUT": str(tmp_path / "out"), "JOBS": jobs}
-    launcher = subprocess.Popen([SHELL, LAUNCHER], cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+    launcher = subprocess.Popen(
+        [SHELL, LAUNCHER], cwd=ROOT, env=environment, stderr=subprocess.PIPE,
+        # a test run in the background ignores Ctrl-C, and so would all that it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     while not (tmp_path / "ready").exists():
         time.sleep(0.02)
     launcher.send_signal(number)
@@ -219,6 +223,18 @@ def test_claims_compare_cells_that_differ_in_nothing_else():
     assert sentences("2.7 s and 6.1 GB") == ["not tested"]
     assert small_results.summary(sentences("Soft labels beat hard")) == "seen in 2 of 2 pairs:<br>"
     assert small_results.summary(["not tested"]) == ""
+
+
+def test_the_committed_page_is_what_its_numbers_say():
+    """misc/results: every cell is in the table, and no sentence says other than the numbers do."""
+    page = ROOT / "misc" / "results" / "cifar10_small.json"
+    parts = read_json(page)
+    assert page.with_suffix(".md").read_text(encoding="utf-8") == markdown(parts)
+    for part in parts.values():
+        assert part["claims"] == claims(part["cells"])
+        for c in part["cells"]:
+            values = c["top1"]["values"]
+            assert c["top1"]["mean"] == pytest.approx(sum(values) / len(values)) and c["top1"]["n"] == len(values)
 
 
 @pytest.mark.slow

@@ -642,6 +642,7 @@ def test_a_gpu_without_memory_for_the_weights_is_one_line(base, refused, monkeyp
 
 def test_ctrl_c_is_one_line_and_the_same_command_goes_on(base):
     def interrupted(argv):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores Ctrl-C
         original = train_FKD.train_epoch
 
         def train_epoch(job, run, *args):

@@ -323,9 +323,9 @@ def markdown(parts):
 def picture(root, cells):
     """Figure: images that diffusion made, a row an arm, a column a class; None without any.
 
-    No decoded prototypes: k-means re-draws weak centres, so that some are a single photograph.
+    No decoded prototypes, and none at low strength: k-means re-draws weak centres, so that some are one photograph.
     """
-    real = ("Random real", VAE_ONLY, "Decoded prototypes")
+    real = ("Random real", VAE_ONLY, "Decoded prototypes", "D4M, strength 0.3", "D4M, strength 0.5")
     shown = {c["arm"]: c["images"] for c in cells if c["arm"] not in real}
     if not shown:
         return None

@@ -294,7 +294,7 @@ def markdown(parts):
         lines += [
             f"## {title}",
             "",
-            f"{where}; torch {part['versions']['torch']}, diffusers {part['versions']['diffusers']}; commit "
+            f"{where}; torch {part['versions']['torch']}, diffusers {part['versions']['diffusers']}; this page by commit "
             f"{part['commit']}; {part['date']}. `{part['command']}`",
             "",
             f"- generator: VAE {model['parameters']['vae']:,} parameters, latents {model['latent']}, "

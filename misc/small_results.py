@@ -294,8 +294,8 @@ def markdown(parts):
         lines += [
             f"## {title}",
             "",
-            f"{where}; torch {part['versions']['torch']}, diffusers {part['versions']['diffusers']}; this page by commit "
-            f"{part['commit']}; {part['date']}. `{part['command']}`",
+            f"{where}; torch {part['versions']['torch']}, diffusers {part['versions']['diffusers']}; this page by "
+            f"commit {part['commit']}; {part['date']}. `{part['command']}`",
             "",
             f"- generator: VAE {model['parameters']['vae']:,} parameters, latents {model['latent']}, "
             f"{model['reconstruction_psnr_db']} dB PSNR on {model['reconstruction_psnr_on']}; UNet "

@@ -12,7 +12,7 @@ DATA_DIR="${DATA_DIR:-data/imagenet}"
 OUT="${OUT:-output}"
 DIFFUSION_CHECKPOINT="${DIFFUSION_CHECKPOINT:-stable-diffusion-v1-5/stable-diffusion-v1-5}"
 
-exec $RUN -m distillation.gen_prototype \
+run -m distillation.gen_prototype \
     --dataset imagenet100 \
     --data_dir "$DATA_DIR" \
     --label_file_path distillation/label-prompt/imagenet100.txt \

@@ -12,7 +12,7 @@ GUIDANCE="${GUIDANCE:-8}"
 OUT="${OUT:-output}"
 DIFFUSION_CHECKPOINT="${DIFFUSION_CHECKPOINT:-stable-diffusion-v1-5/stable-diffusion-v1-5}"
 
-exec $RUN -m distillation.gen_syn_image \
+run -m distillation.gen_syn_image \
     --dataset tiny_imagenet \
     --prototype_path "$OUT/prototypes/tiny_imagenet-ipc${IPC}-kmexpand${KM_EXPAND}" \
     --diffusion_checkpoints_path "$DIFFUSION_CHECKPOINT" \

@@ -11,8 +11,8 @@ STRENGTH="${STRENGTH:-0.7}"
 GUIDANCE="${GUIDANCE:-8}"
 OUT="${OUT:-output}"
 
-exec $RUN -m distillation.take_classes \
-    --image_path "$OUT/images/imagenet_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}" \
+run -m distillation.take_classes \
+    --image_path "$OUT/images/$(d4m_images imagenet)" \
     --dataset tiny_imagenet \
     --image_size 64 \
     --save_init_image_path "$OUT/images" \

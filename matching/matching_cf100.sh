@@ -11,13 +11,13 @@ KM_EXPAND="${KM_EXPAND:-1}"
 STRENGTH="${STRENGTH:-0.7}"
 GUIDANCE="${GUIDANCE:-8}"
 OUT="${OUT:-output}"
-IMAGES="${IMAGES:-cifar100_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
+IMAGES="${IMAGES:-$(d4m_images cifar100)}"
 TEACHER="${TEACHER:-convnet_w128}"
 TEACHER_CHECKPOINT="${TEACHER_CHECKPOINT:-$OUT/teachers/cifar100_$TEACHER}"
 EPOCHS="${EPOCHS:-500}"
 BATCH_SIZE="${BATCH_SIZE:-100}"
 
-exec $RUN -m matching.generate_soft_label \
+run -m matching.generate_soft_label \
     --data "$OUT/images/$IMAGES" \
     --arch "$TEACHER" \
     --teacher_checkpoint "$TEACHER_CHECKPOINT" \

@@ -11,12 +11,12 @@ KM_EXPAND="${KM_EXPAND:-1}"
 STRENGTH="${STRENGTH:-0.7}"
 GUIDANCE="${GUIDANCE:-8}"
 OUT="${OUT:-output}"
-IMAGES="${IMAGES:-imagewoof_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
+IMAGES="${IMAGES:-$(d4m_images imagewoof)}"
 TEACHER="${TEACHER:-resnet18}"
 EPOCHS="${EPOCHS:-300}"
 BATCH_SIZE="${BATCH_SIZE:-50}"
 
-exec $RUN -m matching.generate_soft_label \
+run -m matching.generate_soft_label \
     --data "$OUT/images/$IMAGES" \
     --arch "$TEACHER" \
     --epochs "$EPOCHS" \

@@ -10,10 +10,10 @@ KM_EXPAND="${KM_EXPAND:-1}"
 STRENGTH="${STRENGTH:-0.7}"
 GUIDANCE="${GUIDANCE:-8}"
 OUT="${OUT:-output}"
-IMAGES="${IMAGES:-imagenet_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
+IMAGES="${IMAGES:-$(d4m_images imagenet)}"
 TEACHER="${TEACHER:-resnet18}"
 
-exec $RUN -m matching.stm \
+run -m matching.stm \
     --image_path "$OUT/images/$IMAGES" \
     --arch "$TEACHER" \
     --teacher_checkpoint torchvision \

@@ -16,7 +16,7 @@ case "$TEACHER" in
     *) LR="${LR:-0.1}" ;;
 esac
 
-exec $RUN -m matching.train_teacher \
+run -m matching.train_teacher \
     --dataset cifar10 \
     --data_dir "$DATA_DIR" \
     --arch "$TEACHER" \

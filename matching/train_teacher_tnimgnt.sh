@@ -12,7 +12,7 @@ TEACHER="${TEACHER:-resnet18}"
 DATA_DIR="${DATA_DIR:-data/tiny-imagenet-200}"
 OUT="${OUT:-output}"
 
-exec $RUN -m matching.train_teacher \
+run -m matching.train_teacher \
     --dataset tiny_imagenet \
     --data_dir "$DATA_DIR" \
     --arch "$TEACHER" \

@@ -1,1 +1,2 @@
-"""What the stage scripts stand on: the two diffusers pipelines, ranks, seeds, files and manifests."""
+"""What the stage scripts stand on: the two diffusers pipelines, ranks, seeds, files and
+manifests."""

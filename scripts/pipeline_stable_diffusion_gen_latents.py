@@ -1,22 +1,30 @@
-"""Image -> latent: the encoder half of Stable Diffusion as a pipeline (paper, section 3.2: z = E(x))."""
+"""Image -> latent: the encoder half of Stable Diffusion as a pipeline (paper, section 3.2: z =
+E(x))."""
 
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
 
 class StableDiffusionGenLatentsPipeline(StableDiffusionImg2ImgPipeline):
-    """Stock img2img reduced to its first step; needs only the VAE, the other components may be None."""
+    """Stock img2img reduced to its first step; needs only the VAE, the other components may be
+    None."""
 
     @torch.no_grad()
     def __call__(self, images, generator=None):
         """Encode real images.
 
         images      (B, 3, H, W) in [0, 1]
-        generator   one torch.Generator for the batch, or B of them, so that a latent does not depend on its batch
+        generator   one torch.Generator for the batch, or B of them, so that a latent does not
+                    depend on its batch
         Returns     (B, 4, H/8, W/8): a sample of the posterior, times vae.config.scaling_factor
-        Raises ValueError for anything that is not 3-channel: stock img2img would take 4 channels (RGBA) for latents.
+        Raises ValueError for anything that is not 3-channel: stock img2img would take 4 channels
+        (RGBA) for latents.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected (B, 3, H, W), got {tuple(images.shape)}")
-        images = self.image_processor.preprocess(images).to(self.vae.device, self.vae.dtype)  # [0, 1] -> [-1, 1]
-        return self.vae.encode(images).latent_dist.sample(generator) * self.vae.config.scaling_factor
+        images = self.image_processor.preprocess(images).to(
+            self.vae.device, self.vae.dtype
+        )  # [0, 1] -> [-1, 1]
+        return (
+            self.vae.encode(images).latent_dist.sample(generator) * self.vae.config.scaling_factor
+        )

@@ -1,31 +1,34 @@
-"""Latent -> image: a prototype is noised to `strength`, denoised under its prompt and decoded (paper, section 3)."""
+"""Latent -> image: a prototype noised to `strength`, denoised and decoded (paper, section 3)."""
 
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
 
 class StableDiffusionLatents2ImgPipeline(StableDiffusionImg2ImgPipeline):
-    """Stock img2img takes a 4-channel `image` as latents and does not scale it again: that is the whole trick."""
+    """Stock img2img takes a 4-channel `image` as latents and does not scale it again."""
 
     def __call__(self, prompt=None, latents=None, **kwargs):
         """Synthesize images from prototypes.
 
         latents    (B, 4, h, w), clean, already times vae.config.scaling_factor
         prompt     B prompts, or None with prompt_embeds (B, tokens, width) in kwargs
-        kwargs     as for stock img2img: strength, guidance_scale, num_inference_steps, negative_prompt, generator, ...
+        kwargs     as for stock img2img: strength, guidance_scale, num_inference_steps,
+                   negative_prompt, generator, ...
         Raises ValueError for latents of another shape, and for a number of prompts other than B.
         """
         if latents is None or latents.ndim != 4 or latents.shape[1] != 4:
-            raise ValueError(
-                f"latents: expected (B, 4, h, w), got {None if latents is None else tuple(latents.shape)}"
-            )
-        given = kwargs["prompt_embeds"] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+            shape = None if latents is None else tuple(latents.shape)
+            raise ValueError(f"latents: expected (B, 4, h, w), got {shape}")
+        given = [prompt] if isinstance(prompt, str) else prompt
+        if prompt is None:
+            given = kwargs["prompt_embeds"]
         if len(given) != len(latents):
             raise ValueError(f"{len(given)} prompts for {len(latents)} latents")
         return super().__call__(prompt=prompt, image=latents, **kwargs)
 
     @torch.no_grad()
     def decode(self, latents):
-        """latents (B, 4, h, w), scaled -> images (B, 3, H, W) in [0, 1]: the prototype itself, without diffusion."""
-        images = self.vae.decode(latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor).sample
+        """Without diffusion: latents (B, 4, h, w), scaled -> images (B, 3, H, W) in [0, 1]."""
+        latents = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
+        images = self.vae.decode(latents).sample
         return self.image_processor.postprocess(images, output_type="pt")

@@ -13,15 +13,16 @@ GUIDANCE="${GUIDANCE:-8}"
 DATASET="${DATASET:-imagenet}"
 OUT="${OUT:-output}"
 of_dataset
-IMAGES="${IMAGES:-${DATASET}_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
+IMAGES="${IMAGES:-$(d4m_images "$DATASET")}"
 STUDENT="${STUDENT:-resnet18}"
 EPOCHS="${EPOCHS:-300}"
 BATCH_SIZE="${BATCH_SIZE:-128}"
-LABELS="${IMAGES}_${TEACHER}$(unless epochs "$EPOCHS" 300)$(unless b "$BATCH_SIZE" 1024)_mix-cutmix"
+LABELS="${LABELS-$(labels_name)}"
+SEEDS="${SEEDS:-0 1 2}"
 
-exec $RUN -m validate.train_FKD \
+run -m validate.train_FKD \
     --train_dir "$OUT/images/$IMAGES" \
-    --fkd_path "$OUT/labels/$LABELS" \
+    ${LABELS:+--fkd_path "$OUT/labels/$LABELS"} \
     --val_dir "$DATA_DIR" \
     --model "$STUDENT" \
     --epochs "$EPOCHS" \
@@ -38,7 +39,7 @@ exec $RUN -m validate.train_FKD \
     --cos_stretch 1 \
     --loss kl \
     --temperature 20 \
-    --seeds 0 1 2 \
+    --seeds $SEEDS \
     --eval_every 50 \
     --num_workers 8 \
     --output_dir "$OUT/students" \

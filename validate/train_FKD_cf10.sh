@@ -12,16 +12,17 @@ STRENGTH="${STRENGTH:-0.7}"
 GUIDANCE="${GUIDANCE:-8}"
 DATA_DIR="${DATA_DIR:-data/cifar10}"
 OUT="${OUT:-output}"
-IMAGES="${IMAGES:-cifar10_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
+IMAGES="${IMAGES:-$(d4m_images cifar10)}"
 TEACHER="${TEACHER:-convnet_w128}"
 STUDENT="${STUDENT:-convnet_w128}"
 EPOCHS="${EPOCHS:-500}"
 BATCH_SIZE="${BATCH_SIZE:-100}"
-LABELS="${IMAGES}_${TEACHER}$(unless epochs "$EPOCHS" 300)$(unless b "$BATCH_SIZE" 1024)_mix-cutmix"
+LABELS="${LABELS-$(labels_name)}"
+SEEDS="${SEEDS:-0 1 2 3 4}"
 
-exec $RUN -m validate.train_FKD \
+run -m validate.train_FKD \
     --train_dir "$OUT/images/$IMAGES" \
-    --fkd_path "$OUT/labels/$LABELS" \
+    ${LABELS:+--fkd_path "$OUT/labels/$LABELS"} \
     --val_dir "$DATA_DIR" \
     --model "$STUDENT" \
     --epochs "$EPOCHS" \
@@ -37,7 +38,7 @@ exec $RUN -m validate.train_FKD \
     --max_scale_crops 1 \
     --mix_type cutmix \
     --cutmix 1.0 \
-    --seeds 0 1 2 3 4 \
+    --seeds $SEEDS \
     --eval_every 50 \
     --num_workers 8 \
     --output_dir "$OUT/students" \

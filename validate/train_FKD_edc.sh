@@ -15,10 +15,11 @@ DATASET="${DATASET:-imagenet}"
 OUT="${OUT:-output}"
 TEACHER="${TEACHER:-resnet18 mobilenet_v2 shufflenet_v2_x0_5 efficientnet_b0}"
 of_dataset
-IMAGES="${IMAGES:-${DATASET}_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
+IMAGES="${IMAGES:-$(d4m_images "$DATASET")}"
 STUDENT="${STUDENT:-resnet18}"
+SEEDS="${SEEDS:-0 1 2}"
 
-exec $RUN -m validate.train_FKD \
+run -m validate.train_FKD \
     --train_dir "$OUT/images/$IMAGES" \
     --online \
     --arch $TEACHER \
@@ -40,7 +41,7 @@ exec $RUN -m validate.train_FKD \
     --loss mse_ce \
     --ce_weight 0.025 \
     --ema 0.99 \
-    --seeds 0 1 2 \
+    --seeds $SEEDS \
     --eval_every 50 \
     --num_workers 8 \
     --output_dir "$OUT/students" \

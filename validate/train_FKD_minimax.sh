@@ -14,7 +14,7 @@ GUIDANCE="${GUIDANCE:-8}"
 DATASET="${DATASET:-imagenette}"
 OUT="${OUT:-output}"
 of_dataset
-IMAGES="${IMAGES:-${DATASET}_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
+IMAGES="${IMAGES:-$(d4m_images "$DATASET")}"
 IPC="$(ipc_of "$IMAGES" "$IPC")" # what is below depends on what the images are
 STUDENT="${STUDENT:-resnet_ap10}"
 case "$IPC" in
@@ -22,8 +22,9 @@ case "$IPC" in
     [1-9][0-9]) EPOCHS="${EPOCHS:-1500}" ;;
     *) EPOCHS="${EPOCHS:-1000}" ;;
 esac
+SEEDS="${SEEDS:-0 1 2}"
 
-exec $RUN -m validate.train_FKD \
+run -m validate.train_FKD \
     --train_dir "$OUT/images/$IMAGES" \
     --hard_label \
     --val_dir "$DATA_DIR" \
@@ -44,7 +45,7 @@ exec $RUN -m validate.train_FKD \
     --weight_decay 5e-4 \
     --schedule step \
     --step_factor 0.2 \
-    --seeds 0 1 2 \
+    --seeds $SEEDS \
     --eval_every 100 \
     --num_workers 8 \
     --output_dir "$OUT/students" \

@@ -13,14 +13,15 @@ GUIDANCE="${GUIDANCE:-8}"
 DATASET="${DATASET:-imagenet}"
 OUT="${OUT:-output}"
 of_dataset
-IMAGES="${IMAGES:-${DATASET}_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
+IMAGES="${IMAGES:-$(d4m_images "$DATASET")}"
 STUDENT="${STUDENT:-resnet18}"
 case "$STUDENT" in
     resnet18) ZETA="${ZETA:-1}" ;;
     *) ZETA="${ZETA:-2}" ;;
 esac
+SEEDS="${SEEDS:-0 1 2}"
 
-exec $RUN -m validate.train_FKD \
+run -m validate.train_FKD \
     --train_dir "$OUT/images/$IMAGES" \
     --online \
     --arch "$TEACHER" \
@@ -42,7 +43,7 @@ exec $RUN -m validate.train_FKD \
     --loss kl \
     --temperature 20 \
     --bn_refresh \
-    --seeds 0 1 2 \
+    --seeds $SEEDS \
     --eval_every 50 \
     --num_workers 8 \
     --output_dir "$OUT/students" \

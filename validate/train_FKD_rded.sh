@@ -14,7 +14,7 @@ GUIDANCE="${GUIDANCE:-8}"
 DATASET="${DATASET:-imagenet}"
 OUT="${OUT:-output}"
 of_dataset
-IMAGES="${IMAGES:-${DATASET}_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
+IMAGES="${IMAGES:-$(d4m_images "$DATASET")}"
 IPC="$(ipc_of "$IMAGES" "$IPC")" # what is below depends on what the images are
 STUDENT="${STUDENT:-resnet18}"
 if [ "$IPC" -le 10 ]; then FULL=100; else FULL=200; fi
@@ -27,8 +27,9 @@ case "$STUDENT" in # RDED's learning rates
     swin_t | vit_b_16) LR="${LR:-0.0001}" ;;
     *) LR="${LR:-0.001}" ;;
 esac
+SEEDS="${SEEDS:-0 1 2}"
 
-exec $RUN -m validate.train_FKD \
+run -m validate.train_FKD \
     --train_dir "$OUT/images/$IMAGES" \
     --online \
     --arch "$TEACHER" \
@@ -50,7 +51,7 @@ exec $RUN -m validate.train_FKD \
     --loss kl \
     --temperature 20 \
     --bn_refresh \
-    --seeds 0 1 2 \
+    --seeds $SEEDS \
     --eval_every 50 \
     --num_workers 8 \
     --output_dir "$OUT/students" \

@@ -11,16 +11,17 @@ STRENGTH="${STRENGTH:-0.7}"
 GUIDANCE="${GUIDANCE:-8}"
 DATA_DIR="${DATA_DIR:-data/imagewoof}"
 OUT="${OUT:-output}"
-IMAGES="${IMAGES:-imagewoof_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand${KM_EXPAND}}"
+IMAGES="${IMAGES:-$(d4m_images imagewoof)}"
 TEACHER="${TEACHER:-resnet18}"
 STUDENT="${STUDENT:-resnet18}"
 EPOCHS="${EPOCHS:-300}"
 BATCH_SIZE="${BATCH_SIZE:-50}"
-LABELS="${IMAGES}_${TEACHER}$(unless epochs "$EPOCHS" 300)$(unless b "$BATCH_SIZE" 1024)_mix-cutmix"
+LABELS="${LABELS-$(labels_name)}"
+SEEDS="${SEEDS:-0 1 2}"
 
-exec $RUN -m validate.train_FKD \
+run -m validate.train_FKD \
     --train_dir "$OUT/images/$IMAGES" \
-    --fkd_path "$OUT/labels/$LABELS" \
+    ${LABELS:+--fkd_path "$OUT/labels/$LABELS"} \
     --val_dir "$DATA_DIR" \
     --model "$STUDENT" \
     --epochs "$EPOCHS" \
@@ -36,7 +37,7 @@ exec $RUN -m validate.train_FKD \
     --max_scale_crops 1 \
     --mix_type cutmix \
     --cutmix 1.0 \
-    --seeds 0 1 2 \
+    --seeds $SEEDS \
     --eval_every 50 \
     --num_workers 8 \
     --output_dir "$OUT/students" \

@@ -1,0 +1,335 @@
+"""One training batch: drawn from a seed, and replayed with the same pixels (paper, 3.3; FKD).
+
+    batch = draw_batch(protocol, epoch, nth, index, sizes)                       # every draw
+    pixels = crop_on_cpu(arrays, batch.index, batch.crop, batch.flip, size)      # (B, S, S, 3) uint8
+    x = mix(normalise(pixels, mean, std), batch, protocol["mix_type"])           # (B, 3, S, S)
+
+Stage 3 stores the draws beside the teacher's logits and stage 4 replays them: both use every line
+of this file, and nothing is derived again from a sampler's seed.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from scripts.runtime import BATCH, ORDER, generator, number, refuse
+
+# differs from the release: one input size for both stages (its stage 4 always crops to 224)
+# The release's ImageNet protocol. Its launcher asks for CutMix; input_size None: the images' size.
+PROTOCOL = {
+    "epochs": 300,
+    "batch_size": 1024,
+    "input_size": None,
+    "min_scale_crops": 0.08,
+    "max_scale_crops": 1.0,
+    "flip": 0.5,
+    "mix_type": "none",
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "fkd_seed": 42,
+}
+RATIO = (3 / 4, 4 / 3)  # torchvision's RandomResizedCrop
+CROP_TRIES = 10
+
+
+def add_batch_flags(parser, stored=False):
+    """The flags that say what a training batch is.
+
+    stored   labels that are read say what was not given: the flags' defaults are None
+    """
+
+    def setting(*names, help, **options):
+        default = PROTOCOL[names[-1].removeprefix("--")]
+        usual = default or "the images' size"
+        text = f"{help} [{'the labels’, else ' if stored else ''}{usual}]"
+        parser.setting(*names, default=None if stored else default, help=text, **options)
+
+    known = " (stored labels fix them: a flag that differs is refused)" if stored else ""
+    parser.heading(f"batches{known}")
+    setting("--epochs", type=number(int, 1, 10**6), short="epochs", help="epochs")
+    setting("-b", "--batch_size", type=number(int, 1), short="b", help="images, all processes")
+    setting("--input_size", type=number(int, 1), short="size", help="pixels of the networks' input")
+    share = number(float, above=0, most=1)
+    setting(
+        "--min_scale_crops", type=share, short="crops", help="least share of the area in a crop"
+    )
+    setting("--max_scale_crops", type=share, help="largest share of the area in a crop")
+    setting("--flip", type=number(float, 0, 1), short="flip", help="probability; 0 for digits")
+    kinds = ("mixup", "cutmix", "none")
+    setting("--mix_type", choices=kinds, short="mix", help="how two images of a batch are mixed")
+    alpha = number(float, above=0)
+    setting("--mixup", type=alpha, short="alpha", help="alpha of mixup's Beta(alpha, alpha)")
+    setting("--cutmix", type=alpha, short="alpha", help="alpha of CutMix's Beta(alpha, alpha)")
+    setting("--fkd_seed", type=number(int, 0), short="seed", help="seed of every draw of a batch")
+
+
+def check_scales(least, largest):
+    """Refuse an empty range of crops."""
+    if least > largest:
+        refuse(f"--min_scale_crops {least}: above --max_scale_crops {largest}")
+
+
+# ---- draws
+
+
+class Batch(NamedTuple):
+    """Every draw of one training batch of B images.
+
+    index     (B,) int64     which images
+    crop      (B, 4) int64   top, left, height, width, in pixels of the saved image
+    flip      (B,) bool      mirrored after the crop
+    partner   (B,) int64     position in the batch of the image mixed in; its own without mixing
+    box       (4,) int64     top, left, bottom, right of CutMix's box, in pixels of the input, or zeros
+    lam       float          share of the image itself; for CutMix what the box leaves of it
+    """
+
+    index: torch.Tensor
+    crop: torch.Tensor
+    flip: torch.Tensor
+    partner: torch.Tensor
+    box: torch.Tensor
+    lam: float
+
+
+def cuts(count, size):
+    """[0, size, 2 size, ..., count]: where `count` rows are cut into batches.
+
+    A last piece of one row joins the piece before: BatchNorm cannot train on a single image.
+    """
+    ends = [*range(size, count, size), count]
+    if len(ends) > 1 and ends[-1] - ends[-2] == 1:
+        ends.pop(-2)
+    return [0, *ends]
+
+
+def batches_of(count, batch_size):
+    """Number of batches in an epoch."""
+    return len(cuts(count, batch_size)) - 1
+
+
+def epoch_batches(seed, epoch, count, batch_size):
+    """Image indices of each batch of an epoch: a permutation of `count`, cut; the last is shorter."""
+    order = torch.randperm(count, generator=generator(seed, ORDER, epoch))
+    return order.tensor_split(cuts(count, batch_size)[1:-1])
+
+
+def draw_batch(protocol, epoch, nth, index, sizes):
+    """The draws of an epoch's nth batch, from (fkd_seed, epoch, nth) alone.
+
+    index   (B,) int64;   sizes (B, 2) int64: height and width of those images
+    """
+    g = generator(protocol["fkd_seed"], BATCH, epoch, nth)
+    count, mix_type = len(index), protocol["mix_type"]
+    crop = draw_crops(sizes, (protocol["min_scale_crops"], protocol["max_scale_crops"]), g)
+    flip = torch.rand(count, generator=g, dtype=torch.float64) < protocol["flip"]
+    partner, box, lam = torch.arange(count), torch.zeros(4, dtype=torch.int64), 1.0
+    if mix_type != "none":
+        partner = torch.randperm(count, generator=g)
+        lam = _beta(protocol[mix_type], torch.rand((), generator=g, dtype=torch.float64).item())
+    if mix_type == "cutmix":
+        centre = torch.rand(2, generator=g, dtype=torch.float64).tolist()
+        box, lam = _cutmix_box(lam, protocol["input_size"], centre)
+    return Batch(index, crop, flip, partner, box, lam)
+
+
+def draw_crops(sizes, scale, g):
+    """RandomResizedCrop's boxes, as torchvision draws them.   (B, 2) height, width -> (B, 4)
+
+    Up to ten tries of an area in `scale` and a log-uniform ratio in 3/4 .. 4/3; then the largest
+    central crop in that range. A box is top, left, height, width.
+    """
+    height, width = sizes.to(torch.float64).unbind(1)
+    u = torch.rand(4, CROP_TRIES, len(sizes), generator=g, dtype=torch.float64)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[0])  # (tries, B)
+    ratio = torch.exp(math.log(RATIO[0]) + (math.log(RATIO[1]) - math.log(RATIO[0])) * u[1])
+    w = torch.round(torch.sqrt(area * ratio))
+    h = torch.round(torch.sqrt(area / ratio))
+    fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+    top = torch.floor(u[2] * (height - h + 1))
+    left = torch.floor(u[3] * (width - w + 1))
+    first = fits.to(torch.uint8).argmax(0, keepdim=True)  # the first try that fits
+    crop = torch.stack([t.gather(0, first)[0] for t in (top, left, h, w)], 1)  # (B, 4)
+    whole = width / height
+    h = torch.where(whole < RATIO[0], torch.round(width / RATIO[0]), height)
+    w = torch.where(whole > RATIO[1], torch.round(height * RATIO[1]), width)
+    central = torch.stack([torch.floor((height - h) / 2), torch.floor((width - w) / 2), h, w], 1)
+    return torch.where(fits.any(0)[:, None], crop, central).to(torch.int64)
+
+
+def _beta(alpha, u):
+    """Beta(alpha, alpha) by its inverse distribution function."""
+    if alpha == 1:
+        return u
+    from scipy.special import betaincinv
+
+    return float(betaincinv(alpha, alpha, u))
+
+
+def _cutmix_box(lam, size, centre):
+    """CutMix's box of area 1 - lam, clipped at the borders, and the lambda of its real area."""
+    # differs from the release: which stores the lambda drawn; only hard labels use it
+    cut = int(size * math.sqrt(1 - lam))
+    y, x = int(centre[0] * size), int(centre[1] * size)
+    top, left = max(y - cut // 2, 0), max(x - cut // 2, 0)
+    bottom, right = min(y + cut // 2, size), min(x + cut // 2, size)
+    return torch.tensor([top, left, bottom, right]), 1 - (bottom - top) * (right - left) / size**2
+
+
+# ---- crops
+
+
+def resize_exact(image, size):
+    """PIL image -> (size, size), bilinear, horizontal pass first.
+
+    That is what every Pillow does to enlarge. To shrink, Pillow 13 chooses the order by the shape,
+    so the two passes are asked for one by one.
+    """
+    if image.width > size or image.height > size:
+        image = image.resize((size, image.height), Image.Resampling.BILINEAR)
+    return image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def crop_on_cpu(arrays, index, crop, flip, size):
+    """Crop, resize and flip by Pillow: the bytes of torchvision's `resized_crop` and `hflip`.
+
+    arrays   list of (H, W, 3) uint8;   returns (B, size, size, 3) uint8
+    """
+    out = np.empty((len(index), size, size, 3), np.uint8)
+    draws = zip(index.tolist(), crop.tolist(), flip.tolist())
+    for k, (i, (top, left, h, w), mirrored) in enumerate(draws):
+        piece = resize_exact(Image.fromarray(arrays[i][top : top + h, left : left + w]), size)
+        out[k] = piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else piece
+    return torch.from_numpy(out)
+
+
+def sent(tensor, device):
+    """`tensor` on `device`, without waiting for what the device still computes.
+
+    A copy from memory that is not pinned would wait. The loader pins what it hands out; an indexed
+    part of that is new memory.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def resized_crop_batch(images, boxes, flips, size, at_once=128):
+    """Crop, resize and flip on any device, with the bytes of `crop_on_cpu`.
+
+    images   (B, H, W, 3) uint8;   boxes (B, 4) int64 and flips (B,) bool, both on the CPU
+    Returns (B, size, size, 3) uint8. Two separable passes of integer weights, rounded to bytes in
+    between, as in Pillow. 32-bit sums suffice: 255 * 2^22 < 2^31.
+    """
+    taps = [math.ceil(2 * max(1.0, int(boxes[:, k].max()) / size)) for k in (2, 3)]
+    boxes, flips = (sent(t, images.device) for t in (boxes, flips))
+    parts = [
+        _resized_crop(*(t[i : i + at_once] for t in (images, boxes, flips)), size, *taps)
+        for i in range(0, len(images), at_once)
+    ]
+    return torch.cat(parts)
+
+
+def _resized_crop(images, boxes, flips, size, taps_y, taps_x):
+    top, left, height, width = boxes.unbind(1)
+    b = torch.arange(len(images), device=images.device)[:, None]
+    x, wx = _triangle_taps(left, width, images.shape[2], size, taps_x)  # (B, S, K)
+    x, wx = (torch.where(flips[:, None, None], t.flip(1), t) for t in (x, wx))
+    y, wy = _triangle_taps(top, height, images.shape[1], size, taps_y)
+    half = _weighted_sum(lambda k: images[b, :, x[:, :, k]], wx[:, :, None])  # (B, S, H, 3): x, y
+    return _weighted_sum(lambda k: half[b, :, y[:, :, k]], wy[:, :, None])  # (B, S, S, 3): y, x
+
+
+PRECISION_BITS = 22  # Pillow: 32 bits, less 8 of the pixel, less 2 of head-room
+
+
+def _triangle_taps(start, length, bound, size, taps):
+    """Pillow's fixed-point bilinear weights on one axis (precompute_coeffs, normalize_coeffs_8bpc).
+
+    start, length   (B,) int64, the crop's first pixel and extent
+    bound           extent of the whole image: positions of weight 0 are kept below it
+    taps            K, at least as many pixels as any weight function covers
+    Returns positions (B, size, K) int64 and weights (B, size, K) int32 that sum to about 2^22.
+    """
+    n = length.to(torch.float64)[:, None]  # (B, 1)
+    # by a tensor: CUDA divides by a number as times its reciprocal
+    scale = n / torch.full((), float(size), dtype=torch.float64, device=n.device)
+    support = scale.clamp(min=1)
+    centre = (torch.arange(size, dtype=torch.float64, device=n.device) + 0.5) * scale  # (B, size)
+    low = torch.trunc(centre - support + 0.5).clamp(min=0)
+    high = torch.minimum(torch.trunc(centre + support + 0.5), n)
+    inverse = 1.0 / support
+    positions, weights, total = [], [], torch.zeros_like(centre)
+    for k in range(taps):
+        distance = (low + k - centre + 0.5).mul(inverse).abs()
+        weight = torch.where((distance < 1) & (low + k < high), 1 - distance, 0)
+        total = total + weight  # in order, as Pillow sums
+        weights.append(weight)
+        positions.append((low + k).to(torch.int64))
+    fixed = [(w / total * (1 << PRECISION_BITS) + 0.5).to(torch.int32) for w in weights]
+    positions = torch.stack(positions, 2) + start[:, None, None]
+    return positions.clamp(max=bound - 1), torch.stack(fixed, 2)
+
+
+def _weighted_sum(gather, weights):
+    """sum over k of gather(k) * weights[..., k], rounded to bytes."""
+    total = 1 << (PRECISION_BITS - 1)
+    for k in range(weights.shape[-1]):
+        total = total + gather(k).to(torch.int32) * weights[..., k : k + 1]
+    return (total >> PRECISION_BITS).clamp_(0, 255).to(torch.uint8)
+
+
+# ---- normalised and mixed
+
+CACHED = 2**17  # elements that stay in a core's cache over a few operations
+
+
+def normalise(pixels, mean, std, rows=None, cutmix=None, out=None):
+    """(B, S, S, 3) uint8 -> (n, 3, S, S) float32, the bits of torchvision's ToTensor and Normalize.
+
+    rows     (n,) which images are wanted; None: all
+    cutmix   (partners (n,), box) of those rows: CutMix of bytes gives the same bits, and moves less
+    out      float32 memory for at least n images; on a CPU, fresh memory costs more than the sums
+    """
+    count, (h, w) = len(pixels if rows is None else rows), pixels.shape[1:3]
+    x = torch.empty((count, 3, h, w), device=pixels.device) if out is None else out[:count]
+    mean, std = (_per_channel(tuple(values), x.device) for values in (mean, std))
+    on_cpu = x.device.type == "cpu"
+    step = max(1, CACHED // (3 * h * w)) if on_cpu else max(count, 1)
+    full = 255 if on_cpu else _per_channel((255.0,), x.device)  # see _triangle_taps
+    for first in range(0, count, step):
+        part = slice(first, first + step)
+        own = pixels[part] if rows is None else pixels[rows[part]]
+        y = x[part].copy_(own.permute(0, 3, 1, 2))
+        if cutmix:
+            partner, (top, left, bottom, right) = cutmix
+            other = pixels[partner[part], top:bottom, left:right]
+            y[:, :, top:bottom, left:right] = other.permute(0, 3, 1, 2)
+        y.div_(full).sub_(mean).div_(std)
+    return x
+
+
+@lru_cache(maxsize=32)
+def _per_channel(values, device):
+    """(1, n, 1, 1) on the device, made once: making it anew would wait for the device."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+
+
+def mix(x, batch, mix_type, rows=None, partners=None):
+    """Mix each image with its partner: (B, 3, S, S) normalised -> (n, 3, S, S)
+
+    rows, partners   (n,) positions in `x` of the wanted images and of their partners; None: `x` is
+                     the whole batch, and all of it is wanted
+    """
+    own = x if rows is None else x[rows]
+    partners = sent(batch.partner, x.device) if partners is None else partners
+    if mix_type == "mixup":
+        return own.mul(batch.lam).add_(x[partners], alpha=1 - batch.lam)
+    if mix_type == "cutmix":
+        top, left, bottom, right = batch.box.tolist()
+        own = own.clone() if rows is None else own
+        own[:, :, top:bottom, left:right] = x[partners, :, top:bottom, left:right]
+    return own

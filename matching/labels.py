@@ -1,0 +1,242 @@
+"""Soft labels on disk: one file per epoch, and the check that they are labels of these images.
+
+    folder, manifest = open_labels("output/labels", images, {"mix_type": "cutmix"})
+    batch, logits = EpochLabels(folder, epoch, len(images.files), batch_size).batch(0)
+
+A file states every draw of every batch of its epoch, and the teacher's logits. What does not fit
+the images or the command line is refused before the first step; the release takes it in silence.
+"""
+
+import re
+from itertools import zip_longest
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from distillation import datasets
+from matching import batches
+from scripts import files, output
+from scripts.runtime import refuse
+
+
+def labels_name(images, archs, settings):
+    """The name of a labels folder, from the images' folder, the teachers, and the settings.
+
+    settings   a Settings: of the batches, then of the precision
+
+    labels_name("cifar10_ipc10_random", ["resnet18"], {... cutmix ...}) is
+    "cifar10_ipc10_random_resnet18_mix-cutmix".
+    """
+    unused = {"mixup", "cutmix"} - {settings["mix_type"]}  # an alpha of what is not done
+    shown = settings.only(name for name in settings if name not in unused)
+    for scales in (shown, shown.defaults):
+        text = "{min_scale_crops:g}-{max_scale_crops:g}".format_map(scales)
+        scales["min_scale_crops"] = text
+    teachers = "-".join(re.sub("[^A-Za-z0-9_.-]", "-", arch) for arch in archs)
+    return output.folder_name(images, teachers, *shown.parts())
+
+
+# ---- one epoch's file
+
+
+FORM = {
+    "epoch": torch.int64,
+    "start": torch.int64,  # batch b is rows start[b]:start[b + 1]
+    "index": torch.int32,
+    "crop": torch.int32,
+    "flip": torch.bool,
+    "partner": torch.int32,
+    "box": torch.int32,
+    "lam": torch.float64,
+}
+
+
+class LabelError(ValueError):
+    """A label file that does not fit its manifest or the images; names the file."""
+
+
+def label_file(epoch):
+    return f"epoch_{epoch:04d}.safetensors"
+
+
+def label_bytes(count, classes, number, half):
+    """Bytes of one epoch's file: of `count` images in `number` batches."""
+    return count * (4 + 16 + 1 + 4 + classes * (2 if half else 4)) + number * 32 + 1500
+
+
+def write_epoch(out, epoch, drawn, logits):
+    """All draws of an epoch and its logits, as one safetensors file.
+
+    drawn   [Batch], in order;   logits (N, classes), rows in the order of the batches
+    """
+    lengths = torch.tensor([0] + [len(batch.index) for batch in drawn])
+    tensors = {"epoch": torch.tensor([epoch]), "start": lengths.cumsum(0)}
+    for name in ("index", "crop", "flip", "partner"):
+        tensors[name] = torch.cat([getattr(batch, name) for batch in drawn])
+    tensors["box"] = torch.stack([batch.box for batch in drawn])
+    tensors["lam"] = torch.tensor([batch.lam for batch in drawn], dtype=torch.float64)
+    tensors = {name: tensor.to(FORM[name]) for name, tensor in tensors.items()}
+    data = safetensors.torch.save({**tensors, "logits": logits.contiguous()})
+    out.write(label_file(epoch), data)
+
+
+class EpochLabels:
+    """One epoch's label file, mapped: draws in memory, logits read batch by batch.
+
+    count   images of the set.   Raises LabelError; `check` finds whatever does not fit.
+    """
+
+    def __init__(self, folder, epoch, count, batch_size):
+        self.path, self.epoch = Path(folder) / label_file(epoch), epoch
+        self.start = batches.cuts(count, batch_size)
+        try:
+            self.file = safetensors.safe_open(self.path, framework="pt")
+            names = set(self.file.keys()) - {"logits"}
+            self.draws = {name: self.file.get_tensor(name) for name in names}
+            self.logits = self.file.get_slice("logits")
+        except Exception as error:  # safetensors has its own errors for damaged headers
+            raise LabelError(f"{self.path}: not a label file: {str(error)[:200]}") from None
+
+    def batch(self, nth):
+        """(Batch, logits (B, classes)) of the epoch's nth batch."""
+        rows = slice(self.start[nth], self.start[nth + 1])
+        index, crop, partner = (self.draws[n][rows].long() for n in ("index", "crop", "partner"))
+        box, lam = self.draws["box"][nth].long(), float(self.draws["lam"][nth])
+        batch = batches.Batch(index, crop, self.draws["flip"][rows], partner, box, lam)
+        return batch, self.logits[rows]
+
+    def check(self, sizes, classes, input_size, digest=None):
+        """Hash and check the whole file, once: that takes several times longer than reading it.
+
+        sizes    (N, 2) int64: height and width of the images;   classes: columns of the logits
+        digest   the manifest's sha256 of the file
+        """
+        if digest and files.sha256(self.path) != digest:
+            raise LabelError(f"{self.path}: not what its manifest says: changed since it was made")
+        for wrong, words in self._problems(sizes, classes, input_size):
+            if wrong:
+                raise LabelError(f"{self.path}: {words}")
+
+    def _problems(self, sizes, classes, input_size):
+        """(whether it is so, what is wrong) in turn: each relies on those before it."""
+        draws, start, count, number = self.draws, self.start, len(sizes), len(self.start) - 1
+        yield draws.keys() != FORM.keys(), f"holds {sorted(draws)}, expected {sorted(FORM)}"
+        shapes = {"epoch": [1], "start": [number + 1], "crop": [count, 4], "box": [number, 4]}
+        shapes |= {"lam": [number], **{name: [count] for name in ("index", "flip", "partner")}}
+        for name, dtype in FORM.items():
+            found, right = (list(draws[name].shape), draws[name].dtype), (shapes[name], dtype)
+            yield found != right, f"holds {name} of {found}, expected {right}"
+        shape, kind = self.logits.get_shape(), self.logits.get_dtype()
+        words = f"logits of shape {shape} in {kind}, expected {[count, classes]} in F16 or F32"
+        yield shape != [count, classes] or kind not in ("F16", "F32"), words
+        epoch, starts = int(draws["epoch"]), draws["start"].tolist()
+        yield epoch != self.epoch, f"holds epoch {epoch}, expected {self.epoch}"
+        yield starts != start, f"its batches begin at {starts[:4]}, expected {start[:4]}"
+        index, crop = draws["index"].long(), draws["crop"].long()
+        each_once = torch.equal(index.sort().values, torch.arange(count))
+        yield not each_once, f"its image indices are not the {count} images, each once"
+        outside = crop.min() < 0 or crop[:, 2:].min() < 1
+        outside = outside or (crop[:, :2] + crop[:, 2:] > sizes[index]).any()
+        yield outside, "holds crops outside the images"
+        lengths = torch.tensor(start).diff()
+        partner = draws["partner"]
+        outside = partner.min() < 0 or (partner >= lengths.repeat_interleave(lengths)).any()
+        yield outside, "holds mix partners outside their batch"
+        box, lam = draws["box"], draws["lam"]
+        yield box.min() < 0 or box.max() > input_size, f"holds boxes outside {input_size} px"
+        yield not ((lam >= 0) & (lam <= 1)).all(), "holds lambdas outside 0 to 1"
+        for first, end in zip(start, start[1:]):
+            # NaN comes through both; in half precision 30 times faster than isfinite().all()
+            finite = all(extreme.isfinite() for extreme in self.logits[first:end].aminmax())
+            yield not finite, f"holds logits that are not finite, in rows {first} to {end}"
+
+
+# ---- do they belong to these images?
+
+HASHED_AT_START = 2**29  # bytes of labels: about a second
+
+
+def open_labels(path, images, given, verify=False):
+    """(folder, manifest) of the labels of `images`, at `path` or one folder below it.
+
+    given    {flag: value} of the command line, None where not given
+    verify   hash every file now; else those of a large set are hashed as each is first read
+    Refuses labels that do not fit.
+    """
+    path = Path(path)
+    if output.is_complete(path) or (path / output.ARGS).exists() or not path.is_dir():
+        found = [(path, output.read_manifest("--fkd_path", path, "soft_labels"))]
+    else:
+        below = [p for p in sorted(path.iterdir()) if p.name.startswith(f"{images.name}_")]
+        below = [p for p in below if output.is_complete(p)]
+        found = [(p, output.read_manifest("--fkd_path", p, "soft_labels")) for p in below]
+    fit = [pair for pair in found if not mismatches(*pair, images, given)]
+    if len(found) == 1 and not fit:
+        problems = mismatches(*found[0], images, given)
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        refuse("; ".join(problems[:3]) + more)
+    if len(fit) != 1:
+        names = ", ".join(p.name for p, _ in (fit or found)[:4])
+        what = f"{len(fit)} label folders fit" if fit else f"{len(found)} label folders, none fits"
+        what = f"{what}: {names}" if found else "no finished labels"
+        refuse(f"--fkd_path {path}: holds for {images.name} {what}; name one")
+    [(folder, manifest)] = fit
+    if verify or sum(entry["size"] for entry in manifest["files"].values()) < HASHED_AT_START:
+        output.read_manifest("--fkd_path", folder, "soft_labels", verify=True)
+    return folder, manifest
+
+
+def mismatches(folder, manifest, images, given):
+    """What in the labels does not fit the images or the command line.
+
+    One line per difference, naming both values.
+    """
+    where, made = f"--fkd_path {folder}", manifest["arguments"]
+    count = len(manifest["files"])
+    if made["epochs"] != count or set(manifest["files"]) != set(map(label_file, range(count))):
+        return [f"{where}: its manifest lists {count} files for {made['epochs']} epochs"]
+    facts, ours = datasets.ALL[images.dataset], images.facts()
+    pairs = [("data set", manifest["dataset"], images.dataset)]
+    folders = zip_longest([c["folder"] for c in manifest["classes"]], images.folders)
+    pairs += [(f"class {k} =", *pair) for k, pair in enumerate(folders)]
+    pairs += [
+        (name, manifest["images"][name], ours[name]) for name in ("count", "image_size", "arm")
+    ]
+    statistics = [manifest["mean"], manifest["std"]], [list(facts.mean), list(facts.std)]
+    pairs.append(("mean and std", *statistics))
+    if all(theirs == now for _, theirs, now in pairs):  # what differs above changes the content
+        contents = [source["content"][:12] for source in (manifest["images"], ours)]
+        pairs.append(("images with the content", *contents))
+    problems = [
+        f"{where}: made for {what} {theirs}, {images.root} has {now}"
+        for what, theirs, now in pairs
+        if theirs != now
+    ]
+    for name in (*batches.PROTOCOL, "arch", "use_fp16"):
+        value = given.get(name)
+        fewer = name == "epochs" and value is not None and value < made["epochs"]
+        if value not in (None, made[name]) and not fewer:
+            text = " ".join(map(str, value)) if isinstance(value, list) else value
+            problems.append(f"--{name} {text}: the labels of {where} were made with {made[name]}")
+    return problems + _other_teachers(where, manifest["teacher"], given.get("teacher_checkpoint"))
+
+
+def _other_teachers(where, teachers, checkpoints):
+    if not checkpoints:
+        return []
+    if len(checkpoints) != len(teachers):
+        counts = f"{len(checkpoints)} paths, {where} has {len(teachers)} teachers"
+        return [f"--teacher_checkpoint: {counts}"]
+    problems = []
+    for checkpoint, teacher in zip(checkpoints, teachers):
+        path = Path(checkpoint)
+        path = path / "model.safetensors" if path.is_dir() else path
+        if not path.is_file():
+            refuse(f"--teacher_checkpoint {checkpoint}: no such file")
+        now, then = files.sha256(path)[:12], teacher["sha256"][:12]
+        if now != then:
+            words = f"has sha256 {now}, the teacher of {where} had {then}"
+            problems.append(f"--teacher_checkpoint {checkpoint}: {words}")
+    return problems

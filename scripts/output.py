@@ -1,0 +1,497 @@
+"""The frame of every stage: its output folder, from the name to the manifest.
+
+    with Output("--save_prototype_path", root, name, "prototypes", args.settings, inputs, process)
+    as out:
+        todo = out.todo(classes, lambda c: [class_file(c)], bytes_each)    # what this process has
+                                                                           yet to make
+        for c in out.steps(todo):                                          # leaves between two
+                                                                           units after a signal
+            out.write(class_file(c), data)
+        out.finish(facts)
+
+The folder holds `args.json` (settings and hashes of the inputs, written first and compared at every
+start), the units, and `manifest.json` (the same, facts for the next stage, size and sha256 of every
+file), written last. A process locks its (rank, world) of the folder and works on its own share of
+the units, so any number of processes may work there.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import resource
+import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from scripts import files
+from scripts.runtime import StopSignals, progress, refuse, result_of, warn
+
+ARGS, MANIFEST, TIMING, LOG = "args.json", "manifest.json", "timing.json", "log.jsonl"
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "scikit-learn",
+    "numpy",
+    "pillow",
+)
+
+
+def folder_name(stem, *parts):
+    """`stem`, then each of `parts` behind an underscore: how every output folder is named."""
+    return "_".join([stem, *parts])
+
+
+class Output:
+    """One output folder of a stage.
+
+    flag       the flag that says where, for messages; the folder is `root`/`name`
+    stage      what the manifest calls it: prototypes, images, soft_labels, student, teacher
+    settings   {flag: value} of all flags that decide bytes
+    inputs     {what: hash or facts} of everything that the stage reads
+    process    a Process; with dry_run nothing is made: `todo` prints the plan and exits
+    resumable  settings of which a folder that was begun keeps its own value, with a warning
+    together   all processes work on the same units (training), and only rank 0 writes
+
+    complete   whether the manifest was there at the start
+    settings   as they are used (see resumable)
+    """
+
+    def __init__(
+        self, flag, root, name, stage, settings, inputs, process, resumable=(), together=False
+    ):
+        self.flag, self.folder, self.stage, self.process = flag, Path(root) / name, stage, process
+        self.settings = json.loads(json.dumps(settings))  # as args.json will give them back
+        self.inputs = json.loads(json.dumps(inputs))
+        self.resumable, self.together = resumable, together
+        self.signals, self.names, self.made, self.units = StopSignals(), [], 0, 0
+        self.tag = f"{process.rank}-of-{process.world}"
+        self._pending, self._locks, self._background = None, [], ThreadPoolExecutor(1)
+
+    def __enter__(self):
+        try:
+            if not self.process.dry_run:
+                self._make_folder()
+                self._lock()
+            self._begin()
+        except BaseException:
+            self._unlock()
+            raise
+        self.complete = is_complete(self.folder)
+        self.start = time.perf_counter()
+        if self.process.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.process.device)
+        self.signals.__enter__()
+        return self
+
+    def __exit__(self, *_):
+        self._background.shutdown()
+        self.signals.__exit__()
+        self._unlock()
+
+    # ---- one process per (folder, rank, world)
+
+    def _make_folder(self):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            refuse(f"{self.flag} {self.folder}: cannot make this folder: {error.strerror}")
+
+    def _lock(self):
+        """Lock this (rank, world) of the folder and clear up behind killed processes.
+
+        The system's locks die with their process, so none is ever stale. `lockf`, not `flock`: a
+        reading process would inherit that one and keep it when its parent is killed.
+        """
+        mine = self.folder / f".lock-{self.tag}"
+        file = self._take(mine, patience=2)
+        self._locks.append((mine, file))
+        with contextlib.suppress(OSError):  # a full disk: locked all the same
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        self._sweep(self.tag)
+        for other in set(self.folder.glob(".lock-*-of-*")) - {mine}:
+            same_run = other.name.endswith(f"-of-{self.process.world}")
+            file = self._take(other, required=not same_run)
+            if file:  # nobody works there
+                self._sweep(other.name.removeprefix(".lock-"))
+                other.unlink(missing_ok=True)
+                file.close()
+
+    def _take(self, path, patience=0, required=True):
+        """`path`, open and locked; None if another process holds it and it is not `required`.
+
+        patience   seconds to wait for who only clears up; with --wait for whoever holds it
+        """
+        since, told = time.monotonic(), False
+        while True:
+            try:
+                file = open(path, "a+", encoding="utf-8")
+            except OSError as error:
+                refuse(f"{self.flag} {self.folder}: cannot write there: {error.strerror}")
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                who = file.read() or "another process"
+            except OSError as error:  # a file system without locks
+                warn(f"{path}: no file locks here ({error.strerror}); start no second job there")
+                return file
+            else:
+                if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                    return file
+                who = None  # its last holder removed it between our open and our lock
+            file.close()
+            if who and not required:
+                return None
+            if who and time.monotonic() - since > patience:
+                if not self.process.wait:
+                    refuse(f"{self.flag} {self.folder}: {who} is writing there")
+                if not told:
+                    print(f"{self.folder}: waiting for {who}, which is writing there", flush=True)
+                told = True
+            time.sleep(0.05)
+
+    def _unlock(self):
+        for path, file in self._locks:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a full disk: its text was not written
+                file.close()
+
+    def _sweep(self, tag):
+        """Remove what a killed process of this (rank, world) left half-written."""
+        for path in self.folder.rglob(f".*.{tag}.tmp"):
+            with contextlib.suppress(IsADirectoryError):  # not ours
+                path.unlink(missing_ok=True)
+
+    # ---- settings and inputs
+
+    def _begin(self):
+        """args.json: written at the first start, compared at every other."""
+        path = self.folder / ARGS
+        if not path.exists():
+            names = os.listdir(self.folder) if self.folder.is_dir() else []
+            odd = [n for n in sorted(names) if n[0] != "." and n not in (ARGS, TIMING, LOG)]
+            if odd:
+                where = f"{self.flag} {self.folder}"
+                refuse(f"{where}: not made by this stage: it holds {odd[0]}, no {ARGS}")
+            if self.process.dry_run:
+                return
+            text = files.json_text({"arguments": self.settings, "inputs": self.inputs})
+            files.write(path, text, self.tag, once=True)
+        before = files.read_json(path)
+        if not isinstance(before, dict) or {type(v) for v in before.values()} != {dict}:
+            refuse(f"{path}: not as this stage writes it")
+        self._compare(before.get("arguments", {}), self.settings)
+        self._compare(before.get("inputs", {}), self.inputs)
+
+    def _compare(self, before, now):
+        for name in {**before, **now}:
+            old, new = before.get(name), now.get(name)
+            if old == new:
+                continue
+            if name in self.resumable:
+                warn(f"--{name} {new}: {self.folder} was begun with {old}, which is used")
+                now[name] = old
+                continue
+            while isinstance(old, dict) and isinstance(new, dict):  # say what differs inside
+                inner = next(key for key in {**old, **new} if old.get(key) != new.get(key))
+                name, old, new = f"{name}.{inner}", old.get(inner), new.get(inner)
+            values = f"{name} {_short(old)}, now {name} {_short(new)}"
+            refuse(f"{self.flag} {self.folder}: begun with {values}; choose another folder")
+
+    # ---- units
+
+    def todo(self, units, files_of, bytes_each, runs=False):
+        """The units of this process that are not on disk yet.
+
+        units      all units of the folder, in order;   files_of(unit) -> its files, relative paths
+        bytes_each bytes of one unit's files, for the check of free space
+        runs       a process takes one run of neighbours instead of every world-th unit
+        With --dry_run: prints what would be made and exits with status 0.
+        """
+        units, rank, world = list(units), self.process.rank, self.process.world
+        self.names += [name for unit in units for name in files_of(unit)]
+        self.units = len(units)
+        lacking = [not all((self.folder / n).exists() for n in files_of(unit)) for unit in units]
+        needed = sum(lacking) * bytes_each
+        files.require_space(self.flag, self.folder, needed)
+        if self.process.dry_run:
+            plan(self.folder, len(units) - sum(lacking), sum(lacking), needed)
+        mine = range(rank, len(units), world)
+        if self.together:
+            mine = range(len(units))
+        elif runs:
+            mine = range(rank * len(units) // world, (rank + 1) * len(units) // world)
+        return [units[n] for n in mine if lacking[n]]
+
+    def steps(self, items):
+        """`items` one by one; between two of them, leaves with status 75 if a stop signal came."""
+        for item in items:
+            yield item
+            self.made += 1
+            self.leave_if_asked()
+
+    def leave_if_asked(self):
+        if self.signals.name:
+            self.flush()
+            self.signals.leave_if_asked()
+
+    def progress(self, **options):
+        """A bar (tqdm) that only rank 0 draws."""
+        return progress(quiet=not self.process.is_main, **options)
+
+    def write(self, name, data):
+        """A unit's file, bytes or text: whole or absent."""
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        files.write(path, data, self.tag)
+
+    def later(self, function, *args):
+        """Run `function(*args)` beside what follows; at most one such call is at work, its errors
+        come with the next."""
+        self.flush()
+        self._pending = self._background.submit(function, *args)
+
+    def flush(self):
+        """Wait for what `later` has begun."""
+        if self._pending:
+            result_of(self._pending)
+        self._pending = None
+
+    def log(self, **row):
+        """One line of log.jsonl."""
+        append_log(self.folder, rank=self.process.rank, **row)
+
+    # ---- the end
+
+    def finish(self, facts, derived=None, words="units"):
+        """When all units are there: the `derived` files, then the manifest, then timing.json.
+        Prints the closing line.
+
+        facts     {name: value} for the next stage, beside settings and inputs
+        derived   {file name: function that returns its text}: files made from the units, such as
+                  images.jsonl
+        words     what the units are called
+        """
+        self.flush()
+        self.leave_if_asked()
+        cost = self._log_run()
+        missing = [name for name in self.names if not (self.folder / name).is_file()]
+        if not missing:
+            for name, text in (derived or {}).items():
+                if not self.complete or not (self.folder / name).is_file():
+                    self.write(name, text())
+            self._write_manifest([*self.names, *(derived or {})], facts)
+            write_timing(self.folder)
+        left = "; other processes have the rest" if missing else ""
+        print(f"{self.folder}: {self.made} of {self.units} {words} made in {cost}{left}")
+
+    def _log_run(self):
+        """The line of log.jsonl from which timing.json is made; returns "12 s, peak memory 1.2
+        GiB", to print."""
+        seconds, peak = time.perf_counter() - self.start, peak_memory(self.process.device)
+        self.log(event="run", seconds=round(seconds, 2), units=self.made, **peak)
+        gpu = f", {peak['cuda_mib'] / 2**10:.2f} GiB on the GPU" if "cuda_mib" in peak else ""
+        return f"{seconds:.0f} s, peak memory {peak['host_mib'] / 2**10:.2f} GiB{gpu}"
+
+    def _write_manifest(self, names, facts):
+        """Idempotent: two processes that both find every unit write the same bytes. One that is
+        there must fit."""
+        if is_complete(self.folder):
+            manifest = read_manifest(self.flag, self.folder, self.stage)
+            if sorted(manifest["files"]) != sorted(names):
+                refuse(f"{self.flag} {self.folder}: its {MANIFEST} lists other files; remove it")
+            return
+        entries = {}
+        for name in sorted(names):
+            self.leave_if_asked()
+            path = self.folder / name
+            entries[name] = {"size": path.stat().st_size, "sha256": files.sha256(path)}
+        manifest = {"stage": self.stage, "arguments": self.settings, "inputs": self.inputs, **facts}
+        manifest |= {"content": content_digest(entries), "versions": library_versions()}
+        manifest["files"] = entries
+        manifest = json.loads(json.dumps(manifest))
+        self.write(MANIFEST, files.json_text({**manifest, "checksum": files.digest_of(manifest)}))
+
+
+def plan(folder, done, todo, needed, waits_for=None):
+    """--dry_run: print one line on what would be made, and exit with status 0.
+
+    done, todo   units;   needed: bytes;   waits_for: an input that has yet to be made, and the
+                 command that makes it
+    """
+    free = files.free_space(folder) / 2**20
+    needed = f"{needed / 2**20:.1f} MiB of {free:.0f} MiB free"
+    waits = f"; waits for {waits_for}" if waits_for else ""
+    print(f"plan: {folder}: {done} done, {todo} to do, {needed}{waits}")
+    raise SystemExit(0)
+
+
+def _short(value):
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ---- manifests
+
+
+def library_versions():
+    """Versions of what computes: recorded, so that a difference can be looked up; never
+    compared."""
+    versions = {"python": sys.version.split()[0]}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def content_digest(entries):
+    """One sha256 over the names and sha256s of a folder's files: equal if and only if all files
+    are."""
+    lines = "".join(f"{entry['sha256']}  {name}\n" for name, entry in sorted(entries.items()))
+    return hashlib.sha256(lines.encode("utf-8")).hexdigest()
+
+
+def is_complete(folder):
+    """Whether the folder has its manifest; all its files were there when that was written."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def read_manifest(flag, folder, stage, verify=False):
+    """The manifest of a finished folder of `stage`, after checking its files against it.
+
+    Sizes are compared for every file; a file written after the manifest (or all, with `verify`) is
+    hashed. Refuses, in one line, a folder that is missing, unfinished, of another stage, edited or
+    changed. The checksum is no signature: what names a file is confined to the folder, and values
+    are checked where they are used.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        refuse(f"{flag} {folder}: no such folder{_neighbours(folder)}")
+    if not is_complete(folder):
+        begun = (folder / ARGS).exists()
+        what = (
+            f"its {stage} stage is not finished: run it again to go on"
+            if begun
+            else f"not made by the {stage} stage"
+        )
+        refuse(f"{flag} {folder}: no {MANIFEST}: {what}")
+    manifest = files.read_json(folder / MANIFEST)
+    where = f"{flag} {folder}: {MANIFEST}"
+    if not isinstance(manifest, dict) or manifest.pop("checksum", None) != files.digest_of(
+        manifest
+    ):
+        refuse(f"{where} was edited or damaged: its checksum does not fit")
+    if manifest.get("stage") != stage:
+        refuse(f"{where} is of the stage {_short(manifest.get('stage'))}, expected {stage}")
+    written = (folder / MANIFEST).stat().st_mtime
+    for name, entry in manifest["files"].items():
+        if not all(files.safe_name(part, 255) for part in name.split("/")):
+            refuse(f"{where} lists {name!r}, which is not a plain relative path")
+        path = folder / name
+        if not path.is_file():
+            refuse(f"{flag} {folder}: {name} is missing, its manifest lists it")
+        stat = path.stat()
+        if stat.st_size != entry["size"]:
+            refuse(f"{flag} {folder}: {name} has {stat.st_size} bytes, expected {entry['size']}")
+        if verify or stat.st_mtime > written:
+            check_file(flag, folder, name, manifest)
+    return manifest
+
+
+def check_file(flag, folder, name, manifest, data=None):
+    """Refuse a file whose content (`data`, if it was read already) is not what the manifest
+    says."""
+    found = files.sha256(Path(folder) / name) if data is None else hashlib.sha256(data).hexdigest()
+    if found != manifest["files"][name]["sha256"]:
+        refuse(f"{flag} {folder}: {name} is not what its manifest says: changed since it was made")
+
+
+def _neighbours(folder):
+    """' (there is A, B)' for an error about a folder that does not exist."""
+    if not folder.parent.is_dir():
+        return ""
+    names = sorted(
+        p.name for p in folder.parent.iterdir() if p.is_dir() and not p.name.startswith(".")
+    )
+    return f" (there is {', '.join(names[:4])}{' ...' if len(names) > 4 else ''})" if names else ""
+
+
+# ---- log and timing
+
+
+def append_log(folder, **row):
+    """One line of `folder`/log.jsonl; the only file, with timing.json, that may differ between
+    equal runs."""
+    row = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **row}
+    try:
+        with open(Path(folder) / LOG, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    except OSError as error:  # no result depends on it
+        warn(f"{folder}/{LOG}: cannot be written: {error.strerror}")
+
+
+def log_rows(folder):
+    """The rows of `folder`/log.jsonl that can be read: a kill may leave half a line."""
+    rows = []
+    with contextlib.suppress(OSError):
+        for line in (Path(folder) / LOG).read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def peak_memory(device):
+    """Peak memory of this process since it began, in MiB: resident, and allocated on the CUDA
+    device."""
+    unit = (
+        2**20 if sys.platform == "darwin" else 2**10
+    )  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    peak = {"host_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)}
+    if device.type == "cuda":
+        peak["cuda_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
+    return peak
+
+
+def write_timing(folder):
+    """`folder`/timing.json from the `run` rows of its log, over all processes and restarts.
+
+    seconds: the longest-working process's sum; process_seconds: of all; host_mib, cuda_mib: the
+    largest peak of one process; cached_seconds: what another run spent on latents that came from a
+    cache, null where that is not known.
+    """
+    rows = log_rows(folder)
+    runs = [
+        row
+        for row in rows
+        if row.get("event") == "run" and isinstance(row.get("seconds"), (int, float))
+    ]
+    by_rank = {}
+    for row in runs:
+        by_rank[row.get("rank")] = by_rank.get(row.get("rank"), 0) + row["seconds"]
+    timing = {
+        "seconds": round(max(by_rank.values(), default=0), 2),
+        "process_seconds": round(sum(by_rank.values()), 2),
+        "processes": len(by_rank),
+        "units": sum(row.get("units", 0) for row in runs),
+    }
+    for name in ("host_mib", "cuda_mib"):
+        if any(name in row for row in runs):
+            timing[name] = max(row.get(name, 0) for row in runs)
+    cached = {row.get("file"): row.get("seconds") for row in rows if row.get("event") == "cached"}
+    if cached:
+        known = all(isinstance(seconds, (int, float)) for seconds in cached.values())
+        timing["cached_seconds"] = round(sum(cached.values()), 2) if known else None
+    files.write(Path(folder) / TIMING, files.json_text(timing))

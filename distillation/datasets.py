@@ -198,15 +198,10 @@ def read_label_file(path, folders, dataset="imagefolder", flag="--label_file_pat
     except UnicodeDecodeError as error:
         refuse(f"{where}: not UTF-8 at byte {error.start}")
     lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
-    if lines == [""]:
-        refuse(f"{where}: is empty, expected {len(folders)} prompts")
     rows = [_label_row(line, f"{where}, line {n}") for n, line in enumerate(lines, 1)]
-    keyed = [folder is not None for folder, _ in rows]
-    if any(keyed) and not all(keyed):
-        odd = keyed.index(not keyed[0])
-        has = "has" if keyed[odd] else "lacks"
-        refuse(f"{where}, line {odd + 1}: {has} a folder name, unlike line 1")
-    if all(keyed):
+    if len({folder is None for folder, _ in rows}) > 1:
+        refuse(f"{where}: some lines have a folder name, others have none")
+    if rows[0][0] is not None:
         prompts = _by_folder(rows, folders, where)
     else:
         prompts = [prompt for _, prompt in rows]
@@ -230,8 +225,8 @@ def _label_row(line, where):
         refuse(f"{where}: is blank")
     folder, tab, prompt = line.partition("\t")
     if not tab:
-        head, space, rest = line.strip().partition(" ")
-        folder, prompt = (head, rest) if space and WNID.match(head) else (None, line)
+        wnid, space, rest = line.strip().partition(" ")
+        folder, prompt = (wnid, rest) if space and WNID.match(wnid) else (None, line)
     if "\t" in prompt:
         refuse(f"{where}: has more than one tab")
     prompt = prompt.strip()
@@ -241,7 +236,7 @@ def _label_row(line, where):
         refuse(f"{where}: has a stray quote mark: {prompt}")
     if not prompt:
         refuse(f"{where}: has no prompt")
-    return (None if folder is None else folder.strip()), prompt
+    return folder and folder.strip(), prompt
 
 
 def _by_folder(rows, folders, where):
@@ -255,32 +250,27 @@ def _by_folder(rows, folders, where):
         prompts[folder] = prompt
     missing = [folder for folder in folders if folder not in prompts]
     if missing:
-        count = f"{len(missing)} of {len(folders)} missing"
-        refuse(f"{where}: has no line for the class folder {missing[0]} ({count})")
+        refuse(f"{where}: has no line for {len(missing)} class folders, first {missing[0]}")
     return [prompts[folder] for folder in folders]
 
 
 def _check_order(prompts, folders, dataset, where):
     """A bare list of prompts must not be our own list in another order or without its spaces."""
-    ours = known_prompts(dataset)
-    if not ours and all(map(WNID.match, folders)):
-        ours = known_prompts("imagenet")
-    owner = {}
-    for folder, prompt in ours.items():
-        owner.setdefault(_letters(prompt), folder)
+
+    def letters(prompt):
+        return re.sub(r"[^a-z0-9]", "", prompt.lower())
+
+    of_wnids = "imagenet" if all(map(WNID.match, folders)) else dataset
+    ours = known_prompts(dataset) or known_prompts(of_wnids)
+    owner = {letters(ours[folder]): folder for folder in reversed(ours)}
     for n, (folder, prompt) in enumerate(zip(folders, prompts), 1):
         if folder not in ours or prompt == ours[folder]:
             continue
-        other, expected = owner.get(_letters(prompt)), f"expected {ours[folder]!r}"
+        other, expected = owner.get(letters(prompt)), f"expected {folder}'s {ours[folder]!r}"
         if other == folder and " " in ours[folder] and " " not in prompt:
             refuse(f"{where}, line {n}: {prompt!r} has lost its spaces, {expected}")
         if other not in (None, folder):
-            expected = f"expected {folder}'s {ours[folder]!r}"
             refuse(f"{where}, line {n}: {prompt!r} is the prompt of {other}, {expected}")
-
-
-def _letters(prompt):
-    return re.sub(r"[^a-z0-9]", "", prompt.lower())
 
 
 # ---- where images are: each function is a `find` of ALL
@@ -325,11 +315,9 @@ def _images_below(folder, others):
     """
     found = []
     for parent, folders, names in os.walk(folder, followlinks=True):  # no stat: a million files
-        for link in (os.path.join(parent, name) for name in folders):
-            inside = os.path.islink(link) and Path(parent).resolve().is_relative_to(
-                Path(link).resolve()
-            )
-            if inside:
+        links = [path for path in (Path(parent, f) for f in folders) if path.is_symlink()]
+        for link in links:
+            if Path(parent).resolve().is_relative_to(link.resolve()):
                 refuse(f"{link}: a link to {os.readlink(link)}, a folder that it is in")
         for name in names:
             extension = os.path.splitext(name)[1].lower()
@@ -463,18 +451,18 @@ class DataSet:
     """All that is fixed for one data set.
 
     find          function (dataset, root, split, flag, download) -> ({class folder: items}, arrays
-                  or None), as `in_folders`;   needs: what it expects in the root, for messages
+                  or None), as `in_folders`
+    needs         what `find` expects in the root, for messages; None: it needs no root
     prompts       file in label-prompt/, `folder<TAB>prompt` in class order; None: no known classes
-    teacher       how its teacher is trained; has no default on purpose
+    teacher       how its teacher is trained: has no default, so that none is forgotten
     train_images  in the training split; None: not known
     image_size    pixels of a saved synthetic image, and of the student's input
     encode_size   pixels at which real images enter the VAE: 512 as the release
     mean, std     of RGB in [0, 1], for teachers and students
-    on_disk       False: needs no root
     """
 
     find: Callable
-    needs: str
+    needs: str | None
     prompts: str | None
     teacher: TeacherRecipe
     train_images: int | None
@@ -482,7 +470,6 @@ class DataSet:
     encode_size: int = 512
     mean: tuple = (0.485, 0.456, 0.406)
     std: tuple = (0.229, 0.224, 0.225)
-    on_disk: bool = True
 
 
 # The paper names its teachers and their accuracies only. ImageNet: PyTorch's classification script.
@@ -494,58 +481,35 @@ DIGITS_TEACHER = TeacherRecipe(
     15, 50, 0.02, 5e-4, 1, "pad_crop", 0.0
 )  # short; digits are not flipped
 
-FOLDERS = "train/<wnid>/ for training and val/<wnid>/ for testing"
-FLAT = (
-    "train/<wnid>/ for training and val/<wnid>/ (or flat val/ with its ground-truth file) "
-    "for testing"
+WNIDS = (
+    "train/<wnid>/ for training and val/<wnid>/ (or flat val/ with its ground-truth file) for tests"
 )
-TINY = "train/<wnid>/images/ for training and val/images/ with val/val_annotations.txt for testing"
+TINY = "train/<wnid>/images/ for training and val/images/ with val/val_annotations.txt for tests"
 OR_FOLDERS = "(--download fetches it), or train/<class name>/ with images"
-ANY_FOLDERS = (
-    "train/<class>/ with images (and val/<class>/ for testing), or the <class>/ folders themselves"
-)
+CIFAR10, CIFAR100 = f"cifar-10-batches-py/ {OR_FOLDERS}", f"cifar-100-python/ {OR_FOLDERS}"
+ANY = "train/<class>/ with images (val/<class>/ for tests), or the <class>/ folders themselves"
 
+CIFAR10_COLOURS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+CIFAR100_COLOURS = {"mean": (0.5071, 0.4866, 0.4409), "std": (0.2673, 0.2564, 0.2762)}
+DIGITS_COLOURS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+# find, needs, prompts, teacher, train_images, image_size, encode_size
 ALL = {
-    "imagenet": DataSet(in_wnid_folders, FLAT, "imagenet.txt", IMAGENET_TEACHER, 1281167),
-    "imagenette": DataSet(in_wnid_folders, FOLDERS, "imagenette.txt", IMAGENET_TEACHER, 9469),
-    "imagewoof": DataSet(in_wnid_folders, FOLDERS, "imagewoof.txt", IMAGENET_TEACHER, 9025),
-    "imagenet100": DataSet(in_wnid_folders, FOLDERS, "imagenet100.txt", IMAGENET_TEACHER, 126689),
-    "tiny_imagenet": DataSet(
-        in_tiny_imagenet, TINY, "tiny_imagenet.txt", TINY_TEACHER, 100000, image_size=64
-    ),
+    "imagenet": DataSet(in_wnid_folders, WNIDS, "imagenet.txt", IMAGENET_TEACHER, 1281167),
+    "imagenette": DataSet(in_wnid_folders, WNIDS, "imagenette.txt", IMAGENET_TEACHER, 9469),
+    "imagewoof": DataSet(in_wnid_folders, WNIDS, "imagewoof.txt", IMAGENET_TEACHER, 9025),
+    "imagenet100": DataSet(in_wnid_folders, WNIDS, "imagenet100.txt", IMAGENET_TEACHER, 126689),
+    "tiny_imagenet": DataSet(in_tiny_imagenet, TINY, "tiny_imagenet.txt", TINY_TEACHER, 100000, 64),
     "cifar10": DataSet(
-        in_cifar_batches,
-        f"cifar-10-batches-py/ {OR_FOLDERS}",
-        "cifar10.txt",
-        CIFAR_TEACHER,
-        50000,
-        image_size=32,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
+        in_cifar_batches, CIFAR10, "cifar10.txt", CIFAR_TEACHER, 50000, 32, **CIFAR10_COLOURS
     ),
     "cifar100": DataSet(
-        in_cifar_batches,
-        f"cifar-100-python/ {OR_FOLDERS}",
-        "cifar100.txt",
-        CIFAR_TEACHER,
-        50000,
-        image_size=32,
-        mean=(0.5071, 0.4866, 0.4409),
-        std=(0.2673, 0.2564, 0.2762),
+        in_cifar_batches, CIFAR100, "cifar100.txt", CIFAR_TEACHER, 50000, 32, **CIFAR100_COLOURS
     ),
     "digits": DataSet(
-        in_scikit_learn,
-        "nothing",
-        "digits.txt",
-        DIGITS_TEACHER,
-        1351,
-        image_size=32,
-        encode_size=32,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        on_disk=False,
+        in_scikit_learn, None, "digits.txt", DIGITS_TEACHER, 1352, 32, 32, **DIGITS_COLOURS
     ),
-    "imagefolder": DataSet(in_folders, ANY_FOLDERS, None, IMAGENET_TEACHER, None),
+    "imagefolder": DataSet(in_folders, ANY, None, IMAGENET_TEACHER, None),
 }
 
 
@@ -556,36 +520,27 @@ def name(text):
     return text.replace("-", "_")
 
 
+def default(fact):
+    """The default of a flag that depends on the data set: its `fact`, such as "image_size"."""
+    return lambda args: getattr(ALL[args.dataset], fact)
+
+
 def add_dataset_flags(parser, data_flag="--data_dir"):
     """The flags that say which real images a stage reads."""
     parser.heading("real images")
-    names = ", ".join(ALL)
-    parser.setting("--dataset", type=name, default="imagenet", metavar="NAME", help=names)
+    parser.setting("--dataset", type=name, default="imagenet", help=", ".join(ALL))
     parser.flag(data_flag, help="the data set's root (not for digits)")
-    parser.flag(
-        "--label_file_path",
-        help="prompts, one per line in class order or `folder<TAB>prompt`; default: the data set's "
-        "own list, for imagefolder the folder names",
+    prompts = (
+        "prompts, one per line in class order or `folder<TAB>prompt` [the data set's own list; "
     )
-    parser.setting(
-        "--classes",
-        nargs="+",
-        metavar="C",
-        short="classes",
-        help="only these: folder names, class indices, or ranges such as 0-9",
-    )
-    parser.setting(
-        "--max_images_per_class",
-        type=number(int, 0),
-        default=0,
-        short="max",
-        help="rehearse on the first so many; 0 takes all",
-    )
-    parser.flag(
-        "--download",
-        action="store_true",
-        help="let torchvision download CIFAR into the data set's root",
-    )
+    prompts += "for imagefolder the folder names]"
+    parser.flag("--label_file_path", help=prompts)
+    part = "only these: folder names, class indices, or ranges such as 0-9"
+    parser.setting("--classes", nargs="+", metavar="C", short="classes", help=part)
+    most, whole = "rehearse on the first so many; 0 takes all", number(int, 0)
+    parser.setting("--max_images_per_class", type=whole, default=0, short="max", help=most)
+    fetch = "let torchvision download CIFAR into the data set's root"
+    parser.flag("--download", action="store_true", help=fetch)
 
 
 def open_split(
@@ -604,41 +559,31 @@ def open_split(
     Returns a Split; the classes keep the data set's order.
     """
     facts, where = ALL[dataset], f"{flag} {root}"
-    if facts.on_disk and root is None:
+    if facts.needs and root is None:
         refuse(f"{flag}: missing; {dataset} needs {facts.needs}")
-    if facts.on_disk and not Path(root).is_dir():
+    if facts.needs and not Path(root).is_dir():
         refuse(f"{where}: no such folder; {dataset} needs {facts.needs}")
     by_class, arrays = facts.find(dataset, root and Path(root), split, flag, download)
     known = known_prompts(dataset)
     # differs from the release: classes are keyed by folder name and index, not by prompt
     folders = list(known) or sorted(by_class)
-    unsafe = next((folder for folder in folders if not files.safe_name(folder)), None)
-    if unsafe is not None:
-        refuse(
-            f"{where}: the class folder {unsafe!r} is not a safe name on every system; rename it"
-        )
-    collision = files.colliding_names(folders)
-    if collision:
-        pair = f"{collision[0]!r} and {collision[1]!r}"
-        refuse(f"{where}: the class folders {pair} are one on some file systems")
+    for folder in folders:
+        if not files.safe_name(folder):
+            refuse(f"{where}: class folder {folder!r}: not a safe name on every system; rename it")
+    same = files.colliding_names(folders)
+    if same:
+        refuse(f"{where}: class folders {same[0]!r} and {same[1]!r} are one on some file systems")
+    prompts = list(known.values()) or [re.sub(r"[_\s]+", " ", f).strip() for f in folders]
     if label_file:
         prompts = read_label_file(label_file, folders, dataset)
-    else:
-        prompts = list(known.values()) or [re.sub(r"[_\s]+", " ", f).strip() for f in folders]
     chosen = class_positions(classes, folders)
     missing = [folders[c] for c in chosen if folders[c] not in by_class]
     if missing:
         count = f"{len(missing)} of {len(chosen)} classes of {dataset} are not there"
         refuse(f"{where}: {count}, first {missing[0]}; expected {facts.needs}")
-    return Split(
-        dataset,
-        split,
-        tuple(folders[c] for c in chosen),
-        tuple(prompts[c] for c in chosen),
-        tuple(chosen),
-        tuple(tuple(by_class[folders[c]][: max_per_class or None]) for c in chosen),
-        arrays,
-    )
+    items = [tuple(by_class[folders[c]][: max_per_class or None]) for c in chosen]
+    columns = ([folders[c] for c in chosen], [prompts[c] for c in chosen], chosen, items)
+    return Split(dataset, split, *map(tuple, columns), arrays)
 
 
 def class_positions(classes, folders):

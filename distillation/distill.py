@@ -1,85 +1,70 @@
-"""Stages 1 and 2 in one process, with no prototype file: real images -> prototypes -> synthetic images.
+"""Stages 1 and 2 in one process, with no prototype file: real images -> synthetic images.
 
-    python -m distillation.distill --dataset imagenet --data_dir data/imagenet --ipc 10 --km_expand 1
+    python -m distillation.distill --dataset imagenet --data_dir data/imagenet \\
+        --ipc 10 --km_expand 1
 
-The PNGs are byte-identical to those of gen_prototype followed by gen_syn_image.
+The PNGs are those of gen_prototype followed by gen_syn_image, byte for byte.
 """
 
-if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    import sys
-
-    print("error: run it from the repository root: python -m distillation.distill", file=sys.stderr)
-    sys.exit(2)
-
-from distillation.gen_prototype import (
-    add_prototype_flags,
-    check_size,
-    class_latents,
-    class_table,
-    encoding,
-    latent_cache,
-    open_training_split,
-    prototype_settings,
-    prototypes_or_repeats,
-    resolve_kmeans_device,
-)
-from distillation.gen_syn_image import add_synthesis_flags, check_steps, load_synthesis, synthesize_arms
-from scripts.checkpoints import add_checkpoint_flags
-from scripts.runtime import Parser, add_process_flags, entry_point, positive_int, refuse, this_process
+from distillation import datasets, gen_prototype, gen_syn_image
+from scripts import generators, runtime
+from scripts.runtime import Parser, entry_point, refuse
 
 
 def get_args(argv=None):
-    parser = Parser(prog="distillation.distill", description=__doc__.split("\n")[0])
-    add_prototype_flags(parser)
-    add_synthesis_flags(parser)
-    parser.add_argument("--batch_size", type=positive_int, default=32, help="images encoded, and images made, at once")
-    add_checkpoint_flags(parser)
-    add_process_flags(parser)
-    return parser.parse_args(argv)
+    """The flags, the names of stage 1's settings, and those of stage 2's."""
+    parser = Parser("distillation.distill", __doc__)
+    first = gen_prototype.declare(parser)
+    second = [*gen_syn_image.declare(parser), *gen_syn_image.SHARED]
+    runtime.add_process_flags(parser)
+    return parser.parse_args(argv), first, second
 
 
 @entry_point
 def main(argv=None):
-    args = get_args(argv)
-    if args.num_prototypes not in (None, args.ipc):
-        refuse(
-            f"--num_prototypes {args.num_prototypes}: distill makes --ipc {args.ipc} prototypes; use the two-step way"
-        )
-    check_steps(["d4m"], args.strength, args.num_inference_steps)
-    process = this_process(args.device, args.shard)
-    kmeans_device = resolve_kmeans_device(args.kmeans_device, process.device)
-    split = open_training_split(args)
-    pipeline, precision, hashes = load_synthesis(args, process)
-    from scripts.pipeline_stable_diffusion_gen_latents import StableDiffusionGenLatentsPipeline
-
-    encoder = StableDiffusionGenLatentsPipeline(**pipeline.components, requires_safety_checker=False)
-    settings = prototype_settings(args, split, precision, hashes["vae_sha256"])
-    check_size(settings["size"], encoder)
-
-    def stream(positions, batch_size, folder):
-        """Prototypes of the classes that are still needed, made as synthesis gets to them."""
-        cache = latent_cache(args.latent_cache, split, {**settings, "batch_size": batch_size}, folder)
-        latents = class_latents(
-            encoder, split, positions, settings["size"], batch_size, args.seed, cache, **encoding(args, process)
-        )
-        for position, rows, _ in latents:
-            yield (
-                position,
-                prototypes_or_repeats(
-                    rows,
-                    args.ipc,
-                    args.km_expand,
-                    args.kmeans,
-                    kmeans_device,
-                    args.on_small_class,
-                    split.folders[position],
-                ),
-            )
-
-    origin = {"prototype_arguments": {**settings, "batch_size": None}, "prototypes": None, "prompts": None}
-    return synthesize_arms(
-        args, ["d4m"], process, pipeline, precision, hashes, class_table(split), stream, origin, "stages 1 and 2"
+    args, first, second = get_args(argv)
+    process = runtime.this_process(args.device, args.shard, args.dry_run, args.wait)
+    if args.num_prototypes != args.ipc:
+        refuse(f"--num_prototypes {args.num_prototypes}: distill makes --ipc {args.ipc} prototypes")
+    settings = gen_syn_image.of_arm(args.settings.only(second), "d4m")
+    stage_1 = args.settings.only(first)
+    kmeans_device = gen_prototype.resolve_kmeans_device(args.kmeans_device, process.device)
+    split = gen_prototype.open_images(stage_1, args.data_dir, args.label_file_path, args.download)
+    model = generators.load(
+        args.diffusion_checkpoints_path,
+        process.device,
+        **args.settings.only(generators.SETTINGS),
+        config=args.single_file_config,
+        revision=args.revision,
+        variant=args.variant,
+        safety_checker=args.safety_checker == "on",
     )
+    gen_syn_image.check_steps(settings, ["d4m"], model.most_steps)
+    model.latent_shape(args.size)  # refuses what the model cannot take
+
+    def stream(positions, out):
+        """Prototypes of the classes that are still needed, made as synthesis gets to them."""
+        s = {**stage_1, "batch_size": out.settings["batch_size"]}  # of a folder that was begun
+        cache = gen_prototype.open_cache(args.latent_cache, split, s, model.facts, out.log)
+        how = (s, cache, args.num_workers, not process.is_main)
+        for position, latents, _ in gen_prototype.class_latents(model, split, positions, *how):
+            name = split.folders[position]
+            yield position, gen_prototype.cluster(latents, s, kmeans_device, name)
+
+    inputs = gen_prototype.inputs_of(split, model, stage_1)
+    inputs |= {"prototypes": None, "prototype_arguments": {**stage_1, "batch_size": None}}
+    folder = gen_syn_image.synthesize(
+        model,
+        settings,
+        datasets.class_table(split),
+        stream,
+        inputs,
+        gen_prototype.parts_of(stage_1),
+        args.save_init_image_path,
+        process,
+        words="images (stages 1 and 2)",
+    )
+    return [folder]
 
 
 if __name__ == "__main__":

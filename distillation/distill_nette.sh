@@ -1,5 +1,5 @@
 #!/bin/sh
-# Stages 1 and 2 on ImageNette in one process, with no prototype file: the PNGs of gen_prototype + gen_syn_image.
+# Stages 1 and 2 on ImageNette in one process, without a prototype file: the same PNGs.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh

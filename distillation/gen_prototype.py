@@ -1,77 +1,31 @@
-"""Stage 1, prototype learning (paper, section 3.2): every class's images -> VAE latents -> k-means -> prototype files.
+"""Stage 1, prototype learning (paper, section 3.2): images -> latents -> k-means -> prototypes.
 
-    python -m distillation.gen_prototype --dataset imagenet --data_dir data/imagenet --ipc 10 --km_expand 1
+    python -m distillation.gen_prototype --dataset imagenet --data_dir data/imagenet \\
+        --ipc 10 --km_expand 1
 
-The unit of work is the class: each process takes every world-th class, a class's file is written when it is finished,
-and the same command goes on where a run stopped.
+The unit of work is the class: each process takes every world-th class, a class's file is written
+when it is finished, and the same command goes on where a run stopped.
 """
-
-if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    import sys
-
-    print("error: run it from the repository root: python -m distillation.gen_prototype", file=sys.stderr)
-    sys.exit(2)
 
 import hashlib
 import json
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
+import math
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from distillation.datasets import BadImage, add_dataset_flags, open_split, squash
-from distillation.prototypes import (
-    FORMATS,
-    check_class,
-    class_file,
-    class_prototypes,
-    default_size,
-    prototype_folder_name,
-    write_class,
-)
-from scripts.checkpoints import add_checkpoint_flags, cast, load_pipeline, model_name, resolve_dtype, speed_up
-from scripts.files import (
-    log_rows,
-    output_folder,
-    require_space,
-    settings_digest,
-    sweep,
-    write_bytes,
-    write_manifest,
-    write_timing,
-)
-from scripts.runtime import (
-    CHOICE,
-    POSTERIOR,
-    SHUFFLE,
-    MemoryLimit,
-    Parser,
-    StopSignals,
-    Stopwatch,
-    add_process_flags,
-    append_log,
-    entry_point,
-    generator,
-    in_parts,
-    log_run,
-    natural,
-    positive_int,
-    progress,
-    refuse,
-    result_of,
-    this_process,
-    warn,
-)
+from distillation import datasets, prototypes
+from scripts import files, generators, output, runtime
+from scripts.runtime import Parser, entry_point, number, refuse, warn
 
 # ---- encode
 
 
 class SquashedImages:
-    """A Split for a DataLoader: (class position, image position) -> (3, size, size) uint8, or a BadImage's text."""
+    """For a DataLoader: (class position, image) -> (3, S, S) uint8, or the text of a BadImage."""
 
     def __init__(self, split, size):
         self.split, self.size = split, size
@@ -79,14 +33,15 @@ class SquashedImages:
     def __getitem__(self, key):
         position, image = key
         try:
-            picture = squash(self.split.read(self.split.items[position][image]), self.size)
-        except BadImage as error:
+            picture = self.split.read(self.split.items[position][image])
+            picture = datasets.squash(picture, self.size)
+        except datasets.BadImage as error:
             return str(error)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
 def gather(images):
-    """A batch of `SquashedImages` -> ((B, 3, S, S) uint8 or None, {place: BadImage's text}, thumbnails).
+    """A batch of `SquashedImages` -> ((B, 3, S, S) uint8 or None, {place: text}, thumbnails).
 
     In the reading process, so that a batch is one piece of shared memory.
     """
@@ -95,439 +50,316 @@ def gather(images):
     return (torch.stack(good) if good else None), bad, {thumbnail(image) for image in good}
 
 
-def class_order(split, position, seed):
-    """The seeded shuffle of one class's images: k-means sees them in this order."""
-    # differs from the release: seeded, and class by class
-    return torch.randperm(
-        len(split.items[position]), generator=generator(seed, SHUFFLE, split.class_ids[position])
-    ).tolist()
-
-
 def thumbnail(image):
-    """Equal for equal pictures: a hash of about 64 x 64 pixels of a (3, S, S) uint8 tensor.   Latents of equal
-    pictures differ, each is a sample of its own."""
+    """A hash of about 64 x 64 pixels of a (3, S, S) uint8 tensor: equal for equal pictures."""
     step = max(1, image.shape[-1] // 64)
     return hashlib.sha256(image[:, ::step, ::step].numpy().tobytes()).digest()
 
 
-def encode_batch(pipeline, images, keys, names, limit):
-    """(B, 3, S, S) uint8 -> (B, 4, S/8, S/8) float16 latents; image i's noise comes from generator(*keys[i])."""
+def class_order(split, position, seed):
+    """The seeded shuffle of one class's images: k-means sees them in this order."""
+    # differs from the release: seeded, and class by class
+    draw = runtime.generator(seed, runtime.SHUFFLE, split.class_ids[position])
+    return torch.randperm(len(split.items[position]), generator=draw).tolist()
+
+
+def encode_batch(model, images, keys, names, limit):
+    """(B, 3, S, S) uint8 -> latents (B, c, h, w) float16; image i's noise has the key keys[i]."""
 
     def encode(rows):
         part = images if len(rows) == len(images) else images[rows]  # no copy of a whole batch
-        pixels = part.to(pipeline.vae.device, non_blocking=True) / 255
-        latents = pipeline(pixels, [generator(*keys[i]) for i in rows])
-        return latents.to(torch.float16).cpu().contiguous()  # the VAE may answer in channels_last
+        latents = model.encode(part, [runtime.generator(*keys[i]) for i in rows])
+        return latents.to(torch.float16).cpu().contiguous()  # it may come in channels_last
 
-    rows = list(range(len(images)))
-    latents = torch.cat(in_parts(encode, rows, limit))
-    for i in (~latents.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
-        dtype = pipeline.vae.dtype
-        cast(pipeline, torch.float32)
-        latents[i] = encode([i])[0]
-        cast(pipeline, dtype)
-        if not latents[i].isfinite().all():
-            refuse(f"{names[i]}: its latent holds NaN or infinity, in fp32 too")
-        warn(f"{names[i]}: its latent held NaN or infinity in {dtype}; encoded again in fp32")
+    latents = torch.cat(runtime.in_parts(encode, list(range(len(images))), limit))
+    generators.mend(model, latents, lambda i: encode([i]), names)
     return latents
 
 
-def encode_classes(pipeline, split, positions, size, batch_size, seed, num_workers=0, skip_bad=False, quiet=False):
-    """Iterator of (class position, (N, 4, h, w) float16 latents in the class's shuffled order, names of skipped ones).
+def encode_classes(model, split, positions, settings, num_workers=0, quiet=False):
+    """Iterator of (class position, latents (N, c, h, w) float16 in `class_order`, skipped images).
 
-    Images are read ahead by workers that live for the whole run and start at this call, not at the first class: no
-    thread of the caller's lives yet that a fork could catch in the middle. A batch holds images of one class only, so
-    that a class is the same bytes whichever process encodes it.
+    settings    size, batch_size, seed and on_bad_image
+    The workers that read ahead start at this call: no thread lives yet that a fork could catch in
+    the middle. A batch holds images of one class, so that a class is the same bytes in any process.
     """
-    chunks = []
+    batches, step = [], settings["batch_size"]
     for position in positions:
-        order = class_order(split, position, seed)
-        chunks += [[(position, i) for i in order[s : s + batch_size]] for s in range(0, len(order), batch_size)]
-    if not chunks:
+        keys = [(position, image) for image in class_order(split, position, settings["seed"])]
+        batches += [keys[start : start + step] for start in range(0, len(keys), step)]
+    if not batches:
         return iter(())
     loader = DataLoader(
-        SquashedImages(split, size),
-        batch_sampler=chunks,
+        SquashedImages(split, settings["size"]),
+        batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=gather,
         prefetch_factor=4 if num_workers else None,
-        pin_memory=pipeline.vae.device.type == "cuda",
+        pin_memory=model.device.type == "cuda",
     )
-    limit = MemoryLimit(batch_size)
-    return _encoded(pipeline, split, positions, chunks, iter(loader), seed, limit, skip_bad, quiet)
+    return _encoded(model, split, positions, settings, zip(batches, iter(loader)), quiet)
 
 
-def _encoded(pipeline, split, positions, chunks, batches, seed, limit, skip_bad, quiet):
-    waiting, latents, skipped, seen = {p: len(split.items[p]) for p in positions}, [], [], set()
-    with progress(total=sum(waiting.values()), desc="encode", unit="image", quiet=quiet) as bar:
-        for chunk, (images, bad, thumbnails) in zip(chunks, batches):
-            position = chunk[0][0]
-            items = [split.items[position][i] for _, i in chunk]
-            for n, text in bad.items():
-                if not skip_bad:
-                    refuse(f"{text} (--on_bad_image skip leaves such images out)")
-                skipped.append(split.describe(items[n]))
-            good = [n for n in range(len(chunk)) if n not in bad]
+def _encoded(model, split, positions, settings, batches, quiet):
+    waiting = {position: len(split.items[position]) for position in positions}
+    limit, total = runtime.MemoryLimit(settings["batch_size"]), sum(waiting.values())
+    latents, skipped, seen = [], [], set()
+    with runtime.progress(total=total, desc="encode", unit="image", quiet=quiet) as bar:
+        for batch, (images, bad, thumbnails) in batches:
+            position = batch[0][0]
+            if bad and settings["on_bad_image"] == "error":
+                refuse(f"{next(iter(bad.values()))} (--on_bad_image skip leaves such images out)")
+            names = [split.describe(split.items[position][image]) for _, image in batch]
+            key = (settings["seed"], runtime.POSTERIOR, split.class_ids[position])
+            keys = [(*key, image) for n, (_, image) in enumerate(batch) if n not in bad]
+            if keys:
+                good = [name for n, name in enumerate(names) if n not in bad]
+                latents.append(encode_batch(model, images, keys, good, limit))
+            skipped += [names[n] for n in bad]
             seen |= thumbnails
-            if good:
-                keys = [(seed, POSTERIOR, split.class_ids[position], chunk[n][1]) for n in good]
-                names = [split.describe(items[n]) for n in good]
-                latents.append(encode_batch(pipeline, images, keys, names, limit))
-            bar.update(len(chunk))
-            waiting[position] -= len(chunk)
+            bar.update(len(batch))
+            waiting[position] -= len(batch)
             if not waiting[position]:
                 rows = torch.cat(latents).numpy() if latents else np.empty((0,))
                 if len(seen) < len(rows):
-                    warn(f"class {split.folders[position]}: {len(rows) - len(seen)} of {len(rows)} images are copies")
+                    copies = f"{len(rows) - len(seen)} of {len(rows)} images are copies"
+                    warn(f"class {split.folders[position]}: {copies}")
                 yield position, rows, skipped
                 latents, skipped, seen = [], [], set()
 
 
+# ---- latents kept for another run
+
+DECISIVE = ("size", "seed", "batch_size", "channels_last", "compile", "on_bad_image")
+DECISIVE += ("max_images_per_class",)
+
+
 class LatentCache:
-    """One safetensors file a class: another IPC then costs minutes instead of the whole encode.
+    """One safetensors file per class: another IPC then costs minutes instead of the whole encode.
 
-    The folder's name hashes all that decides the latents, so files of another model, size or seed are never found; the
-    class's image names stand in its file, so a changed data set is noticed.
+    The folder's name hashes all that decides the latents, so files of another model, size or seed
+    are never found. The names of a class's images stand in its file: a changed data set is noticed.
 
-    log    the output folder whose log.jsonl is told what the encoding of each class once took
+    log    function that is told, as keywords, what the encoding of each class once took
     """
 
-    def __init__(self, root, split, facts, log=None):
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-        self.folder, self.split = Path(root) / f"{split.dataset}-latents-{digest}", split
+    def __init__(self, root, split, settings, facts, log):
+        key = {name: settings[name] for name in DECISIVE}
+        key |= {name: facts[name] for name in ("precision", "vae_sha256")}
+        self.folder = Path(root) / f"{split.dataset}-latents-{files.digest_of(key)[:12]}"
+        self.split, self.log = split, log
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             refuse(f"--latent_cache {root}: cannot make a folder there: {error.strerror}")
-        sweep(self.folder, locked=False)
-        self.log, rows = log, [row for row in log_rows(self.folder) if row.get("event") == "encode"]
+        rows = [row for row in output.log_rows(self.folder) if row.get("event") == "encode"]
         self.took = {row.get("file"): row.get("seconds") for row in rows}
 
-    def files(self):
-        """Names of all classes' files."""
-        return [f"{c:04d}_{f}.safetensors" for c, f in zip(self.split.class_ids, self.split.folders)]
-
     def _path(self, position):
-        return self.folder / self.files()[position]
-
-    def _names(self, position):
-        return self.split.fingerprint([position], missing_ok=True)  # the stage has looked at them before
+        where = (self.split.class_ids[position], self.split.folders[position], "safetensors")
+        return self.folder / prototypes.class_file(*where)
 
     def __contains__(self, position):
         """Whether the class is cached and its images are the same; reads no latents."""
-        return self._path(position).exists() and self._read(position, "names") == self._names(position)
+        exists = self._path(position).exists()
+        return exists and self._read(position)["names"] == self._names(position)
+
+    def _names(self, position):
+        return self.split.fingerprint([position], missing_ok=True)  # links were checked before
 
     def load(self, position):
         """(latents, skipped) of a class that is cached."""
         name = self._path(position).name
-        if self.log:
-            append_log(self.log, event="cached", file=name, seconds=self.took.get(name))
-        return self._read(position, "latents")
+        self.log(event="cached", file=name, seconds=self.took.get(name))
+        facts = self._read(position, with_latents=True)
+        return facts["latents"], facts["skipped"]
 
-    def _read(self, position, what):
+    def _read(self, position, with_latents=False):
         from safetensors import safe_open
 
+        path = self._path(position)
         try:
-            with safe_open(self._path(position), "numpy") as file:
+            with safe_open(path, "numpy") as file:
                 facts = json.loads(file.metadata()["facts"])
-                if what == "names":
-                    return facts["names"]
-                latents = file.get_tensor("latents")
-            if latents.dtype != np.float16 or len(latents) + len(facts["skipped"]) != len(self.split.items[position]):
-                raise ValueError(f"latents of type {latents.dtype} and shape {latents.shape}")
-            if hashlib.sha256(latents).hexdigest() != facts["sha256"]:
-                raise ValueError("its latents are not those that were written")
+                if with_latents:
+                    facts["latents"] = file.get_tensor("latents")
+                    if hashlib.sha256(facts["latents"]).hexdigest() != facts["sha256"]:
+                        raise ValueError("its latents are not those that were written")
         except Exception as error:  # whatever is wrong inside somebody's file
-            refuse(f"--latent_cache {self._path(position)}: cannot be read: {error}; remove this file")
-        return latents, facts["skipped"]
+            refuse(f"--latent_cache {path}: cannot be read: {error}; remove this file")
+        return facts
 
-    def save(self, position, latents, skipped, seconds=None):
-        """seconds: what encoding them took; in the log, so that the file is the same bytes from run to run."""
+    def save(self, position, latents, skipped, seconds):
+        """seconds: what encoding took; only the log holds it, so that equal files stay equal."""
         from safetensors.numpy import save
 
-        latents = np.ascontiguousarray(latents)
-        digest = hashlib.sha256(latents).hexdigest()
-        facts = {"names": self._names(position), "skipped": skipped, "sha256": digest}
-        write_bytes(self._path(position), save({"latents": latents}, {"facts": json.dumps(facts)}))
-        append_log(self.folder, event="encode", file=self._path(position).name, seconds=seconds)
+        latents, path = np.ascontiguousarray(latents), self._path(position)
+        facts = {"names": self._names(position), "skipped": skipped}
+        facts["sha256"] = hashlib.sha256(latents).hexdigest()
+        files.write(path, save({"latents": latents}, {"facts": json.dumps(facts)}))
+        output.append_log(self.folder, event="encode", file=path.name, seconds=seconds)
 
 
-def class_latents(pipeline, split, positions, size, batch_size, seed, cache=None, **how):
-    """`encode_classes`, in order of `positions`, taking from the cache what is there and adding what is not."""
-    cached = {p for p in positions if cache and p in cache}
-    encoder = encode_classes(pipeline, split, [p for p in positions if p not in cached], size, batch_size, seed, **how)
+def open_cache(root, split, settings, facts, log):
+    """The LatentCache; None without --latent_cache, and for a few chosen images of each class."""
+    if root and settings["kmeans"] != "none":
+        return LatentCache(root, split, settings, facts, log)
+
+
+def class_latents(model, split, positions, settings, cache=None, num_workers=0, quiet=False):
+    """`encode_classes`, taking from the cache what is there and adding what is not."""
+    cached = {position for position in positions if cache and position in cache}
+    rest = [position for position in positions if position not in cached]
+    if cache:
+        numbers = math.prod(model.latent_shape(settings["size"]))
+        needed = sum(len(split.items[position]) for position in rest) * numbers * 2
+        files.require_space("--latent_cache", cache.folder, needed)
+    encoder = encode_classes(model, split, rest, settings, num_workers, quiet)
     for position in positions:
         if position in cached:
             yield position, *cache.load(position)
             continue
-        watch = Stopwatch()
+        start = time.perf_counter()
         _, latents, skipped = next(encoder)
         if cache:
-            cache.save(position, latents, skipped, watch.seconds)
+            cache.save(position, latents, skipped, round(time.perf_counter() - start, 2))
         yield position, latents, skipped
 
 
 # ---- cluster
 
 
-def check_class_sizes(split, ipc, on_small_class, flag="--data_dir"):
-    """Refuse, before any encoding, a class that has fewer images than prototypes are asked for."""
-    for folder, items in zip(split.folders, split.items):
-        if not items:
-            refuse(f"{flag}: class {folder} has no images")
-        if len(items) < ipc and on_small_class == "error":
-            refuse(f"--ipc {ipc}: class {folder} has only {len(items)} images (--on_small_class repeat repeats them)")
-
-
-def choose_images(split, ipc, seed):
-    """The split with at most `ipc` images a class, chosen at random: the same ones for every use of a seed."""
-
-    def chosen(items, class_id):
-        order = torch.randperm(len(items), generator=generator(seed, CHOICE, class_id))
-        return tuple(items[i] for i in order[:ipc].tolist())
-
-    return replace(split, items=tuple(map(chosen, split.items, split.class_ids)))
-
-
-def prototypes_or_repeats(latents, ipc, km_expand, method, device, on_small_class, name):
-    """The class's k-means prototypes; a class smaller than `ipc` gives its images themselves, repeated in turn."""
-    if len(latents) >= ipc:
-        return class_prototypes(latents, ipc, km_expand * ipc, method, device)
-    if not len(latents) or on_small_class == "error":
-        refuse(f"--ipc {ipc}: class {name} has only {len(latents)} readable images")
-    found = class_prototypes(latents, len(latents), len(latents), method, device)
-    rows = np.arange(ipc) % len(latents)
+def cluster(latents, settings, device, name):
+    """The Prototypes of the class `name`; with --on_small_class repeat, a class smaller than ipc
+    gives its images themselves, repeated in turn."""
+    ipc, few = settings["ipc"], len(latents)
+    if few >= ipc:
+        buffer = settings["km_expand"] * ipc
+        return prototypes.class_prototypes(latents, ipc, buffer, settings["kmeans"], device)
+    if not few or settings["on_small_class"] == "error":
+        refuse(f"--ipc {ipc}: class {name} has only {few} images that can be read")
+    found = prototypes.class_prototypes(latents, few, few, settings["kmeans"], device)
+    rows = np.arange(ipc) % few
     return found._replace(latents=found.latents[rows], sizes=found.sizes[rows])
 
 
 def resolve_kmeans_device(name, device):
-    """--kmeans_device: the GPU if encoding runs on one (k-means never stalls it there), else the CPU."""
-    if name == "cpu" or device.type != "cuda":
-        if name == "cuda":
-            refuse(f"--kmeans_device cuda: encoding runs on {device}; k-means can use the GPU only beside it")
-        return torch.device("cpu")
-    return device
+    """--kmeans_device: the GPU if encoding runs on one (k-means never stalls it), else the CPU."""
+    if name == "cuda" and device.type != "cuda":
+        refuse(f"--kmeans_device cuda: encoding runs on {device}; k-means can use only its GPU")
+    return torch.device("cpu") if name == "cpu" or device.type != "cuda" else device
 
 
 # ---- main
 
 
-def encoding(args, process):
-    """The arguments of `encode_classes` that change no byte."""
-    return {
-        "num_workers": args.num_workers,
-        "skip_bad": args.on_bad_image == "skip",
-        "quiet": not process.is_main,
-    }
+def declare(parser):
+    """The flags of stage 1, in the order in which settings name its folder; distill has them too.
 
-
-def add_prototype_flags(parser):
-    """Flags of stage 1 that distill.py shares."""
-    add_dataset_flags(parser)
-    group = parser.add_argument_group("prototypes")
-    group.add_argument("--ipc", type=positive_int, default=1, help="images, hence prototypes, a class")
-    group.add_argument(
-        "--km_expand", type=positive_int, default=10, help="k-means is fed in buffers of km_expand * ipc latents"
+    Returns the settings' names.
+    """
+    count, whole = number(int, 1), number(int, 0)
+    parser.heading("prototypes")
+    parser.setting("--ipc", type=count, default=1, help="images and prototypes per class")
+    buffers = "k-means is fed in buffers of km_expand * ipc latents"
+    parser.setting("--km_expand", type=count, default=10, help=buffers)
+    size, enter = datasets.default("encode_size"), "pixels of images in the VAE [512; digits: 32]"
+    parser.setting("--size", type=count, default=size, short="size", help=enter)
+    use = "of shuffling, posterior sampling and synthesis noise"
+    parser.setting("--seed", type=whole, default=0, short="seed", help=use)
+    kinds = "minibatch: the paper's; full: Lloyd's algorithm on all latents of a class; none: the "
+    kinds += "latents of --ipc random images, those of random_real (what the VAE alone costs)"
+    names = ["minibatch", "full", "none"]
+    parser.setting("--kmeans", choices=names, default=names[0], short="kmeans", help=kinds)
+    names, where = ["auto", "cpu", "cuda"], "auto: the GPU if there is one; minibatch only"
+    parser.flag("--kmeans_device", choices=names, default="auto", help=where)
+    names, small = (
+        ["error", "repeat"],
+        "a class with fewer images than --ipc: refuse, or repeat them",
     )
-    group.add_argument(
-        "--size", type=positive_int, default=None, help="pixels at which images enter the VAE [512; digits: 32]"
-    )
-    group.add_argument(
-        "--kmeans",
-        choices=["minibatch", "full", "none"],
-        default="minibatch",
-        help="minibatch: the paper's; full: Lloyd's algorithm on all latents of a class; none: the latents of --ipc "
-        "random images, those of random_real (decoded, they show what the VAE alone costs)",
-    )
-    group.add_argument(
-        "--kmeans_device",
-        choices=["auto", "cpu", "cuda"],
-        default="auto",
-        help="auto: the GPU if there is one, else the CPU; minibatch only",
-    )
-    group.add_argument(
-        "--on_small_class",
-        choices=["error", "repeat"],
-        default="error",
-        help="a class with fewer images than --ipc: refuse, or repeat its images",
-    )
-    group.add_argument(
-        "--on_bad_image", choices=["error", "skip"], default="error", help="skip keeps a list in the class's file"
-    )
-    group.add_argument(
-        "--latent_cache", default=None, metavar="DIR", help="keep every class's latents here for another --ipc"
-    )
-    group.add_argument("--seed", type=natural, default=0, help="of shuffling, posterior sampling and synthesis noise")
+    parser.setting("--on_small_class", choices=names, default="error", help=small)
+    names, bad = ["error", "skip"], "skip keeps a list in the class's file"
+    parser.setting("--on_bad_image", choices=names, default="error", help=bad)
+    kept = "keep every class's latents here for another --ipc"
+    parser.flag("--latent_cache", metavar="DIR", help=kept)
+    # differs from the release: 10. The batch only changes speed and the last bits of a latent
+    parser.setting("--batch_size", type=count, default=32, help="images at once")
+    datasets.add_dataset_flags(parser)
+    generators.add_generator_flags(parser)
+    return list(parser.shorts)
 
 
 def get_args(argv=None):
-    parser = Parser(prog="distillation.gen_prototype", description=__doc__.split("\n")[0])
-    add_prototype_flags(parser)
-    parser.add_argument(
-        "--prototype_format",
-        choices=list(FORMATS),
-        default="json",
-        help="json, or safetensors: ten times smaller and some hundred times faster to read",
-    )
-    parser.add_argument("--save_prototype_path", default="output/prototypes", help="the folder is made below this one")
-    # differs from the release: 10. The batch only changes speed and the last bits of a latent
-    parser.add_argument("--batch_size", type=positive_int, default=32, help="images encoded at once")
-    add_checkpoint_flags(parser)
-    add_process_flags(parser)
+    parser = Parser("distillation.gen_prototype", __doc__)
+    declare(parser)
+    parser.heading("output")
+    names, fast = prototypes.FORMATS, "safetensors: ten times smaller, some hundred times faster"
+    parser.setting("--prototype_format", choices=names, default="json", help=fast)
+    below = "the folder is made below this one"
+    parser.flag("--save_prototype_path", default="output/prototypes", help=below)
+    runtime.add_process_flags(parser)
     return parser.parse_args(argv)
 
 
-def open_training_split(args):
-    """The images that stage 1 reads, from the shared flags."""
-    split = open_split(
-        args.dataset,
-        args.data_dir,
-        "train",
-        args.label_file_path,
-        args.classes,
-        args.max_images_per_class,
-        args.download,
-    )
-    check_class_sizes(split, args.ipc, args.on_small_class)
-    return choose_images(split, args.ipc, args.seed) if args.kmeans == "none" else split
+def open_images(settings, root, label_file=None, download=False):
+    """The Split that stage 1 reads; classes that are too small are refused."""
+    part = (settings["classes"], settings["max_images_per_class"])
+    split = datasets.open_split(settings["dataset"], root, "train", label_file, *part, download)
+    datasets.check_class_sizes(split, settings["ipc"], settings["on_small_class"])
+    if settings["kmeans"] == "none":
+        return datasets.choose_images(split, settings["ipc"], settings["seed"])
+    return split
 
 
-def prototype_settings(args, split, precision, vae_sha256):
-    """All that decides the bytes of stage 1, as it stands in args.json and the manifest."""
+def inputs_of(split, model, settings):
+    """What stage 1 reads: for args.json and the manifest."""
     return {
-        "dataset": args.dataset, "ipc": args.ipc, "km_expand": args.km_expand, "kmeans": args.kmeans,
-        "size": args.size or default_size(args.dataset), "seed": args.seed, "batch_size": args.batch_size,
-        "classes": args.classes, "max_images_per_class": args.max_images_per_class,
-        "on_small_class": args.on_small_class, "on_bad_image": args.on_bad_image,
-        "dtype": args.dtype, "precision": precision, "channels_last": args.channels_last, "compile": args.compile,
-        "model": model_name(args.diffusion_checkpoints_path), "revision": args.revision, "vae_sha256": vae_sha256,
-        "prompts_sha256": hashlib.sha256("\n".join(split.prompts).encode()).hexdigest(),
-        "images_sha256": split.fingerprint(missing_ok=args.on_bad_image == "skip"),
-        "images": sum(map(len, split.items)),
-    }  # fmt: skip
+        "images": split.fingerprint(missing_ok=settings["on_bad_image"] == "skip"),
+        "real_images": split.count,
+        "prompts": files.digest_of(split.prompts),
+        "generator": model.facts,
+    }
 
 
-def latent_cache(root, split, settings, log):
-    """The cache that fits these settings; None without --latent_cache, and for a few chosen images of each class.
-
-    log    the output folder that uses it
-    """
-    if not root or settings["kmeans"] == "none":
-        return None
-    keys = (
-        "size",
-        "seed",
-        "batch_size",
-        "precision",
-        "channels_last",
-        "compile",
-        "vae_sha256",
-        "on_bad_image",
-        "max_images_per_class",
-    )
-    return LatentCache(root, split, {key: settings[key] for key in keys}, log)
-
-
-def check_size(size, pipeline):
-    """Refuse a --size that the VAE cannot take as it is; diffusers would resize once more, in silence."""
-    factor = pipeline.vae_scale_factor
-    if size % factor:
-        refuse(f"--size {size}: this checkpoint's VAE needs a multiple of {factor}")
-
-
-def class_table(split):
-    """The ordered class list of a manifest."""
-    return [{"index": c, "folder": f, "prompt": p} for c, f, p in zip(split.class_ids, split.folders, split.prompts)]
+def parts_of(settings):
+    """{setting: [what it adds to a folder's name]}: images made from the prototypes say it too."""
+    return {name: settings.only([name]).parts() for name in settings}
 
 
 @entry_point
 def main(argv=None):
     args = get_args(argv)
-    process = this_process(args.device, args.shard)
+    process = runtime.this_process(args.device, args.shard, args.dry_run, args.wait)
     kmeans_device = resolve_kmeans_device(args.kmeans_device, process.device)
-    split = open_training_split(args)
-    # here, because diffusers takes seconds to import
-    from scripts.pipeline_stable_diffusion_gen_latents import StableDiffusionGenLatentsPipeline
+    split = open_images(args.settings, args.data_dir, args.label_file_path, args.download)
+    how = {name: getattr(args, name) for name in generators.FLAGS}
+    model = generators.load(args.diffusion_checkpoints_path, process.device, part="encoder", **how)
+    shape, form = model.latent_shape(args.size), args.prototype_format
+    stem = f"{args.dataset}-ipc{args.ipc}-kmexpand{args.km_expand}"
+    name = output.folder_name(stem, *args.settings.parts())
+    where = ("--save_prototype_path", args.save_prototype_path, name, "prototypes")
+    inputs = inputs_of(split, model, args.settings)
+    with output.Output(*where, args.settings, inputs, process, resumable=("batch_size",)) as out:
+        names = [prototypes.class_file(n, f, form) for n, f in enumerate(split.folders)]
+        bytes_each = args.ipc * math.prod(shape) * (7 if form == "json" else 2)
+        todo = out.todo(range(len(names)), lambda n: [names[n]], bytes_each)
+        cache = open_cache(args.latent_cache, split, out.settings, model.facts, out.log)
+        how = (out.settings, cache, args.num_workers, not process.is_main)
+        classes = datasets.class_table(split)
 
-    precision = resolve_dtype(args.dtype, process.device)
-    pipeline, hashes = load_pipeline(
-        StableDiffusionGenLatentsPipeline,
-        args.diffusion_checkpoints_path,
-        process.device,
-        precision,
-        args.revision,
-        args.variant,
-        vae_only=True,
-        config=args.single_file_config,
-    )
-    settings = prototype_settings(args, split, precision, hashes["vae_sha256"])
-    settings["prototype_format"] = args.prototype_format
-    speed_up(pipeline, args.channels_last, args.compile)
-    size = settings["size"]
-    check_size(size, pipeline)
-    folder = Path(args.save_prototype_path) / prototype_folder_name(settings)
-    latent = 4 * (size // pipeline.vae_scale_factor) ** 2  # numbers in one
-    files = [class_file(n, f, args.prototype_format) for n, f in enumerate(split.folders)]
-    number = 7 if args.prototype_format == "json" else 2  # bytes
-    require_space("--save_prototype_path", folder, len(files) * args.ipc * latent * number, files)
+        def write_class(position, latents, skipped):
+            index, folder, prompt = classes[position].values()
+            found = cluster(latents, args.settings, kmeans_device, folder)
+            facts = {"class_index": index, "folder": folder, "prompt": prompt}
+            facts |= {"images": len(latents), "skipped": skipped}
+            out.write(names[position], prototypes.class_bytes(found, facts, form))
 
-    watch = Stopwatch()
-    with output_folder("--save_prototype_path", folder, settings, process, resumable=("batch_size",)) as settings:
-        cache = latent_cache(args.latent_cache, split, settings, folder)
-        if cache:
-            require_space("--latent_cache", cache.folder, settings["images"] * latent * 2, cache.files())
-        digest = settings_digest(settings)
-        mine = range(process.rank, len(files), process.world)
-        todo = [n for n in mine if not (folder / files[n]).exists()]
-
-        def finish_class(position, latents, skipped):
-            name = split.folders[position]
-            prototypes = prototypes_or_repeats(
-                latents, args.ipc, args.km_expand, args.kmeans, kmeans_device, args.on_small_class, name
-            )
-            facts = {
-                "class_index": split.class_ids[position],
-                "folder": name,
-                "prompt": split.prompts[position],
-                "images": len(latents),
-                "skipped": skipped,
-                "settings_sha256": digest,
-            }
-            write_class(folder / files[position], prototypes, facts)
-
-        # k-means of one class runs beside the encoding of the next
-        with StopSignals() as signals, ThreadPoolExecutor(1) as background:
-            pending = None
-            for unit in class_latents(
-                pipeline, split, todo, size, settings["batch_size"], args.seed, cache, **encoding(args, process)
-            ):
-                if pending:
-                    result_of(pending)
-                pending = background.submit(finish_class, *unit)
-                if signals.name:
-                    result_of(pending)
-                    signals.leave_if_asked()
-            if pending:
-                result_of(pending)
-            signals.leave_if_asked()
-
-        cost = log_run(folder, process, watch, len(todo))
-        facts = {
-            "dataset": args.dataset,
-            "ipc": args.ipc,
-            "km_expand": args.km_expand,
-            "vae_sha256": settings["vae_sha256"],
-            "latent_shape": [4, size // pipeline.vae_scale_factor, size // pipeline.vae_scale_factor],
-            "classes": class_table(split),
-        }
-        missing = write_manifest(
-            folder, "prototypes", settings, files, facts, partial(check_class, settings_sha256=digest)
-        )
-        if not missing:
-            write_timing(folder)
-    left = f"; {len(missing)} classes are left to other processes" if missing else ""
-    print(f"{folder}: {len(todo)} of {len(files)} classes made in {cost}{left}")
-    return folder
+        for unit in out.steps(class_latents(model, split, todo, *how)):
+            out.later(write_class, *unit)  # k-means runs beside the encoding of the next class
+        facts = {name: args.settings[name] for name in ("dataset", "ipc", "km_expand")}
+        facts |= {"classes": classes, "latent_shape": shape, "parts": parts_of(args.settings)}
+        out.finish(facts, words="classes")
+    return out.folder
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Stage 1 on CIFAR-10: images -> Stable Diffusion latents -> k-means prototypes of each class.
-# 50,000 images of 32 px, resized to 512. DATA_DIR holds cifar-10-batches-py/ (--download fetches it) or train/<class>/.
+# 50,000 images of 32 px, resized to 512. DATA_DIR holds cifar-10-batches-py/ (--download fetches
+# it) or train/<class>/.
 # The paper gives no km_expand or guidance for this set: the ImageNet values are kept.
 set -eu
 cd "$(dirname "$0")/.."

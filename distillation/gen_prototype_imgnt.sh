@@ -1,6 +1,7 @@
 #!/bin/sh
 # Stage 1 on ImageNet-1K: images -> Stable Diffusion latents -> k-means prototypes of each class.
-# 1,281,167 images. One H200: about 1 h (estimate); 1.1 GB of JSON at IPC 10, 0.33 GB with --prototype_format safetensors.
+# 1,281,167 images. One H200: about 1 h (estimate); 1.1 GB of JSON at IPC 10, 0.33 GB with
+# --prototype_format safetensors.
 # DATA_DIR holds train/<wnid>/.
 set -eu
 cd "$(dirname "$0")/.."

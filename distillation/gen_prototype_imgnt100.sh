@@ -1,6 +1,8 @@
 #!/bin/sh
-# Stage 1 on ImageNet-100 (the IDC and Minimax subset): images -> Stable Diffusion latents -> k-means prototypes of each class.
-# 100 classes of ImageNet, about 128,000 images. DATA_DIR holds train/<wnid>/; an ImageNet root does.
+# Stage 1 on ImageNet-100 (the IDC and Minimax subset): images -> Stable Diffusion latents ->
+# k-means prototypes of each class.
+# 100 classes of ImageNet, about 128,000 images. DATA_DIR holds train/<wnid>/; an ImageNet root
+# does.
 # Not in the paper.
 set -eu
 cd "$(dirname "$0")/.."

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Stage 1 on ImageNette: images -> Stable Diffusion latents -> k-means prototypes of each class.
-# 10 classes of ImageNet, about 9,500 images. DATA_DIR holds train/<wnid>/; an ImageNet root does as well.
+# 10 classes of ImageNet, about 9,500 images. DATA_DIR holds train/<wnid>/; an ImageNet root does
+# too.
 # Not in the paper.
 set -eu
 cd "$(dirname "$0")/.."

@@ -1,104 +1,47 @@
-"""Stage 2, synthesis (paper, section 3): prototypes are noised, denoised under the class prompt, decoded into PNGs.
+"""Stage 2, synthesis (paper, section 3): prototypes -> noised, denoised under the prompt, decoded.
 
-    python -m distillation.gen_syn_image --dataset imagenet --ipc 10 --km_expand 1 --strength 0.7 --guidance_scale 8 \\
+    python -m distillation.gen_syn_image --dataset imagenet --ipc 10 --km_expand 1 \\
+        --strength 0.7 --guidance_scale 8 \\
         --prototype_path output/prototypes/imagenet-ipc10-kmexpand1
 
-The list of all images is cut into fixed batches; a batch is the unit of work, so that every pixel is the same for any
-number of processes and restarts. Image i of class c has its own generator, seeded from (seed, c, i).
+The list of all images is cut into fixed batches; a batch is the unit of work, so that every pixel
+is the same for any number of processes and restarts. Image i of class c has its own generator of
+noise, seeded from (seed, c, i).
 
---arm also makes what D4M is compared with (paper, table 4), from the same prototypes folder:
+--arm also makes what D4M is compared with (paper, table 4), from the same prototype folder:
     d4m       the method
     decoded   prototypes decoded without diffusion
-    noise     pure noise denoised from t = strength * T: what the release calls random initialisation
+    noise     noise denoised from t = strength * T: what the release calls random initialisation
     text      text-to-image, no prototypes
 """
 
-if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    import sys
-
-    print("error: run it from the repository root: python -m distillation.gen_syn_image", file=sys.stderr)
-    sys.exit(2)
-
+import io
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from distillation.datasets import DATASETS, dataset_name, known_prompts, read_label_file
-from distillation.prototypes import open_prototypes, prototype_suffix
-from scripts.checkpoints import (
-    add_checkpoint_flags,
-    cast,
-    config_hash,
-    load_pipeline,
-    model_name,
-    resolve_dtype,
-    speed_up,
-)
-from scripts.files import (
-    atomic,
-    check_unit,
-    is_complete,
-    output_folder,
-    output_name,
-    read_manifest,
-    require_space,
-    safe_name,
-    settings_digest,
-    write_manifest,
-    write_text,
-    write_timing,
-    wrong_field,
-)
-from scripts.runtime import (
-    START,
-    SYNTHESIS,
-    MemoryLimit,
-    Parser,
-    StopSignals,
-    Stopwatch,
-    add_process_flags,
-    at_least_one,
-    entry_point,
-    generator,
-    in_parts,
-    log_run,
-    natural,
-    positive_int,
-    progress,
-    refuse,
-    result_of,
-    seed_of,
-    this_process,
-    unit_interval,
-    warn,
-)
+from distillation import datasets, prototypes
+from scripts import files, generators, output, runtime
+from scripts.runtime import Parser, entry_point, number, refuse, warn
 
 ARMS = ("d4m", "decoded", "noise", "text")
-STAGE_1_NAMES = (
-    "dataset",
-    "size",
-    "seed",
-    "kmeans",
-    "classes",
-    "max_images_per_class",
-    "dtype",
-)  # what prototype_suffix reads
+FROM_PROTOTYPES = ("d4m", "decoded")
+# of stage 2's settings, those that stage 1 has too
+SHARED = ("dataset", "ipc", "km_expand", "seed", "batch_size", *generators.SETTINGS)
 REDRAWS = 3  # how often a flat (black) image is drawn again with another seed
 
 
 class Job(NamedTuple):
-    """One image to make: number `i` of class `position` (`class_id` in the whole data set), from `prototype`."""
+    """One image to make: number `i` of class `position`, from prototype number `prototype`."""
 
     position: int
-    class_id: int
+    class_id: int  # in the whole data set
     folder: str
     prompt: str
     i: int
@@ -110,7 +53,7 @@ class Job(NamedTuple):
 
 
 def list_jobs(classes, ipc, num_prototypes):
-    """Every image to make, class by class; with fewer prototypes than images each gives several noises in turn."""
+    """Every image, class by class; where prototypes are fewer, each gives several noises."""
     return [
         Job(position, c["index"], c["folder"], c["prompt"], i, i % num_prototypes)
         for position, c in enumerate(classes)
@@ -125,526 +68,401 @@ def cut(jobs, batch_size):
 # ---- synthesis
 
 
-class Synthesizer:
-    """Turns a batch of jobs into pictures. Prompts are encoded one by one and kept, so that no embedding depends on a
-    batch.
-
-    Every call gets `prototypes`, {position: Prototypes} of the classes in its batch.
-    """
-
-    def __init__(self, pipeline, arm, seed, strength, guidance_scale, num_inference_steps, negative_prompt):
-        self.pipeline, self.arm, self.seed, self.limit = pipeline, arm, seed, MemoryLimit(sys.maxsize)
-        self.strength = 1.0 if arm == "text" else strength
-        self.options = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, "eta": 0.0}
-        # differs from the release: text is encoded once a class, not once an image
-        self.embed = lru_cache(maxsize=64)(self._embed)
-        self.negative_prompt = negative_prompt
-
-    def _embed(self, prompt):
-        """(1, tokens, width) of one prompt."""
-        pipe = self.pipeline
-        return pipe.encode_prompt(prompt, pipe.unet.device, 1, do_classifier_free_guidance=False)[0]
-
-    def latents(self, job, prototypes, attempt):
-        """(4, h, w) float16: what is noised to `strength` - the prototype, or for the arms without one, N(0, 1).
-
-        A unit Gaussian noised by sqrt(a) x + sqrt(1 - a) e is a unit Gaussian again at every t, so the stock pipeline
-        then starts from pure noise: from t = strength * T for "noise", from T for "text".
-        """
-        prototype = torch.from_numpy(prototypes[job.position].latents[job.prototype])
-        if self.arm in ("d4m", "decoded"):
-            return prototype
-        draw = generator(self.seed, START, job.class_id, job.i, attempt)
-        return torch.randn(prototype.shape, generator=draw).to(torch.float16)
-
-    def __call__(self, jobs, prototypes, attempt=0):
-        """jobs -> (B, H, W, 3) uint8 numpy array."""
-        return np.concatenate(in_parts(lambda part: self._pictures(part, prototypes, attempt), jobs, self.limit))
-
-    @torch.no_grad()
-    def _pictures(self, jobs, prototypes, attempt):
-        pipe = self.pipeline
-        latents = torch.stack([self.latents(job, prototypes, attempt) for job in jobs])  # (B, 4, h, w)
-        images = self._run(pipe, jobs, latents, attempt)
-        broken = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-        if broken:
-            dtype = pipe.unet.dtype
-            cast(pipe, torch.float32)
-            for n in broken:
-                warn(f"{jobs[n].file}: NaN or infinity in {dtype}; made again in fp32")
-                images[n] = self._run(pipe, [jobs[n]], latents[n : n + 1], attempt)[0].to(images)
-                if not images[n].isfinite().all():
-                    refuse(f"{jobs[n].file}: NaN or infinity, in fp32 too")
-            cast(pipe, dtype)
-        return (images.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu().numpy()
-
-    def facts(self, job, prototypes, attempt):
-        """What images.jsonl says of an image beside its class: carried in the PNG itself until then."""
-        facts = {
-            "seed": seed_of(*image_key(self.seed, job, attempt)),
-            "attempt": attempt,
-            "strength": self.strength,
-            "guidance_scale": self.options["guidance_scale"],
-        }
-        if self.arm in ("d4m", "decoded"):
-            facts |= {"prototype": job.prototype, "cluster_size": int(prototypes[job.position].sizes[job.prototype])}
-        return facts
-
-    def _run(self, pipe, jobs, latents, attempt):
-        """(B, 3, H, W) in [0, 1]"""
-        if self.arm == "decoded":
-            return pipe.decode(latents)
-        prompts = torch.cat([self.embed(job.prompt) for job in jobs]).to(pipe.unet.dtype)
-        negative = self.embed(self.negative_prompt).to(pipe.unet.dtype).expand_as(prompts)
-        generators = [generator(*image_key(self.seed, job, attempt)) for job in jobs]
-        return pipe(
-            latents=latents,
-            prompt_embeds=prompts,
-            negative_prompt_embeds=negative,
-            generator=generators,
-            strength=self.strength,
-            output_type="pt",
-            **self.options,
-        ).images
-
-
 def image_key(seed, job, attempt):
     """What seeds an image's noise."""
     # differs from the release: seeded, image by image
-    return seed, SYNTHESIS, job.class_id, job.i, attempt
+    return seed, runtime.SYNTHESIS, job.class_id, job.i, attempt
 
 
-def draw_batch(synthesizer, jobs, prototypes):
-    """Pictures of a batch and how often each was redrawn: flat ones (say, blocked ones) get the next seed."""
-    pictures, attempts = synthesizer(jobs, prototypes), [0] * len(jobs)
-    for attempt in range(1, REDRAWS + 1):
-        flat = [n for n, picture in enumerate(pictures) if picture.min() == picture.max()]
-        for n in flat:
-            warn(f"{jobs[n].file}: a flat picture of value {pictures[n].max()}; drawn again with the next seed")
-            pictures[n], attempts[n] = synthesizer([jobs[n]], prototypes, attempt)[0], attempt
-    for n, picture in enumerate(pictures):
-        if picture.min() == picture.max():
-            refuse(f"{jobs[n].file}: still a flat picture after {REDRAWS} other seeds")
-    return pictures, attempts
+class Synthesizer:
+    """Turns batches of jobs into pictures with the settings of one arm.
 
-
-def picture_digest(settings):
-    """`settings_digest` of what decides a PNG: the same for distill, which has no prototype files."""
-    origin = settings.get("prototype_arguments")
-    if origin:
-        origin = {name: value for name, value in origin.items() if name not in ("prototype_format", "batch_size")}
-        settings = {**settings, "prototype_arguments": origin, "prototypes": None}
-    return settings_digest(settings)
-
-
-def save_png(path, picture, image_size, facts, settings_sha256=None):
-    """(H, W, 3) uint8 -> PNG of image_size (PIL's default filter, bicubic, as the release), facts in its text.
-
-    settings_sha256   `picture_digest` of the run that makes it; None: of no run
+    at_hand    {position: Prototypes} of the classes in the batch
     """
-    image = Image.fromarray(picture)
+
+    def __init__(self, model, settings):
+        self.model, self.settings, self.limit = model, settings, runtime.MemoryLimit(sys.maxsize)
+
+    def draw(self, jobs, at_hand):
+        """(B, H, W, 3) uint8 and how often each was redrawn: flat pictures get the next seed."""
+        pictures, attempts = self.pictures(jobs, at_hand), [0] * len(jobs)
+        for attempt in range(1, REDRAWS + 2):
+            for n in [n for n, picture in enumerate(pictures) if picture.min() == picture.max()]:
+                if attempt > REDRAWS:
+                    refuse(f"{jobs[n].file}: still a flat picture after {REDRAWS} other seeds")
+                flat = f"a flat picture of value {pictures[n].max()}"
+                warn(f"{jobs[n].file}: {flat}; drawn again with the next seed")
+                pictures[n], attempts[n] = self.pictures([jobs[n]], at_hand, attempt)[0], attempt
+        return pictures, attempts
+
+    def pictures(self, jobs, at_hand, attempt=0):
+        """(B, H, W, 3) uint8 of one seed each, in as many parts as fit the GPU."""
+        parts = runtime.in_parts(lambda p: self._part(p, at_hand, attempt), jobs, self.limit)
+        return np.concatenate(parts)
+
+    @torch.no_grad()
+    def _part(self, jobs, at_hand, attempt):
+        starts = torch.stack([self.start(job, at_hand, attempt) for job in jobs])  # (B, c, h, w)
+        images = self._images(jobs, starts, attempt)  # (B, 3, H, W)
+        generators.mend(
+            self.model,
+            images,
+            lambda n: self._images([jobs[n]], starts[n : n + 1], attempt),
+            [job.file for job in jobs],
+        )
+        return (images.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu().numpy()
+
+    def start(self, job, at_hand, attempt):
+        """(c, h, w) float16: the prototype, or for the arms without one N(0, 1).
+
+        A unit Gaussian noised by sqrt(a) x + sqrt(1 - a) e is a unit Gaussian again at every t, so
+        the stock pipeline then starts from pure noise: "noise" at t = strength * T, "text" at T.
+        """
+        prototype = torch.from_numpy(at_hand[job.position].latents[job.prototype])
+        if self.settings["arm"] in FROM_PROTOTYPES:
+            return prototype
+        key = (self.settings["seed"], runtime.START, job.class_id, job.i, attempt)
+        return torch.randn(prototype.shape, generator=runtime.generator(*key)).to(torch.float16)
+
+    def _images(self, jobs, starts, attempt):
+        """(B, 3, H, W) in [0, 1]"""
+        s, model = self.settings, self.model
+        if s["arm"] == "decoded":
+            return model.decode(starts, check=False)
+        conditions = [model.condition(job.prompt) for job in jobs]
+        negative = model.condition(s["negative_prompt"])
+        draws = [runtime.generator(*image_key(s["seed"], job, attempt)) for job in jobs]
+        how = (s["strength"], s["guidance_scale"], s["num_inference_steps"])
+        return model.decode(model.denoise(starts, conditions, negative, draws, *how))
+
+
+def make_images(out, batches, synthesizer, stream):
+    """Make `batches`, each whole; PNGs are written beside the next batch.
+
+    stream    positions -> iterator of (position, Prototypes); a class goes when its images are made
+    """
+    classes, at_hand = stream(sorted({job.position for batch in batches for job in batch})), {}
+    arm, total = synthesizer.settings["arm"], sum(map(len, batches))
+    with out.progress(total=total, desc=arm, unit="image") as bar:
+        for batch in batches:
+            at_hand = {
+                position: p for position, p in at_hand.items() if position >= batch[0].position
+            }
+            while batch[-1].position not in at_hand:
+                position, found = next(classes)
+                at_hand[position] = found
+                # images.jsonl is made from these rows of the log
+                out.log(event="prototypes", position=position, sizes=found.sizes.tolist())
+            pictures, attempts = synthesizer.draw(batch, at_hand)
+            for job, attempt in zip(batch, attempts):
+                if attempt:
+                    out.log(event="redrawn", file=job.file, attempt=attempt)
+            out.later(_save_all, out, batch, pictures)
+            bar.update(len(batch))
+            out.made += len(batch)
+            out.leave_if_asked()
+
+
+def _save_all(out, jobs, pictures):
+    for job, picture in zip(jobs, pictures):
+        save_png(out, job.file, picture, out.settings["image_size"])
+
+
+def save_png(out, name, picture, image_size):
+    """(H, W, 3) uint8 -> a PNG of image_size: Pillow's default filter, bicubic, as the release."""
+    image, stream = Image.fromarray(picture), io.BytesIO()
     if image.size != (image_size, image_size):
         image = image.resize((image_size, image_size))
-    text = PngInfo()
-    text.add_itxt("d4m", json.dumps({**facts, "settings_sha256": settings_sha256}, ensure_ascii=False))
-    path.parent.mkdir(exist_ok=True)
-    with atomic(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=text)
-
-
-def read_facts(path):
-    """What save_png wrote into a PNG's text; refuses what is no whole PNG of ours."""
-    try:
-        with Image.open(path) as image:
-            facts = json.loads(image.text["d4m"])
-            image.load()
-        if not isinstance(facts, dict) or facts.keys() & {"file_name", "class_index", "folder", "prompt"}:
-            raise ValueError("other facts than this stage writes")
-        return facts
-    except Exception as error:  # whatever is wrong inside somebody's file
-        refuse(f"{path}: is no image of this stage ({type(error).__name__}: {error}); remove it to have it made again")
-
-
-def make_images(folder, batches, synthesizer, stream, image_size, signals, quiet=False, settings_sha256=None):
-    """Make every batch that is not wholly on disk; returns the number of images made. PNGs are written in the
-    background.
-
-    stream    positions -> iterator of (position, Prototypes): classes come one by one, and go when their images are
-              made
-    settings_sha256   as `save_png`'s
-    """
-    todo = [batch for batch in batches if not all((folder / job.file).exists() for job in batch)]
-    classes = stream(sorted({job.position for batch in todo for job in batch}))
-    with ThreadPoolExecutor(2) as background:
-        at_hand, writes = {}, []
-        with progress(total=sum(map(len, todo)), desc=synthesizer.arm, unit="image", quiet=quiet) as bar:
-            for batch in todo:
-                at_hand = {position: p for position, p in at_hand.items() if position >= batch[0].position}
-                while not all(job.position in at_hand for job in batch):
-                    position, prototypes = next(classes)
-                    at_hand[position] = prototypes
-                pictures, attempts = draw_batch(synthesizer, batch, at_hand)
-                for write in writes:
-                    result_of(write)
-                writes = [
-                    background.submit(
-                        save_png,
-                        folder / job.file,
-                        picture,
-                        image_size,
-                        synthesizer.facts(job, at_hand, attempt),
-                        settings_sha256,
-                    )
-                    for job, picture, attempt in zip(batch, pictures, attempts)
-                ]
-                bar.update(len(batch))
-                if signals.name:
-                    for write in writes:
-                        result_of(write)
-                    signals.leave_if_asked()
-        for write in writes:
-            result_of(write)
-    return sum(map(len, todo))
+    image.save(stream, format="PNG")
+    out.write(name, stream.getvalue())
 
 
 # ---- the image folder
 
 
-def image_folder_name(settings, prototype_settings):
-    """`{dataset}_ipc{ipc}_s{strength}_g{guidance}_kmexpand{k}` or `{dataset}_ipc{ipc}_{arm}`, plus non-defaults."""
-    s, arm = settings, settings["arm"]
-    stem = f"{s['dataset']}_ipc{s['ipc']}_" + (
-        f"s{s['strength']:g}_g{s['guidance_scale']:g}_kmexpand{s['km_expand']}" if arm == "d4m" else arm
-    )
-    options = {
-        "s": s["strength"],
-        "g": s["guidance_scale"],
-        "steps": s["num_inference_steps"],
-        "protos": s["num_prototypes"],
-        "neg": s["negative_prompt"],
-        "imagesize": s["image_size"],
-        "seed": s["seed"],
-        "dtype": s["dtype"],
-    }
-    defaults = {
-        "s": s["strength"] if arm != "noise" else 0.7,
-        "g": s["guidance_scale"] if arm in ("d4m", "decoded") else 8.0,
-        "steps": 50,
-        "protos": s["ipc"],
-        "neg": NEGATIVE_PROMPT,
-        "imagesize": DATASETS[s["dataset"]].image_size,
-        "seed": 0,
-        "dtype": "auto",
-    }
-    if prototype_settings and arm in ("d4m", "decoded"):
-        if arm == "decoded":
-            options["kmexpand"], defaults["kmexpand"] = s["km_expand"], 1
-        more, more_defaults = prototype_suffix(prototype_settings)
-        for name in ("size", "kmeans", "classes", "max"):
-            options[name], defaults[name] = more[name], more_defaults[name]
-        options["protoseed"], defaults["protoseed"] = more["seed"], s["seed"]
-    elif prototype_settings:  # of stage 1 only the latents' shape has a say
-        more, more_defaults = prototype_suffix(prototype_settings)
-        for name in ("size", "classes"):
-            options[name], defaults[name] = more[name], more_defaults[name]
-    return output_name(stem, options, defaults)
+def folder_name(settings, parts, prototype_seed):
+    """`{dataset}_ipc{ipc}_s{strength}_g{guidance}_kmexpand{k}` or `{dataset}_ipc{ipc}_{arm}`, plus
+    what is not the default in stage 2, then in stage 1.
 
-
-def finish_folder(folder, jobs, settings, classes):
-    """Once every PNG is there: images.jsonl, the data card and the manifest. Returns the missing files.
-
-    Of a finished folder, either is written again if it is lost; the manifest says whether it is what it was.
+    parts    {setting of stage 1: [what it adds]};   prototype_seed: None if not known
     """
-    pngs, texts, complete = [job.file for job in jobs], ["images.jsonl", "README.md"], is_complete(folder)
-    lacking = not complete or not all((folder / name).is_file() for name in texts)
-    if lacking and all((folder / name).is_file() for name in pngs):
-        rows, digest = [], picture_digest(settings)
-        for job in jobs:
-            made = read_facts(folder / job.file)
-            found = made.pop("settings_sha256", None)
-            if not complete:
-                check_unit(folder / job.file, found, digest)
-            row = {
-                "file_name": job.file,
-                "class_index": job.class_id,
-                "folder": job.folder,
-                "prompt": job.prompt,
-                **made,
-            }
-            rows.append(json.dumps(row, ensure_ascii=False) + "\n")
-        # not metadata.jsonl: under that name Hugging Face's imagefolder drops the folder labels
-        write_text(folder / "images.jsonl", "".join(rows))
-        write_text(folder / "README.md", data_card(settings, len(classes)))
-    facts = {key: settings[key] for key in ("dataset", "arm", "ipc", "image_size")}
-    return write_manifest(
-        folder,
-        "images",
-        settings,
-        [*pngs, *texts],
-        {**facts, "count": len(jobs), "classes": classes},
+    s, arm = settings, settings["arm"]
+    method = f"s{s['strength']:g}_g{s['guidance_scale']:g}_kmexpand{s['km_expand']}"
+    stem = f"{s['dataset']}_ipc{s['ipc']}_{method if arm == 'd4m' else arm}"
+    silent = {"noise": (), "text": ("strength",)}.get(arm, ("strength", "guidance_scale"))
+    words = s.only([name for name in s if name not in silent]).parts()
+    if arm == "decoded" and parts and s["km_expand"] != 1:
+        words.append(f"kmexpand{s['km_expand']}")
+    for name, more in parts.items():
+        if arm in FROM_PROTOTYPES and name not in ("seed", "dtype") or name in ("size", "classes"):
+            words += more
+    if arm in FROM_PROTOTYPES and prototype_seed not in (None, s["seed"]):
+        words.append(f"protoseed{prototype_seed}")
+    return output.folder_name(stem, *words)
+
+
+def synthesize(model, settings, classes, stream, inputs, parts, root, process, words="images"):
+    """Make the image folder of one arm; returns it.
+
+    settings   stage 2's, with the arm;   classes: [{"index", "folder", "prompt"}]
+    stream     (positions, out) -> iterator of (position, Prototypes)
+    inputs     for args.json;   parts: of stage 1's settings, as `folder_name` takes them
+    """
+    seed = (inputs["prototype_arguments"] or {}).get("seed")
+    where = ("--save_init_image_path", root, folder_name(settings, parts, seed), "images")
+    jobs = list_jobs(classes, settings["ipc"], settings["num_prototypes"])
+    with output.Output(*where, settings, inputs, process, resumable=("batch_size",)) as out:
+        batches = cut(jobs, out.settings["batch_size"])
+        bytes_each = len(batches[0]) * settings["image_size"] ** 2 * 2
+        todo = out.todo(batches, lambda batch: [job.file for job in batch], bytes_each, runs=True)
+        synthesizer = Synthesizer(model, out.settings)
+        make_images(out, todo, synthesizer, lambda positions: stream(positions, out))
+        rows = output.log_rows(out.folder)
+        attempts = {r["file"]: r["attempt"] for r in rows if r.get("event") == "redrawn"}
+        sizes = {r["position"]: r["sizes"] for r in rows if r.get("event") == "prototypes"}
+
+        def row_of(job):
+            attempt = attempts.get(job.file, 0)
+            seed = runtime.seed_of(*image_key(settings["seed"], job, attempt))
+            row = {"seed": seed, "attempt": attempt, "strength": settings["strength"]}
+            row["guidance_scale"] = settings["guidance_scale"]
+            if settings["arm"] in FROM_PROTOTYPES:
+                row["prototype"] = job.prototype
+                row["cluster_size"] = sizes.get(job.position, {job.prototype: None})[job.prototype]
+            return row
+
+        finish_images(out, jobs, classes, row_of, words)
+    return out.folder
+
+
+def finish_images(out, jobs, classes, row_of, words="images", **facts):
+    """Write images.jsonl, the data card and the manifest, once every PNG is there.
+
+    row_of    job -> what images.jsonl says of it beside its class
+    facts     dataset, arm, ipc and image_size, where they are not among the settings
+    """
+    names = ("dataset", "arm", "ipc", "image_size")
+    facts = {name: facts[name] if name in facts else out.settings[name] for name in names}
+    facts |= {"count": len(jobs), "classes": classes}
+
+    def line(job):
+        row = {"file_name": job.file, "class_index": job.class_id, "folder": job.folder}
+        return json.dumps({**row, "prompt": job.prompt, **row_of(job)}, ensure_ascii=False) + "\n"
+
+    # not metadata.jsonl: under that name Hugging Face's imagefolder drops the folder labels
+    derived = {"images.jsonl": lambda: "".join(map(line, jobs))}
+    details = {**out.settings, **out.inputs.get("generator", {})}
+    out.finish(facts, {**derived, "README.md": lambda: data_card(facts, details)}, words)
+
+
+MADE_AS = {
+    "d4m": "prototypes noised, denoised under the class prompt and decoded (D4M, arXiv 2407.15138)",
+    "decoded": "prototypes decoded without diffusion",
+    "noise": "noise denoised from t = strength * T, no prototypes",
+    "text": "text-to-image, no prototypes",
+    "random": "real images chosen at random",
+    "stm": "images optimised further against a classifier's BatchNorm statistics (SRe2L's recover)",
+}
+
+
+def data_card(facts, details):
+    """README.md of the image folder: a Hugging Face data card."""
+    arm, taken = facts["arm"].removesuffix("-g"), facts["arm"].endswith("-g")
+    how = MADE_AS[arm] + "; classes taken out of a larger distilled data set" * taken
+    names = ("model", "strength", "guidance_scale", "num_inference_steps", "seed")
+    listed = "".join(f"- {name}: {details[name]}\n" for name in names if name in details)
+    return (
+        "---\ntask_categories: [image-classification]\ntags: [dataset-distillation]\n---\n"
+        f"# {facts['dataset']}, {facts['ipc']} images per class\n\n"
+        f"{len(facts['classes'])} classes, {facts['image_size']} px PNG, one folder per class. "
+        f"Made as: {how}.\n\n{listed}\n"
+        "`images.jsonl` has one line per image; `manifest.json` has every argument and the sha256 "
+        "of every file.\nThe licences of the model and of the real images apply.\n"
     )
 
 
-def read_image_manifest(flag, folder):
-    """The manifest of a finished image folder, with what the next stages take from it; refuses one without."""
-    manifest = read_manifest(flag, folder, "images")
-    odd = wrong_field(manifest, {"dataset": str, "arm": str, "image_size": int, "ipc": int, "classes": list})
-    if not odd and not all(
-        wrong_field(c, {"index": int, "folder": str, "prompt": str}) is None for c in manifest["classes"]
-    ):
-        odd = "classes"
-    if not odd and not safe_name(manifest["arm"]):
-        odd = "arm"
-    odd = odd or next((name for name in ("image_size", "ipc") if manifest[name] < 1), None)
-    origin = manifest["arguments"]
-    while isinstance(origin, dict):  # images that were made of others say what those were made of
-        if not isinstance(origin.get("prototype_arguments"), (dict, type(None))):
-            odd = "prototype_arguments"
-        origin = origin.get("source_arguments")
-    if odd:
-        refuse(f"{flag} {folder}: its manifest does not say {odd}")
-    if manifest["dataset"] not in DATASETS:
-        refuse(f"{flag} {folder}: its manifest names the data set {manifest['dataset']!r}, which is unknown")
+def read_images(flag, folder):
+    """The manifest of a finished image folder; refuses names that could leave a folder."""
+    manifest = output.read_manifest(flag, folder, "images")
+    for name in (manifest["arm"], *(c["folder"] for c in manifest["classes"])):
+        if not files.safe_name(name):
+            refuse(f"{flag} {folder}: its manifest holds {name!r}, which is not a plain name")
+    if manifest["dataset"] not in datasets.ALL:
+        refuse(f"{flag} {folder}: its manifest names an unknown data set {manifest['dataset']!r}")
     return manifest
 
 
-def data_card(settings, num_classes):
-    """README.md of the image folder: a Hugging Face data card."""
-    s = settings
-    how = {
-        "d4m": "prototypes noised, denoised under the class prompt and decoded (D4M, arXiv 2407.15138)",
-        "decoded": "prototypes decoded without diffusion",
-        "noise": "noise denoised from t = strength * T, no prototypes",
-        "text": "text-to-image, no prototypes",
-        "random": "real images chosen at random",
-        "stm": "images optimised further against a classifier's BatchNorm statistics (SRe2L's recover step)",
-    }[s["arm"].removesuffix("-g")]
-    if s["arm"].endswith("-g"):
-        how += "; classes taken out of a larger distilled data set"
-    lines = [
-        f"- {key}: {s[key]}"
-        for key in ("model", "strength", "guidance_scale", "num_inference_steps", "seed")
-        if key in s
-    ]
-    return (
-        f"---\ntask_categories: [image-classification]\ntags: [dataset-distillation]\n---\n"
-        f"# {s['dataset']}, {s['ipc']} images a class\n\n"
-        f"{num_classes} classes, {s['image_size']} px PNG, one folder a class. "
-        f"Made as: {how}.\n\n"
-        + "\n".join(lines)
-        + "\n\n`images.jsonl` has one line an image; `manifest.json` has every "
-        "argument and the sha256 of every file.\nThe licences of the model and of the real images apply.\n"
-    )
+def origin(manifest):
+    """{"generator": facts or None, "real_images": count or None}: what the images were made from,
+    also where they were made of other images."""
+    inputs = manifest["inputs"]
+    while "source_manifest" in inputs:
+        inputs = inputs["source_manifest"]["inputs"]
+    return {name: inputs.get(name) for name in ("generator", "real_images")}
 
 
 # ---- main
 
-NEGATIVE_PROMPT = "cartoon, anime, painting"
 
-
-def add_synthesis_flags(parser):
-    """Flags of stage 2 that distill.py shares."""
-    group = parser.add_argument_group("synthesis")
+def declare(parser):
+    """The flags of stage 2 that distill has too; returns the settings' names."""
+    before, count = set(parser.shorts), number(int, 1)
+    share, factor = number(float, above=0, most=1), number(float, 1)
+    parser.heading("synthesis")
     # differs from the release: its script's default is 0.75, its launcher and its paper say 0.7
-    group.add_argument(
-        "--strength", "-s", type=unit_interval, default=0.7, help="how far prototypes are noised, in (0, 1]"
-    )
-    group.add_argument(
-        "--guidance_scale", "-g", type=at_least_one, default=8.0, help="classifier-free guidance; 1 turns it off"
-    )
-    group.add_argument(
-        "--num_inference_steps", type=positive_int, default=50, help="of the whole schedule; 50 at 0.7 is 36 calls"
-    )
-    group.add_argument("--negative_prompt", default=NEGATIVE_PROMPT)
-    group.add_argument(
-        "--num_prototypes",
-        type=positive_int,
-        default=None,
-        help="prototypes a class [ipc]; fewer than --ipc gives each several noises",
-    )
-    group.add_argument("--image_size", type=positive_int, default=None, help="pixels of the saved PNGs [by data set]")
+    far = "how far prototypes are noised, in (0, 1]"
+    parser.setting("--strength", "-s", type=share, default=0.7, short="s", help=far)
+    free = "classifier-free guidance; 1 turns it off"
+    parser.setting("--guidance_scale", "-g", type=factor, default=8.0, short="g", help=free)
+    steps = "of the whole schedule; 50 at 0.7 is 36 calls"
+    parser.setting("--num_inference_steps", type=count, default=50, short="steps", help=steps)
+    ipc, few = attrgetter("ipc"), "per class [ipc]; fewer than --ipc gives each several noises"
+    parser.setting("--num_prototypes", type=count, default=ipc, short="protos", help=few)
+    parser.setting("--negative_prompt", default="cartoon, anime, painting", short="neg")
+    add_size_flags(parser)
     # differs from the release: its checker stays on and saves flagged images black
-    group.add_argument(
-        "--safety_checker",
-        choices=["on", "off"],
-        default="off",
-        help="on: the checkpoint's own; a flagged image is drawn again with the next seed",
-    )
-    group.add_argument("--save_init_image_path", default="output/images", help="the folder is made below this one")
+    checker = "on: the checkpoint's own; a flagged image is drawn again with the next seed"
+    parser.setting("--safety_checker", choices=["on", "off"], default="off", help=checker)
+    return [name for name in parser.shorts if name not in before]
+
+
+def add_size_flags(parser):
+    """The flags of everything that writes images."""
+    size, pixels = datasets.default("image_size"), "pixels of the saved PNGs [by data set]"
+    whole = number(int, 1)
+    parser.setting("--image_size", type=whole, default=size, short="imagesize", help=pixels)
+    below = "the folder is made below this one"
+    parser.flag("--save_init_image_path", default="output/images", help=below)
 
 
 def get_args(argv=None):
-    parser = Parser(prog="distillation.gen_syn_image", description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", type=dataset_name, default="imagenet", metavar="NAME", help=", ".join(DATASETS))
-    parser.add_argument(
-        "--prototype_path", required=True, help="a folder of stage 1, or a single JSON file of the release"
+    parser, count = Parser("distillation.gen_syn_image", __doc__), number(int, 1)
+    parser.setting(
+        "--dataset", type=datasets.name, default="imagenet", help=", ".join(datasets.ALL)
     )
-    parser.add_argument("--label_file_path", default=None, help="other prompts than the prototypes were made with")
-    parser.add_argument("--ipc", type=positive_int, default=1, help="images a class")
-    parser.add_argument("--km_expand", type=positive_int, default=10, help="as in stage 1: names the folder")
-    parser.add_argument("--seed", type=natural, default=0, help="of the synthesis noise")
-    parser.add_argument("--verify", action="store_true", help="hash every prototype file at the start")
-    add_synthesis_flags(parser)
-    parser.add_argument(
-        "--arm", nargs="+", choices=ARMS, default=["d4m"], help="the method, or what it is compared with"
-    )
-    parser.add_argument(
-        "--batch_size", type=positive_int, default=32, help="images made at once; more only changes last bits"
-    )
-    add_checkpoint_flags(parser)
-    add_process_flags(parser)
+    made = "a folder of stage 1, or a single JSON file of the release"
+    parser.flag("--prototype_path", required=True, help=made)
+    parser.flag("--label_file_path", help="other prompts than the prototypes were made with")
+    parser.flag("--verify", action="store_true", help="hash every prototype file at the start")
+    arms = "the method, or what it is compared with"
+    parser.flag("--arm", nargs="+", choices=ARMS, default=["d4m"], help=arms)
+    parser.setting("--ipc", type=count, default=1, help="images per class")
+    parser.setting("--km_expand", type=count, default=10, help="as in stage 1: names the folder")
+    declare(parser)
+    noise = "of the synthesis noise"
+    parser.setting("--seed", type=number(int, 0), default=0, short="seed", help=noise)
+    more = "images made at once; more only changes last bits"
+    parser.setting("--batch_size", type=count, default=32, help=more)
+    generators.add_generator_flags(parser)
+    runtime.add_process_flags(parser)
     return parser.parse_args(argv)
 
 
-def synthesis_settings(args, arm, precision, hashes):
-    """All of stage 2 that decides its bytes, as it stands in args.json; the source of the latents apart."""
-    return {
-        "dataset": args.dataset, "arm": arm, "ipc": args.ipc, "km_expand": args.km_expand,
-        "num_prototypes": args.num_prototypes or args.ipc, "strength": 1.0 if arm == "text" else args.strength,
-        "guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps,
-        "negative_prompt": args.negative_prompt, "seed": args.seed, "batch_size": args.batch_size,
-        "image_size": args.image_size or DATASETS[args.dataset].image_size, "safety_checker": args.safety_checker,
-        "dtype": args.dtype, "precision": precision, "channels_last": args.channels_last, "compile": args.compile,
-        "model": model_name(args.diffusion_checkpoints_path), "revision": args.revision, **hashes,
-    }  # fmt: skip
+def of_arm(settings, arm):
+    """Stage 2's settings of one arm."""
+    changed = {"arm": arm, **settings}
+    if arm == "text":  # from pure noise
+        changed["strength"] = 1.0
+    return runtime.Settings(changed, settings.defaults, settings.shorts)
 
 
-def load_synthesis(args, process):
-    """(pipeline, precision, {network_sha256: ...}) of stage 2."""
-    # here, because diffusers takes seconds to import
-    from scripts.pipeline_stable_diffusion_latents2img import StableDiffusionLatents2ImgPipeline
-
-    precision = resolve_dtype(args.dtype, process.device)
-    pipeline, hashes = load_pipeline(
-        StableDiffusionLatents2ImgPipeline,
-        args.diffusion_checkpoints_path,
-        process.device,
-        precision,
-        args.revision,
-        args.variant,
-        safety_checker=args.safety_checker == "on",
-        config=args.single_file_config,
-    )
-    check_steps([], args.strength, args.num_inference_steps, pipeline.scheduler.config.num_train_timesteps)
-    hashes = {name: hashes[name] for name in ("vae_sha256", "unet_sha256", "text_encoder_sha256")}
-    hashes |= {
-        "scheduler_sha256": config_hash(pipeline.scheduler),
-        "tokenizer_sha256": config_hash(pipeline.tokenizer),
-    }
-    return speed_up(pipeline, args.channels_last, args.compile), precision, hashes
-
-
-def check_prototypes(args, source):
+def check_prototypes(where, source, settings):
     """Refuse prototypes of another data set, number or buffer size than the flags say."""
-    where = f"--prototype_path {args.prototype_path}"
-    lacking = set(STAGE_1_NAMES) - set(source.settings) if source.settings is not None else ()
-    if lacking:
-        refuse(f"{where}: its manifest lacks the argument {sorted(lacking)[0]}")
-    if source.dataset != args.dataset:
-        refuse(f"--dataset {args.dataset}: {where} was made from {source.dataset}")
-    wanted = args.num_prototypes or args.ipc
-    if wanted > args.ipc:
-        refuse(f"--num_prototypes {wanted}: more than --ipc {args.ipc}")
+    s, wanted = settings, settings["num_prototypes"]
+    if source.dataset != s["dataset"]:
+        refuse(f"--dataset {s['dataset']}: {where} was made from {source.dataset}")
     if source.per_class != wanted:
-        flag = "--num_prototypes" if args.num_prototypes else "--ipc"
-        refuse(f"{flag} {wanted}: {where} holds {source.per_class} a class")
-    made_with = (source.settings or {}).get("km_expand", args.km_expand)
-    if made_with != args.km_expand:
-        refuse(f"--km_expand {args.km_expand}: {where} was made with {made_with}")
+        flag = "--ipc" if wanted == s["ipc"] else "--num_prototypes"
+        refuse(f"{flag} {wanted}: {where} holds {source.per_class} per class")
+    made_with = (source.settings or s)["km_expand"]
+    if made_with != s["km_expand"]:
+        refuse(f"--km_expand {s['km_expand']}: {where} was made with {made_with}")
 
 
-def check_model(where, source, pipeline, vae_sha256):
-    """Refuse prototypes of another VAE or latent shape than the loaded checkpoint's."""
-    if source.vae_sha256 and source.vae_sha256 != vae_sha256:
-        refuse(f"{where}: made with the VAE {source.vae_sha256[:12]}, this checkpoint's is {vae_sha256[:12]}")
-    channels = pipeline.unet.config.in_channels
-    if source.latent_shape[0] != channels or channels != 4:
-        refuse(f"{where}: latents of shape {source.latent_shape}, this checkpoint's UNet takes {channels} channels")
+def check_model(where, source, model):
+    """Refuse prototypes of another VAE or number of channels than the generator's."""
+    ours, channels = model.facts["vae_sha256"], model.latent_shape(model.native_size)[0]
+    if source.vae_sha256 not in (None, ours):
+        theirs = f"made with the VAE {source.vae_sha256[:12]}"
+        refuse(f"{where}: {theirs}, this checkpoint's is {ours[:12]}")
+    if source.latent_shape[0] != channels:
+        refuse(
+            f"{where}: latents of shape {source.latent_shape}, the model has {channels} channels"
+        )
 
 
-def check_steps(arms, strength, steps, most=1000):
-    """Refuse a schedule of which nothing is left after `strength`, or of more steps than the `most` of training."""
+def check_steps(settings, arms, most):
+    """Refuse a schedule of which nothing is left, or longer than the `most` of the training."""
+    steps, strength = settings["num_inference_steps"], settings["strength"]
+    if settings["num_prototypes"] > settings["ipc"]:
+        refuse(f"--num_prototypes {settings['num_prototypes']}: more than --ipc {settings['ipc']}")
     if steps > most:
         refuse(f"--num_inference_steps {steps}: this checkpoint was trained with {most}")
     if int(steps * strength) < 1 and set(arms) - {"decoded", "text"}:
         refuse(f"--num_inference_steps {steps}: at --strength {strength:g} no step is left")
 
 
-def synthesize_arms(args, arms, process, pipeline, precision, hashes, classes, stream, origin, stages=None):
-    """Make the image folder of every arm.
+def with_prompts(classes, label_file, dataset):
+    """The classes with the prompts of a label file."""
+    folders = list(datasets.known_prompts(dataset)) or [c["folder"] for c in classes]
+    prompts = dict(zip(folders, datasets.read_label_file(label_file, folders, dataset)))
+    return [{**c, "prompt": prompts[c["folder"]]} for c in classes]
 
-    stream    (positions, batch_size, folder) -> iterator of (position, Prototypes); batch_size: of the encoder, if it
-              has one; folder: the output's, for its log
-    origin    {flag: value} of where the prototypes are from
-    stages    for `log_run`: which stages the process runs, if `stream` is one itself
-    """
+
+def every_arm(arms, make):
+    """[make(arm)]; with --dry_run, the plan of one arm ends in status 0: go on with the others."""
     folders = []
     for arm in arms:
-        watch = Stopwatch()
-        settings = {**synthesis_settings(args, arm, precision, hashes), **origin}
-        folder = Path(args.save_init_image_path) / image_folder_name(settings, origin.get("prototype_arguments"))
-        jobs = list_jobs(classes, args.ipc, settings["num_prototypes"])
-        needed = len(jobs) * settings["image_size"] ** 2 * 2
-        require_space("--save_init_image_path", folder, needed, [job.file for job in jobs])
-        with output_folder("--save_init_image_path", folder, settings, process, resumable=("batch_size",)) as settings:
-            synthesizer = Synthesizer(
-                pipeline,
-                arm,
-                args.seed,
-                args.strength,
-                args.guidance_scale,
-                args.num_inference_steps,
-                args.negative_prompt,
-            )
-            # neighbours share a class, so every process takes one run of batches, not every world-th
-            batches = np.array_split(np.arange(-(-len(jobs) // settings["batch_size"])), process.world)[process.rank]
-            cuts = cut(jobs, settings["batch_size"])
-            with StopSignals() as signals:
-                made = make_images(
-                    folder,
-                    [cuts[n] for n in batches],
-                    synthesizer,
-                    partial(stream, batch_size=settings["batch_size"], folder=folder),
-                    settings["image_size"],
-                    signals,
-                    quiet=not process.is_main,
-                    settings_sha256=picture_digest(settings),
-                )
-                signals.leave_if_asked()
-            cost = log_run(folder, process, watch, made, stages)
-            missing = finish_folder(folder, jobs, settings, classes)
-            if not missing:
-                write_timing(folder)
-        left = "; the rest is left to other processes" if missing else ""
-        print(f"{folder}: {made} of {len(jobs)} images made in {cost}{left}")
-        folders.append(folder)
+        try:
+            folders.append(make(arm))
+        except SystemExit as leaving:
+            if leaving.code or arm == arms[-1]:
+                raise
     return folders
+
+
+def plan_arm(settings, prototype_path, root):
+    """--dry_run where stage 1 has not made the prototypes yet."""
+    count = len(datasets.known_prompts(settings["dataset"])) * settings["ipc"]
+    waits_for = f"{prototype_path}: python -m distillation.gen_prototype makes it"
+    folder, each = Path(root) / folder_name(settings, {}, None), settings["image_size"] ** 2 * 2
+    output.plan(folder, 0, count, count * each, waits_for)
 
 
 @entry_point
 def main(argv=None):
     args = get_args(argv)
-    check_steps(args.arm, args.strength, args.num_inference_steps)
-    process = this_process(args.device, args.shard)
-    source = open_prototypes(args.prototype_path, args.dataset, args.verify)
-    check_prototypes(args, source)
-    classes = source.classes
-    if args.label_file_path:
-        known = list(known_prompts(args.dataset)) or [c["folder"] for c in classes]
-        prompts = dict(zip(known, read_label_file(args.label_file_path, known, args.dataset)))
-        classes = [{**c, "prompt": prompts[c["folder"]]} for c in classes]
-    pipeline, precision, hashes = load_synthesis(args, process)
-    check_model(f"--prototype_path {args.prototype_path}", source, pipeline, hashes["vae_sha256"])
-    origin = {
-        "prototype_arguments": source.settings,
+    process = runtime.this_process(args.device, args.shard, args.dry_run, args.wait)
+    path, root, source = args.prototype_path, args.save_init_image_path, None
+    if not args.dry_run or Path(path).is_file() or output.is_complete(path):
+        source = prototypes.open_prototypes(path, args.dataset, args.verify)
+        check_prototypes(f"--prototype_path {path}", source, args.settings)
+        classes = source.classes
+        if args.label_file_path:
+            classes = with_prompts(classes, args.label_file_path, args.dataset)
+    how = {name: getattr(args, name) for name in generators.FLAGS}
+    how["safety_checker"] = args.safety_checker == "on"
+    model = generators.load(args.diffusion_checkpoints_path, process.device, **how)
+    check_steps(args.settings, args.arm, model.most_steps)
+    if source is None:
+        return every_arm(args.arm, lambda arm: plan_arm(of_arm(args.settings, arm), path, root))
+    check_model(f"--prototype_path {path}", source, model)
+    inputs = {
+        "generator": model.facts,
         "prototypes": source.content,
+        "prototype_arguments": source.settings,
+        "real_images": source.real_images,
         "prompts": [c["prompt"] for c in classes] if args.label_file_path else None,
     }
 
-    def stream(positions, batch_size, folder):
-        return source.stream(positions)
+    def stream(positions, _out):
+        return ((position, source[position]) for position in positions)
 
-    return synthesize_arms(args, args.arm, process, pipeline, precision, hashes, classes, stream, origin)
+    def make(arm):
+        where = (inputs, source.parts, root, process)
+        return synthesize(model, of_arm(args.settings, arm), classes, stream, *where)
+
+    return every_arm(args.arm, make)
 
 
 if __name__ == "__main__":

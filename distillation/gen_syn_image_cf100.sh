@@ -1,5 +1,5 @@
 #!/bin/sh
-# Stage 2 on CIFAR-100: prototypes -> noised, denoised under the class prompt, decoded -> PNG files.
+# Stage 2 on CIFAR-100: prototypes -> noised, denoised under the class prompt, decoded -> PNGs.
 # 1,000 images at IPC 10, saved at 32 px.
 set -eu
 cd "$(dirname "$0")/.."

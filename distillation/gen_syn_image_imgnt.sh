@@ -1,6 +1,7 @@
 #!/bin/sh
-# Stage 2 on ImageNet-1K: prototypes -> noised, denoised under the class prompt, decoded -> PNG files.
-# 10,000 images at IPC 10. One H200: about 25 min (estimate); 0.8 GB of PNGs; fits a 12 GB GPU at --batch_size 8.
+# Stage 2 on ImageNet-1K: prototypes -> noised, denoised under the class prompt, decoded -> PNGs.
+# 10,000 images at IPC 10. One H200: about 25 min (estimate); 0.8 GB of PNGs; fits a 12 GB GPU at
+# --batch_size 8.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh

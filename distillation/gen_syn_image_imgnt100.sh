@@ -1,5 +1,6 @@
 #!/bin/sh
-# Stage 2 on ImageNet-100 (the IDC and Minimax subset): prototypes -> noised, denoised under the class prompt, decoded -> PNG files.
+# Stage 2 on ImageNet-100 (the IDC and Minimax subset): prototypes -> noised, denoised under the
+# class prompt, decoded -> PNGs.
 # 1,000 images at IPC 10. Not in the paper.
 set -eu
 cd "$(dirname "$0")/.."

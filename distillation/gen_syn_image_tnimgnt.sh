@@ -1,5 +1,5 @@
 #!/bin/sh
-# Stage 2 on Tiny-ImageNet: prototypes -> noised, denoised under the class prompt, decoded -> PNG files.
+# Stage 2 on Tiny-ImageNet: prototypes -> noised, denoised under the class prompt, decoded -> PNGs.
 # 10,000 images at IPC 50, saved at 64 px.
 set -eu
 cd "$(dirname "$0")/.."

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Stage 2 on ImageWoof: prototypes -> noised, denoised under the class prompt, decoded -> PNG files.
+# Stage 2 on ImageWoof: prototypes -> noised, denoised under the class prompt, decoded -> PNGs.
 # 100 images at IPC 10. Not in the paper.
 set -eu
 cd "$(dirname "$0")/.."

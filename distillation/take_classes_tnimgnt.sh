@@ -1,6 +1,8 @@
 #!/bin/sh
-# D4M-G of table 2: the 200 Tiny-ImageNet classes taken out of the distilled ImageNet-1K by wnid, saved at 64 px. Seconds.
-# Then: IMAGES=tiny_imagenet_ipc50_from_imagenet_ipc50_s0.7_g8_kmexpand1 sh matching/matching_tnimgnt.sh
+# D4M-G of table 2: the 200 Tiny-ImageNet classes taken out of the distilled ImageNet-1K by wnid,
+# saved at 64 px. Seconds.
+# Then: IMAGES=tiny_imagenet_ipc50_from_imagenet_ipc50_s0.7_g8_kmexpand1 \
+#     sh matching/matching_tnimgnt.sh
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh

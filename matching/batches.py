@@ -1,11 +1,11 @@
 """One training batch: drawn from a seed, and replayed with the same pixels (paper, 3.3; FKD).
 
-    batch = draw_batch(protocol, epoch, nth, index, sizes)                       # every draw
-    pixels = crop_on_cpu(arrays, batch.index, batch.crop, batch.flip, size)      # (B, S, S, 3) uint8
-    x = mix(normalise(pixels, mean, std), batch, protocol["mix_type"])           # (B, 3, S, S)
+    batch = draw_batch(protocol, epoch, nth, index, sizes)                     # every draw
+    pixels = crop_on_cpu(arrays, batch.index, batch.crop, batch.flip, size)    # (B, S, S, 3) bytes
+    x = mix(normalise(pixels, mean, std), batch, mix_type)                     # (B, 3, S, S)
 
-Stage 3 stores the draws beside the teacher's logits and stage 4 replays them: both use every line
-of this file, and nothing is derived again from a sampler's seed.
+Stage 3 stores the draws beside the teacher's logits and stage 4 replays them. Both use every line
+of this file; nothing is derived again from a sampler's seed.
 """
 
 import math
@@ -16,55 +16,48 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scripts.runtime import BATCH, ORDER, generator, number, refuse
-
-# differs from the release: one input size for both stages (its stage 4 always crops to 224)
-# The release's ImageNet protocol. Its launcher asks for CutMix; input_size None: the images' size.
-PROTOCOL = {
-    "epochs": 300,
-    "batch_size": 1024,
-    "input_size": None,
-    "min_scale_crops": 0.08,
-    "max_scale_crops": 1.0,
-    "flip": 0.5,
-    "mix_type": "none",
-    "mixup": 0.8,
-    "cutmix": 1.0,
-    "fkd_seed": 42,
-}
-RATIO = (3 / 4, 4 / 3)  # torchvision's RandomResizedCrop
-CROP_TRIES = 10
+from scripts.runtime import BATCH, ORDER, Parser, generator, number, refuse
 
 
 def add_batch_flags(parser, stored=False):
-    """The flags that say what a training batch is.
+    """The flags that say what a training batch is; the defaults are the release's for ImageNet.
 
-    stored   labels that are read say what was not given: the flags' defaults are None
+    stored   labels are read and say what was not given: every default is None
     """
 
-    def setting(*names, help, **options):
-        default = PROTOCOL[names[-1].removeprefix("--")]
-        usual = default or "the images' size"
+    def setting(flag, default, help, *aliases, **options):
+        usual = "the images' size" if default is None else default
         text = f"{help} [{'the labels’, else ' if stored else ''}{usual}]"
-        parser.setting(*names, default=None if stored else default, help=text, **options)
+        default = None if stored else default
+        parser.setting(*aliases, flag, default=default, help=text, **options)
 
     known = " (stored labels fix them: a flag that differs is refused)" if stored else ""
     parser.heading(f"batches{known}")
-    setting("--epochs", type=number(int, 1, 10**6), short="epochs", help="epochs")
-    setting("-b", "--batch_size", type=number(int, 1), short="b", help="images, all processes")
-    setting("--input_size", type=number(int, 1), short="size", help="pixels of the networks' input")
-    share = number(float, above=0, most=1)
-    setting(
-        "--min_scale_crops", type=share, short="crops", help="least share of the area in a crop"
-    )
-    setting("--max_scale_crops", type=share, help="largest share of the area in a crop")
-    setting("--flip", type=number(float, 0, 1), short="flip", help="probability; 0 for digits")
+    count, share = number(int, 1), number(float, above=0, most=1)
+    alpha = {"type": number(float, above=0), "short": "alpha"}
     kinds = ("mixup", "cutmix", "none")
-    setting("--mix_type", choices=kinds, short="mix", help="how two images of a batch are mixed")
-    alpha = number(float, above=0)
-    setting("--mixup", type=alpha, short="alpha", help="alpha of mixup's Beta(alpha, alpha)")
-    setting("--cutmix", type=alpha, short="alpha", help="alpha of CutMix's Beta(alpha, alpha)")
-    setting("--fkd_seed", type=number(int, 0), short="seed", help="seed of every draw of a batch")
+    setting("--epochs", 300, "epochs", type=number(int, 1, 10**6), short="epochs")
+    setting("--batch_size", 1024, "images, over all processes", "-b", type=count, short="b")
+    # differs from the release: one size for both stages (its stage 4 always crops to 224)
+    setting("--input_size", None, "pixels of the networks' input", type=count, short="size")
+    # `labels_name` writes both scales in one: crops-0.08-1
+    setting("--min_scale_crops", 0.08, "least share of the area", type=share, short="crops")
+    setting("--max_scale_crops", 1.0, "largest share of the area", type=share)
+    setting("--flip", 0.5, "probability; 0 for digits", type=number(float, 0, 1), short="flip")
+    # the release's launcher asks for cutmix
+    setting("--mix_type", "none", "how two images are mixed", choices=kinds, short="mix")
+    setting("--mixup", 0.8, "alpha of mixup's Beta(alpha, alpha)", **alpha)
+    setting("--cutmix", 1.0, "alpha of CutMix's Beta(alpha, alpha)", **alpha)
+    setting("--fkd_seed", 42, "seed of every draw", type=number(int, 0), short="seed")
+
+
+def _defaults():
+    parser = Parser("", "")
+    add_batch_flags(parser)
+    return dict(parser.parse_args([]).settings)
+
+
+PROTOCOL = _defaults()  # {"epochs": 300, ...}: the `protocol` of what follows
 
 
 def check_scales(least, largest):
@@ -75,6 +68,9 @@ def check_scales(least, largest):
 
 # ---- draws
 
+RATIO = (3 / 4, 4 / 3)  # torchvision's RandomResizedCrop
+CROP_TRIES = 10
+
 
 class Batch(NamedTuple):
     """Every draw of one training batch of B images.
@@ -83,7 +79,7 @@ class Batch(NamedTuple):
     crop      (B, 4) int64   top, left, height, width, in pixels of the saved image
     flip      (B,) bool      mirrored after the crop
     partner   (B,) int64     position in the batch of the image mixed in; its own without mixing
-    box       (4,) int64     top, left, bottom, right of CutMix's box, in pixels of the input, or zeros
+    box       (4,) int64     top, left, bottom, right of CutMix's box in the input; else zeros
     lam       float          share of the image itself; for CutMix what the box leaves of it
     """
 
@@ -112,7 +108,7 @@ def batches_of(count, batch_size):
 
 
 def epoch_batches(seed, epoch, count, batch_size):
-    """Image indices of each batch of an epoch: a permutation of `count`, cut; the last is shorter."""
+    """Image indices of each batch of an epoch: a permutation, cut; the last batch is shorter."""
     order = torch.randperm(count, generator=generator(seed, ORDER, epoch))
     return order.tensor_split(cuts(count, batch_size)[1:-1])
 
@@ -217,7 +213,10 @@ def sent(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
-def resized_crop_batch(images, boxes, flips, size, at_once=128):
+CROPPED_AT_ONCE = 128  # images: bounds the memory of the integer sums
+
+
+def resized_crop_batch(images, boxes, flips, size):
     """Crop, resize and flip on any device, with the bytes of `crop_on_cpu`.
 
     images   (B, H, W, 3) uint8;   boxes (B, 4) int64 and flips (B,) bool, both on the CPU
@@ -225,12 +224,9 @@ def resized_crop_batch(images, boxes, flips, size, at_once=128):
     between, as in Pillow. 32-bit sums suffice: 255 * 2^22 < 2^31.
     """
     taps = [math.ceil(2 * max(1.0, int(boxes[:, k].max()) / size)) for k in (2, 3)]
-    boxes, flips = (sent(t, images.device) for t in (boxes, flips))
-    parts = [
-        _resized_crop(*(t[i : i + at_once] for t in (images, boxes, flips)), size, *taps)
-        for i in range(0, len(images), at_once)
-    ]
-    return torch.cat(parts)
+    batch = (images, sent(boxes, images.device), sent(flips, images.device))
+    parts = zip(*(t.split(CROPPED_AT_ONCE) for t in batch))
+    return torch.cat([_resized_crop(*part, size, *taps) for part in parts])
 
 
 def _resized_crop(images, boxes, flips, size, taps_y, taps_x):

@@ -1,8 +1,10 @@
 """Batches on their way to the device: drawn or replayed, cropped, normalised, mixed.
 
-feed = Feed(arrays, images, protocol, device, labels=(folder, {file: sha256}))
-for item in feed.loader([(epoch, 0), (epoch, 1), ...], num_workers=4):
-    x = feed.mixed(item)                                            # (B, 3, S, S)
+    feed = Feed(arrays, images, protocol, device, labels=(folder, {file: sha256}))
+    for item in feed.loader([(epoch, 0), (epoch, 1), ...], num_workers=4):
+        x = feed.mixed(item)                                            # (B, 3, S, S)
+
+Stages 3 and 4 both read their batches here.
 """
 
 from typing import NamedTuple
@@ -11,8 +13,9 @@ import numpy as np
 import torch
 
 from distillation import datasets
-from matching import batches, labels
+from matching import batches
 from matching.images import fits_gpu
+from matching.labels import EpochLabels, LabelError
 from scripts.runtime import refuse, warn
 
 KEPT_BYTES = 2**28  # of the pixels of batches that are kept for the next seed
@@ -81,7 +84,7 @@ class Feed(torch.utils.data.Dataset):
             return self.kept[key]
         try:
             batch, logits = self._replayed(*key) if self.labels else (self._drawn(*key), None)
-        except labels.LabelError as error:
+        except LabelError as error:
             return error  # raised in a worker process it would come with a traceback
         rows, pixels = self.rows_of and self.rows_of(len(batch.index)), None
         if self.resident is None:
@@ -108,7 +111,7 @@ class Feed(torch.utils.data.Dataset):
         if self.opened[0] != epoch:
             folder, digests = self.labels
             count, batch_size = len(self.sizes), self.protocol["batch_size"]
-            opened = labels.EpochLabels(folder, epoch, count, batch_size)
+            opened = EpochLabels(folder, epoch, count, batch_size)
             # who reads batch 0 answers for the file: the loader keeps the order, so what is wrong
             # is met before anything else of that epoch
             if number == 0 and epoch not in self.checked:
@@ -135,7 +138,7 @@ class Feed(torch.utils.data.Dataset):
             generator=torch.Generator(),  # else it draws a seed from the global one
         )
         for item in loader:
-            if isinstance(item, labels.LabelError):
+            if isinstance(item, LabelError):
                 refuse(item)
             if keep:
                 self.kept[item.epoch, item.number] = item

@@ -10,24 +10,18 @@ is the unit of work: made whole, split over processes, and skipped when it is on
 """
 
 import argparse
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
 import torch
 
-from distillation import datasets
-from matching import batches, images, labels, models
+from distillation import datasets, gen_syn_image
+from matching import batches, labels, models
+from matching import images as image_sets
 from matching.feed import Feed
-from scripts import output
-from scripts.runtime import (
-    Parser,
-    add_process_flags,
-    entry_point,
-    memory_for,
-    number,
-    refuse,
-    this_process,
-)
+from scripts import output, runtime
+from scripts.runtime import Parser, entry_point, number, refuse
 
 RETIRED = {
     "--gpu": "choose with --device cuda:N, or leave it to torchrun",
@@ -38,31 +32,182 @@ RETIRED = {
     "--multiprocessing_distributed": "start the launcher with NUM_GPUS=8, or use torchrun",
     "--seed": "every draw comes from --fkd_seed",
 }
+TEACHER_ROWS = 256  # images per forward pass: fixed, as a network's last bits depend on its batch
+AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# ---- teachers
+
+
+def add_teacher_flags(parser, default_arch):
+    """The flags that say which teacher; stage 4 has the same for --online."""
+    parser.heading("teacher")
+    name = {"nargs": "+", "type": models.model_name, "default": default_arch}
+    several = "teachers by name, see matching/models.py; the logits of several are averaged (EDC)"
+    parser.setting("-a", "--arch", **name, help=several)
+    weights = "one per --arch: a folder of train_teacher, or a file [torchvision's weights]"
+    parser.flag("--teacher_checkpoint", nargs="+", metavar="PATH", help=weights)
+    half = {"dest": "use_fp16", "default": True if default_arch else None}
+    parser.setting("--use_fp16", **half, action="store_true", short="fp16", help="logits [fp16]")
+    parser.flag("--no_use_fp16", **half, action="store_false", help="logits in fp32 [fp16]")
+
+
+def load_teachers(archs, checkpoints, dataset, folders, image_size, device, channels_last=False):
+    """([models], [facts]) of all teachers, on the device; see models.load_teacher."""
+    if checkpoints and len(checkpoints) != len(archs):
+        counts = f"{len(checkpoints)} paths for {len(archs)} --arch"
+        refuse(f"--teacher_checkpoint: {counts} ({' '.join(archs)})")
+    loaded = [
+        models.load_teacher(arch, checkpoint, dataset, folders, image_size)
+        for arch, checkpoint in zip(archs, checkpoints or [None] * len(archs))
+    ]
+    for arch, (_, facts) in zip(archs, loaded):
+        if facts["columns"] is not None:
+            kept = models.ranges(facts["columns"])
+            print(f"teacher {arch}: {len(folders)} of its {facts['classes']} columns: {kept}")
+    layout = {"memory_format": torch.channels_last} if channels_last else {}
+    return [model.to(device, **layout) for model, _ in loaded], [facts for _, facts in loaded]
+
+
+@torch.no_grad()
+def teacher_logits(teachers, x, amp="none", half=True):
+    """Mean logits of the teachers (EDC has several).   (B, 3, S, S) -> (B, classes)"""
+    parts = []
+    for part in x.split(TEACHER_ROWS):
+        with torch.autocast(x.device.type, dtype=AMP[amp], enabled=amp != "none"):
+            outputs = [teacher(part).float() for teacher in teachers]
+        parts.append(outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(0))
+    logits = torch.cat(parts)
+    return logits.half() if half else logits
+
+
+# ---- epochs
+
+
+def label_epoch(feed, items, number, teachers, settings, bar):
+    """([Batch], logits (N, classes) on the CPU) of the next `number` items of the feed.
+
+    settings   "amp", "channels_last", "use_fp16";   bar: moves by the images that are labelled
+    """
+    drawn, logits = [], []
+    for item in islice(items, number):
+        x = feed.mixed(item)
+        if settings["channels_last"]:
+            x = x.contiguous(memory_format=torch.channels_last)
+        drawn.append(item.batch)
+        # it stays on the device: nothing waits within an epoch
+        logits.append(teacher_logits(teachers, x, settings["amp"], settings["use_fp16"]))
+        bar.update(len(x))
+    return drawn, torch.cat(logits).cpu()
+
+
+def write_checked(out, epoch, drawn, logits):
+    """write_epoch; refuses logits that are not finite."""
+    if not all(extreme.isfinite() for extreme in logits.aminmax()):  # NaN comes through both
+        hint = "; --no_use_fp16 keeps numbers above 65,504" if logits.dtype == torch.half else ""
+        archs = " ".join(out.settings["arch"])
+        refuse(f"--arch {archs}: logits of epoch {epoch} are NaN or infinite{hint}")
+    labels.write_epoch(out, epoch, drawn, logits)
+
+
+def label_images(out, images, arrays, teachers, num_workers):
+    """Make every epoch that is not there yet; one is checked and written beside the next."""
+    settings, count = out.settings, len(images.files)
+    number = batches.batches_of(count, settings["batch_size"])
+    size = labels.label_bytes(count, len(images.folders), number, settings["use_fp16"])
+    todo = out.todo(range(settings["epochs"]), lambda e: [labels.label_file(e)], size)
+    feed = Feed(arrays, images, settings, out.process.device)
+    items = feed.loader([(epoch, b) for epoch in todo for b in range(number)], num_workers)
+    with out.progress(total=len(todo) * count, desc="soft labels", unit="image") as bar:
+        for epoch in out.steps(todo):
+            with runtime.memory_for("in labelling", "use --amp bf16, or fewer teachers at once"):
+                drawn, logits = label_epoch(feed, items, number, teachers, settings, bar)
+            out.later(write_checked, out, epoch, drawn, logits)
+
+
+# ---- main
 
 
 def get_args(argv=None):
     parser = Parser("matching.generate_soft_label", __doc__, RETIRED)
     parser.flag("--data", nargs="+", required=True, metavar="DIR", help="image folders of stage 2")
-    dataset = "a data set's name [what the images' manifest says]"
-    parser.flag("--dataset", type=datasets.name, default=None, metavar="NAME", help=dataset)
-    parser.flag("--fkd_path", default="output/labels", help="the labels' folder is made below it")
+    known = "the data set of the images [what their manifest says]"
+    parser.flag("--dataset", type=datasets.name, metavar="NAME", help=known)
+    parser.flag("--fkd_path", default="output/labels", help="the folder is made below this one")
     parser.flag("--mode", choices=("fkd_save",), default="fkd_save", help="a flag of the release")
     batches.add_batch_flags(parser)
     add_teacher_flags(parser, ["resnet18"])
     parser.heading("speed (changes the labels' last digits)")
     precision = "precision of the teacher's convolutions"
     parser.setting("--amp", choices=AMP, default="none", short="amp", help=precision)
-    layout = "memory layout for tensor cores"
-    parser.setting("--channels_last", action="store_true", short="channelslast", help=layout)
-    add_process_flags(parser)
-    workers = {"type": number(int, 0), "default": argparse.SUPPRESS, "dest": "num_workers"}
-    parser.flag("-j", "--workers", **workers, help="same as --num_workers")
+    layout = {"default": False, "short": "channelslast", "help": "layout for tensor cores"}
+    parser.setting("--channels_last", action="store_true", **layout)
+    runtime.add_process_flags(parser)
+    workers = {"type": number(int, 0), "default": argparse.SUPPRESS}
+    parser.flag("-j", "--workers", dest="num_workers", help="same as --num_workers", **workers)
     return parser.parse_args(argv)
+
+
+def awaited(images, checkpoints):
+    """For --dry_run: what to run before these images and teachers can be read, or ""."""
+    teachers = [path for path in checkpoints or [] if path != models.PUBLIC]
+    commands = image_sets.awaited([images], "distillation.gen_syn_image")
+    return "; ".join(commands + image_sets.awaited(teachers, "matching.train_teacher"))
+
+
+def plan_labels(data, dataset, settings, root, waits_for):
+    """--dry_run where the images or the teacher have yet to be made."""
+    name, size, classes, count = image_sets.outlook("--data", data, dataset)
+    settings = settings.filled(input_size=size)
+    folder = Path(root) / labels.labels_name(name, settings["arch"], settings)
+    epochs, number = settings["epochs"], batches.batches_of(count, settings["batch_size"])
+    size = labels.label_bytes(count, classes, number, settings["use_fp16"])
+    output.plan(folder, 0, epochs, epochs * size * bool(count), waits_for)
 
 
 @entry_point
 def main(argv=None):
     args = get_args(argv)
     batches.check_scales(args.min_scale_crops, args.max_scale_crops)
-    process = this_process(args.device, args.shard, args.dry_run, args.wait)
-    ...
+    process = runtime.this_process(args.device, args.shard, args.dry_run, args.wait)
+    missing = {data: awaited(data, args.teacher_checkpoint) for data in args.data if args.dry_run}
+    there = [data for data in args.data if not missing.get(data)]
+    sets = {data: image_sets.open_images("--data", data, args.dataset) for data in there}
+
+    @lru_cache  # for several folders of the same classes and size
+    def teachers_of(dataset, folders, size):
+        where = (process.device, args.channels_last)
+        return load_teachers(args.arch, args.teacher_checkpoint, dataset, folders, size, *where)
+
+    def label(data):
+        if data not in sets:
+            plan_labels(data, args.dataset, args.settings, args.fkd_path, missing[data])
+        images = sets[data]
+        facts = datasets.ALL[images.dataset]
+        settings = args.settings.filled(input_size=images.image_size or facts.image_size)
+        teachers, known = teachers_of(images.dataset, images.folders, settings["input_size"])
+        arrays, images = image_sets.load_pixels("--data", images, args.num_workers)
+        name = labels.labels_name(images.name, args.arch, settings)
+        inputs = {"dataset": images.dataset, "images": images.content}
+        inputs["teacher"] = [teacher["sha256"] for teacher in known]
+        where = ("--fkd_path", args.fkd_path, name)
+        with output.Output(*where, "soft_labels", settings, inputs, process) as out:
+            label_images(out, images, arrays, teachers, args.num_workers)
+            out.finish(
+                {
+                    "dataset": images.dataset,
+                    "classes": [{"index": c, "folder": f} for c, f in enumerate(images.folders)],
+                    "images": images.facts(),
+                    "teacher": known,
+                    "mean": facts.mean,
+                    "std": facts.std,
+                },
+                words="epochs",
+            )
+        return out.folder
+
+    return gen_syn_image.every_arm(args.data, label)
+
+
+if __name__ == "__main__":
+    main()

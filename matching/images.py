@@ -1,7 +1,9 @@
-"""The images that teachers label and students learn from: an output of stage 2, or anybody's folder.
+"""The images that teachers label and students learn from.
 
-images = open_images("--data", "output/images/cifar10_ipc10_s0.7_g8_kmexpand1")
-arrays, images = load_pixels("--data", images, num_workers=4)
+    images = open_images("--data", "output/images/cifar10_ipc10_s0.7_g8_kmexpand1")
+    arrays, images = load_pixels("--data", images, num_workers=4)
+
+They are an output of stage 2, or anybody's folder with one sub-folder per class.
 """
 
 import re
@@ -59,8 +61,17 @@ def open_images(flag, root, dataset=None):
     root = Path(root)
     if not root.is_dir() or (root / output.ARGS).exists() or output.is_complete(root):
         manifest = gen_syn_image.read_images(flag, root)  # refuses one that is not finished
-        return _made(flag, root, _class_files(flag, root), manifest, dataset)
-    return _foreign(flag, root, _class_files(flag, root), dataset)
+    else:
+        manifest = None
+    found = _class_files(flag, root)
+    paths = tuple(f"{folder}/{name}" for folder, names in found.items() for name in names)
+    counts = [len(names) for names in found.values()]
+    if manifest:
+        about = _made(f"{flag} {root}", found, paths, manifest, dataset)
+    else:
+        about = _foreign(f"{flag} {root}", root, found, paths, dataset)
+    targets = torch.arange(len(found)).repeat_interleave(torch.tensor(counts))
+    return ImageSet(root, root.resolve().name, files=paths, targets=targets, **about)
 
 
 def _class_files(flag, root):
@@ -83,64 +94,45 @@ def _class_files(flag, root):
     return found
 
 
-def _listed(found):
-    """(relative paths, class indices) of all images."""
-    paths = tuple(f"{folder}/{name}" for folder, names in found.items() for name in names)
-    counts = torch.tensor([len(names) for names in found.values()])
-    return paths, torch.arange(len(found)).repeat_interleave(counts)
-
-
-def _made(flag, root, found, manifest, dataset):
+def _made(where, found, paths, manifest, dataset):
+    """The rest of an ImageSet, from a manifest of stage 2 that must fit the files."""
     if dataset not in (None, manifest["dataset"]):
-        refuse(f"--dataset {dataset}: {flag} {root} was made for {manifest['dataset']}")
+        refuse(f"--dataset {dataset}: {where} was made for {manifest['dataset']}")
     folders = [c["folder"] for c in manifest["classes"]]
     odd = sorted(set(found) ^ set(folders))
     if odd:
-        refuse(f"{flag} {root}: its class folders differ from its manifest, first {odd[0]}")
+        refuse(f"{where}: its class folders differ from its manifest, first {odd[0]}")
     if list(found) != folders:
-        refuse(f"{flag} {root}: its manifest lists the classes in another order than ImageFolder")
-    paths, targets = _listed(found)
+        refuse(f"{where}: its manifest lists the classes in another order than ImageFolder")
     extra = [path for path in paths if path not in manifest["files"]]
     if extra:
-        refuse(f"{flag} {root}: {extra[0]} is not in its manifest ({len(extra)} such files)")
-    return ImageSet(
-        root=root,
-        name=root.resolve().name,
-        folders=tuple(folders),
-        files=paths,
-        targets=targets,
-        digests={path: manifest["files"][path]["sha256"] for path in paths},
-        foreign=False,
-        **{key: manifest[key] for key in ("dataset", "image_size", "content", "arm", "ipc")},
-        **gen_syn_image.origin(manifest),
-    )
+        refuse(f"{where}: {extra[0]} is not in its manifest ({len(extra)} such files)")
+    names = ("dataset", "image_size", "content", "arm", "ipc")
+    digests = {path: manifest["files"][path]["sha256"] for path in paths}
+    about = {"folders": tuple(folders), "digests": digests, "foreign": False}
+    return {**about, **{n: manifest[n] for n in names}, **gen_syn_image.origin(manifest)}
 
 
-def _foreign(flag, root, found, dataset):
+def _foreign(where, root, found, paths, dataset):
+    """The rest of an ImageSet of another method's images."""
     dataset = dataset or _guess_dataset(list(found))
-    folders = _as_classes(flag, root, list(found), dataset)
-    warn(f"{flag} {root}: no manifest: taken as another method's images of {dataset}, and hashed")
-    paths, targets = _listed(found)
-    sizes = {_size_of(root / path) for path in paths}
-    side = sizes.pop() if len(sizes) == 1 else (0, 1)
+    folders = _as_classes(where, list(found), dataset)
+    warn(f"{where}: no manifest: taken as another method's images of {dataset}, and hashed")
+    sides = {side for path in paths for side in _size_of(root / path)}
     counts = {len(names) for names in found.values()}
-    return ImageSet(
-        root=root,
-        name=root.resolve().name,
-        dataset=dataset,
-        folders=tuple(folders),
-        files=paths,
-        targets=targets,
-        image_size=side[0] if side[0] == side[1] else None,
-        content=None,
-        digests={},
-        arm="foreign",
-        ipc=counts.pop() if len(counts) == 1 else None,
-        foreign=True,
-    )
+    return {
+        "dataset": dataset,
+        "folders": tuple(folders),
+        "image_size": sides.pop() if len(sides) == 1 else None,
+        "content": None,
+        "digests": {},
+        "arm": "foreign",
+        "ipc": counts.pop() if len(counts) == 1 else None,
+        "foreign": True,
+    }
 
 
-def _as_classes(flag, root, folders, dataset):
+def _as_classes(where, folders, dataset):
     """The class names behind a foreign folder's sub-folders, in their order."""
     known = list(datasets.known_prompts(dataset))
     if not known or set(folders) <= set(known):
@@ -148,10 +140,10 @@ def _as_classes(flag, root, folders, dataset):
     digits = [re.search(r"\d+$", folder) for folder in folders]
     if [found and int(found[0]) for found in digits] == list(range(len(known))):
         # SRe2L's new000 ... new999, RDED's 00000 ...
-        warn(f"{flag} {root}: its {len(folders)} numbered folders are {dataset}'s classes in order")
+        warn(f"{where}: its {len(folders)} numbered folders are {dataset}'s classes in order")
         return known
     odd = next(folder for folder in folders if folder not in known)
-    refuse(f"{flag} {root}: the class folder {odd!r} is no class of --dataset {dataset}")
+    refuse(f"{where}: the class folder {odd!r} is no class of --dataset {dataset}")
 
 
 def _guess_dataset(folders):
@@ -207,6 +199,37 @@ def load_pixels(flag, images, num_workers=0):
         images = images._replace(content=content)
     return list(arrays), images
 
+
+# ---- --dry_run before the images are made
+
+
+def awaited(paths, module):
+    """[what to run first], for those of `paths` that `python -m module` has yet to make."""
+
+    def made(path):
+        begun = (path / output.ARGS).exists() and not output.is_complete(path)
+        return path.exists() and not begun
+
+    return [f"{path}: python -m {module} makes it" for path in map(Path, paths) if not made(path)]
+
+
+def outlook(flag, path, dataset=None):
+    """(name, pixels, classes, images) of a folder, or what the name of one to be made says."""
+    path = Path(path)
+    if not awaited([path], ""):
+        images = open_images(flag, path, dataset)
+        size = images.image_size or datasets.ALL[images.dataset].image_size
+        return images.name, size, len(images.folders), len(images.files)
+    found = re.match(r"(.+?)_ipc([0-9]{1,9})_", path.name)
+    dataset = dataset or (found and found[1])
+    if dataset not in datasets.ALL:
+        return path.name, None, 0, 0
+    classes = len(datasets.known_prompts(dataset))
+    count = classes * int(found[2]) if found else 0
+    return path.name, datasets.ALL[dataset].image_size, classes, count
+
+
+# ---- GPU memory
 
 RESIDENT_SHARE = 0.5  # of the free GPU memory that pixels may take; networks need the rest
 

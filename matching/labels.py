@@ -31,9 +31,9 @@ def labels_name(images, archs, settings):
     """
     unused = {"mixup", "cutmix"} - {settings["mix_type"]}  # an alpha of what is not done
     shown = settings.only(name for name in settings if name not in unused)
-    for scales in (shown, shown.defaults):
-        text = "{min_scale_crops:g}-{max_scale_crops:g}".format_map(scales)
-        scales["min_scale_crops"] = text
+    for values in (shown, shown.defaults):
+        crops = "{min_scale_crops:g}-{max_scale_crops:g}".format_map(values)
+        values["min_scale_crops"] = crops
     teachers = "-".join(re.sub("[^A-Za-z0-9_.-]", "-", arch) for arch in archs)
     return output.folder_name(images, teachers, *shown.parts())
 
@@ -166,26 +166,26 @@ def open_labels(path, images, given, verify=False):
     Refuses labels that do not fit.
     """
     path = Path(path)
-    if output.is_complete(path) or (path / output.ARGS).exists() or not path.is_dir():
-        found = [(path, output.read_manifest("--fkd_path", path, "soft_labels"))]
-    else:
-        below = [p for p in sorted(path.iterdir()) if p.name.startswith(f"{images.name}_")]
-        below = [p for p in below if output.is_complete(p)]
-        found = [(p, output.read_manifest("--fkd_path", p, "soft_labels")) for p in below]
-    fit = [pair for pair in found if not mismatches(*pair, images, given)]
+    folders = [path]
+    if path.is_dir() and not output.is_complete(path) and not (path / output.ARGS).exists():
+        below = (p for p in sorted(path.iterdir()) if p.name.startswith(f"{images.name}_"))
+        folders = [p for p in below if output.is_complete(p)]
+    found = {p: output.read_manifest("--fkd_path", p, "soft_labels") for p in folders}
+    problems = {p: mismatches(p, manifest, images, given) for p, manifest in found.items()}
+    fit = [p for p in found if not problems[p]]
     if len(found) == 1 and not fit:
-        problems = mismatches(*found[0], images, given)
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        refuse("; ".join(problems[:3]) + more)
+        lines = problems[folders[0]]
+        more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
+        refuse("; ".join(lines[:3]) + more)
     if len(fit) != 1:
-        names = ", ".join(p.name for p, _ in (fit or found)[:4])
+        names = ", ".join(p.name for p in (fit or folders)[:4])
         what = f"{len(fit)} label folders fit" if fit else f"{len(found)} label folders, none fits"
         what = f"{what}: {names}" if found else "no finished labels"
         refuse(f"--fkd_path {path}: holds for {images.name} {what}; name one")
-    [(folder, manifest)] = fit
-    if verify or sum(entry["size"] for entry in manifest["files"].values()) < HASHED_AT_START:
+    [folder] = fit
+    if verify or sum(e["size"] for e in found[folder]["files"].values()) < HASHED_AT_START:
         output.read_manifest("--fkd_path", folder, "soft_labels", verify=True)
-    return folder, manifest
+    return folder, found[folder]
 
 
 def mismatches(folder, manifest, images, given):
@@ -197,46 +197,39 @@ def mismatches(folder, manifest, images, given):
     count = len(manifest["files"])
     if made["epochs"] != count or set(manifest["files"]) != set(map(label_file, range(count))):
         return [f"{where}: its manifest lists {count} files for {made['epochs']} epochs"]
-    facts, ours = datasets.ALL[images.dataset], images.facts()
-    pairs = [("data set", manifest["dataset"], images.dataset)]
+    of, ours, facts = manifest["images"], images.facts(), datasets.ALL[images.dataset]
     folders = zip_longest([c["folder"] for c in manifest["classes"]], images.folders)
+    pairs = [("data set", manifest["dataset"], images.dataset)]
     pairs += [(f"class {k} =", *pair) for k, pair in enumerate(folders)]
-    pairs += [
-        (name, manifest["images"][name], ours[name]) for name in ("count", "image_size", "arm")
-    ]
-    statistics = [manifest["mean"], manifest["std"]], [list(facts.mean), list(facts.std)]
-    pairs.append(("mean and std", *statistics))
+    pairs += [(name, of[name], ours[name]) for name in ("count", "image_size", "arm")]
+    pairs += [(name, manifest[name], list(getattr(facts, name))) for name in ("mean", "std")]
     if all(theirs == now for _, theirs, now in pairs):  # what differs above changes the content
-        contents = [source["content"][:12] for source in (manifest["images"], ours)]
-        pairs.append(("images with the content", *contents))
+        pairs = [("images with the content", of["content"][:12], ours["content"][:12])]
     problems = [
         f"{where}: made for {what} {theirs}, {images.root} has {now}"
         for what, theirs, now in pairs
         if theirs != now
     ]
     for name in (*batches.PROTOCOL, "arch", "use_fp16"):
-        value = given.get(name)
-        fewer = name == "epochs" and value is not None and value < made["epochs"]
-        if value not in (None, made[name]) and not fewer:
-            text = " ".join(map(str, value)) if isinstance(value, list) else value
-            problems.append(f"--{name} {text}: the labels of {where} were made with {made[name]}")
-    return problems + _other_teachers(where, manifest["teacher"], given.get("teacher_checkpoint"))
-
-
-def _other_teachers(where, teachers, checkpoints):
-    if not checkpoints:
-        return []
-    if len(checkpoints) != len(teachers):
-        counts = f"{len(checkpoints)} paths, {where} has {len(teachers)} teachers"
-        return [f"--teacher_checkpoint: {counts}"]
-    problems = []
-    for checkpoint, teacher in zip(checkpoints, teachers):
-        path = Path(checkpoint)
-        path = path / "model.safetensors" if path.is_dir() else path
-        if not path.is_file():
-            refuse(f"--teacher_checkpoint {checkpoint}: no such file")
-        now, then = files.sha256(path)[:12], teacher["sha256"][:12]
-        if now != then:
-            words = f"has sha256 {now}, the teacher of {where} had {then}"
-            problems.append(f"--teacher_checkpoint {checkpoint}: {words}")
+        value, theirs = given.get(name), made[name]
+        fewer = name == "epochs" and value is not None and value < theirs
+        if value in (None, theirs) or fewer:
+            continue
+        if name == "arch":
+            value, theirs = " ".join(value), " ".join(theirs)
+        problems.append(f"--{name} {value}: the labels of {where} were made with {theirs}")
+    checkpoints = given.get("teacher_checkpoint") or []
+    now = [_weights_digest(checkpoint) for checkpoint in checkpoints]
+    theirs = [teacher["sha256"][:12] for teacher in manifest["teacher"]]
+    if checkpoints and now != theirs:
+        had = f"has sha256 {' '.join(now)}, the teacher of {where} had {' '.join(theirs)}"
+        problems.append(f"--teacher_checkpoint {' '.join(checkpoints)}: {had}")
     return problems
+
+
+def _weights_digest(checkpoint):
+    path = Path(checkpoint)
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        refuse(f"--teacher_checkpoint {checkpoint}: no such file")
+    return files.sha256(path)[:12]

@@ -1,7 +1,9 @@
 #!/bin/sh
-# Stage 3 on ImageNet-1K: a teacher's soft labels for the crops of every epoch (training-time matching).
-# Teacher: torchvision's ResNet-18 (69.76 top-1), downloaded once. One H200: some 3 min at IPC 10 (estimate);
-# 6 GB of labels at IPC 10, 120 GB at IPC 200: 300 epochs x images x 1000 classes x 2 bytes.
+# Stage 3, training-time matching, on ImageNet-1K: a teacher's soft labels for the crops of every
+# epoch.
+# Teacher: torchvision's ResNet-18 (69.76 top-1), downloaded once. One H200: some 3 min at IPC 10
+# (estimate); 6 GB of labels at IPC 10, 120 GB at IPC 200: 300 epochs x images x 1000 classes x 2
+# bytes.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh

@@ -1,7 +1,9 @@
 #!/bin/sh
-# Stage 3 on CIFAR-10: a teacher's soft labels for the crops of every epoch (training-time matching).
+# Stage 3, training-time matching, on CIFAR-10: a teacher's soft labels for the crops of every
+# epoch.
 # Teacher: ours, from train_teacher_cf10.sh (nobody publishes one). A few MB of labels.
-# The paper gives no hyper-parameters for this set: epochs and batch are DD-Ranking's for D4M-like methods on CIFAR.
+# The paper gives no hyper-parameters for this set: epochs and batch are
+# DD-Ranking's for D4M-like methods on CIFAR.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh

@@ -1,7 +1,9 @@
 #!/bin/sh
-# Stage 3 on CIFAR-100: a teacher's soft labels for the crops of every epoch (training-time matching).
+# Stage 3, training-time matching, on CIFAR-100: a teacher's soft labels for the crops of every
+# epoch.
 # Teacher: ours, from train_teacher_cf100.sh (nobody publishes one). 0.1 GB of labels at IPC 10.
-# The paper gives no hyper-parameters for this set: epochs and batch are DD-Ranking's for D4M-like methods on CIFAR.
+# The paper gives no hyper-parameters for this set: epochs and batch are
+# DD-Ranking's for D4M-like methods on CIFAR.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh

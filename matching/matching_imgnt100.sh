@@ -1,7 +1,10 @@
 #!/bin/sh
-# Stage 3 on ImageNet-100 (the IDC and Minimax subset): a teacher's soft labels for the crops of every epoch (training-time matching).
-# Teacher: torchvision's ResNet-18; the hundred columns of these classes are taken out of its thousand.
-# Not in the paper: a batch of 1024 would be one step an epoch at IPC 10, so the batch is 100, as RDED's.
+# Stage 3, training-time matching, on ImageNet-100 (the IDC and Minimax subset): a teacher's soft
+# labels for the crops of every epoch.
+# Teacher: torchvision's ResNet-18; the hundred columns of these classes are taken out of
+# its thousand.
+# Not in the paper: a batch of 1024 would be one step per epoch at IPC 10, so the batch
+# is 100, as RDED's.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh

@@ -1,7 +1,9 @@
 #!/bin/sh
-# Stage 3 on ImageNette: a teacher's soft labels for the crops of every epoch (training-time matching).
+# Stage 3, training-time matching, on ImageNette: a teacher's soft labels for the crops of every
+# epoch.
 # Teacher: torchvision's ResNet-18; the ten columns of these classes are taken out of its thousand.
-# Not in the paper: a batch of 1024 would be one step an epoch, so the batch is RDED's for ten classes.
+# Not in the paper: a batch of 1024 would be one step per epoch, so the batch is
+# RDED's for ten classes.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Stage 3 on Tiny-ImageNet: a teacher's soft labels for the crops of every epoch (training-time matching).
+# Stage 3, training-time matching, on Tiny-ImageNet: a teacher's soft labels for the crops of every
+# epoch.
 # Teacher: ours, from train_teacher_tnimgnt.sh (nobody publishes one). 1.2 GB of labels at IPC 50.
 # The paper gives no hyper-parameters for this set: its ImageNet values are kept, at 64 px.
 set -eu

@@ -1,6 +1,8 @@
 #!/bin/sh
-# Table 3's synthesis-time matching on ImageNet-1K: SRe2L's recover step by its published numbers, from the D4M images on.
-# 100 batches of 100 images at IPC 10. One H200: some 50 min (estimate). Then: IMAGES=..._stm sh matching/matching.sh
+# Table 3's synthesis-time matching on ImageNet-1K: SRe2L's recover step by its published numbers,
+# from the D4M images on.
+# 100 batches of 100 images at IPC 10. One H200: some 50 min (estimate). Then:
+#     IMAGES=..._stm sh matching/matching.sh
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh

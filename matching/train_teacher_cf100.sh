@@ -1,8 +1,11 @@
 #!/bin/sh
 # A teacher for CIFAR-100, which nobody publishes.
-# Recipe: the usual one for 32-px networks (200 epochs, SGD, cosine, pad by 4 and crop, flip); the paper gives none.
-# Learning rate 0.1, and 0.01 for ConvNets (as DC, DM, MTT): at 0.1 ConvNet-W128 stays at chance (tried on 1,500 images).
-# Expect: ConvNet-W128 56.2 +- 0.3 (the paper's; 5 trainings), the default. TEACHER=resnet18: about 76 (public repositories).
+# Recipe: the usual one for 32-px networks (200 epochs, SGD, cosine, pad by 4 and crop, flip); the
+# paper gives none.
+# Learning rate 0.1, and 0.01 for ConvNets (as DC, DM, MTT): at 0.1 ConvNet-W128 stays at chance
+# (tried on 1,500 images).
+# Expect: ConvNet-W128 56.2 +- 0.3 (the paper's; 5 trainings), the default. TEACHER=resnet18: about
+# 76 (public repositories).
 # A run that was stopped goes on where it was with the same command; NUM_GPUS=8 trains on 8.
 set -eu
 cd "$(dirname "$0")/.."

@@ -1,8 +1,9 @@
 #!/bin/sh
 # A teacher for Tiny-ImageNet, which nobody publishes.
-# Recipe: the public one of 64-px ResNets (3x3 stem, no max-pool; SGD 0.2, cosine, 5 warm-up epochs): R18 59.6 / 60.2 / 60.5
-# after 50 / 100 / 200 epochs. The paper's, by PyTorch's classification script: ResNet-18 61.9 (the default),
-# TEACHER=resnet50 62.0, TEACHER=resnet101 62.3.
+# Recipe: the public one of 64-px ResNets (3x3 stem, no max-pool; SGD 0.2, cosine, 5 warm-up
+# epochs): R18 59.6 / 60.2 / 60.5 after 50 / 100 / 200 epochs. The paper's, by PyTorch's
+# classification script: ResNet-18 61.9 (the default), TEACHER=resnet50 62.0, TEACHER=resnet101
+# 62.3.
 # A run that was stopped goes on where it was with the same command; NUM_GPUS=8 trains on 8.
 set -eu
 cd "$(dirname "$0")/.."

@@ -1,11 +1,11 @@
 """Training a network, teacher or student: one loop, one checkpoint, one stop (paper, 3.3 and 4.1).
 
-    states = open_seeds(out, seeds, files_of, bytes_each, epochs)  # what has yet to be trained
-    train(out, states, network, data, loss, test, settings, forward, files_of)
+    states = open_seeds(out, seeds, lessons)                     # {seed: its checkpoint}
+    train(out, states, lessons, forward, test, checkpoint_every)  # one network per seed
 
-A batch is cut into chunks of `bn_batch` images, which is what BatchNorm sees together. Each chunk is
-one forward and backward pass, its loss is divided by the images of the whole batch, and the
-gradients of all processes are summed. So the gradient is that of the whole batch for any number of
+A batch is cut into chunks of `bn_batch` images: what BatchNorm sees together. A chunk is one
+forward and backward pass, its loss is divided by the images of the whole batch, and the gradients
+of all processes are summed. So a step's gradient is that of the whole batch for any number of
 chunks and processes, also for the short last batch.
 """
 
@@ -13,28 +13,44 @@ import contextlib
 import copy
 import io
 import math
-import os
 import statistics
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from distillation import datasets
-from matching.batches import batches_of, normalise
+from matching import batches, models, ranks
 from matching.images import fits_gpu, in_threads
-from matching.models import count_parameters
 from scripts import files
 from scripts.runtime import DROPOUT, WEIGHTS, memory_for, number, refuse, seed_of
+
+
+def add_training_flags(parser):
+    """The flags that a teacher's and a student's training share."""
+    count, precisions = number(int, 1), ("none", "bf16", "fp64")
+    parser.heading("chunks and speed")
+    parser.flag("--gradient_accumulation_steps", type=count, default=1, help="cuts a batch further")
+    seen = "images that BatchNorm sees together (the release: 73) [batch / (processes x steps)]"
+    parser.setting("--bn_batch", type=count, short="bn", help=seen)
+    amp = "precision of forward passes; fp64 compares numbers of processes"
+    parser.setting("--amp", choices=precisions, default="none", short="amp", help=amp)
+    fast = partial(parser.setting, action="store_true", default=False)
+    fast("--channels_last", help="memory layout for tensor cores")
+    fast("--compile", help="torch.compile the network")
+    fast("--fused", help="the optimiser's fused kernel")
+    parser.setting("--eval_every", type=count, default=50, help="epochs between two tests")
+    parser.flag("--checkpoint_every", type=count, default=10, help="epochs between checkpoints")
+
 
 # ---- optimiser and schedule
 
 SCHEDULES = ("linear", "cosine", "step", "constant")
-ADAMW = ("adamw_lr", "adamw_weight_decay")  # flags
 
 
 def make_optimizer(model, sgd, lr, weight_decay, momentum=0.9, fused=False):
@@ -76,7 +92,7 @@ def check_warmup(warmup_epochs, epochs):
         refuse(f"--warmup_epochs {warmup_epochs}: not below the {epochs} epochs of training")
 
 
-# ---- losses
+# ---- losses: of the outputs, their goal, and whatever settings they name; summed over the rows
 
 
 class Goal(NamedTuple):
@@ -98,9 +114,6 @@ class Goal(NamedTuple):
         return Goal(logits, self.targets[rows], self.partners[rows], self.lam)
 
 
-# A loss takes the outputs, their goal and all settings by name, and sums over the rows.
-
-
 def kl_loss(outputs, goal, temperature, **_):
     """KL(teacher || student), both at temperature T and without T^2, as the release."""
     log_p = F.log_softmax(outputs / temperature, 1)
@@ -111,10 +124,10 @@ def kl_loss(outputs, goal, temperature, **_):
 def hard_loss(outputs, goal, label_smoothing=0.0, **_):
     """Cross-entropy on class indices, mixed by lambda."""
     entropy = partial(F.cross_entropy, reduction="sum", label_smoothing=label_smoothing)
+    loss = entropy(outputs, goal.targets)
     if goal.lam == 1:
-        return entropy(outputs, goal.targets)
-    own, other = entropy(outputs, goal.targets), entropy(outputs, goal.partners)
-    return goal.lam * own + (1 - goal.lam) * other
+        return loss
+    return goal.lam * loss + (1 - goal.lam) * entropy(outputs, goal.partners)
 
 
 def mse_ce_loss(outputs, goal, ce_weight, **_):
@@ -123,10 +136,10 @@ def mse_ce_loss(outputs, goal, ce_weight, **_):
     return mse + ce_weight * hard_loss(outputs, goal)
 
 
-LOSSES = {"kl": kl_loss, "mse_ce": mse_ce_loss}  # {--loss: function}, of a teacher's logits
+LOSSES = {"kl": kl_loss, "mse_ce": mse_ce_loss}  # {--loss: function}
 
 
-# ---- chunks and processes
+# ---- chunks
 
 
 def chunk_size(batch_size, world, accumulation_steps, bn_batch):
@@ -157,112 +170,6 @@ def rank_chunks(count, size, rank, world):
         start += end - first
     rows = [torch.arange(first, end) for first, end in mine]
     return out, torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
-
-
-@contextlib.contextmanager
-def joined(process, tracker=None, folder=None):
-    """accelerate's Accelerator while processes train together; None where there is only one.
-
-    Without CUDA it needs `cpu=True`: else every process believes that it is rank 0 of 1.
-    """
-    if process.dry_run or (process.world == 1 and tracker is None):
-        yield None
-        return
-    from accelerate import Accelerator
-
-    try:
-        on_cpu = process.device.type == "cpu"
-        accelerator = Accelerator(cpu=on_cpu, log_with=tracker, project_dir=folder)
-    except (ValueError, RuntimeError) as error:  # an invalid port, a host that does not answer
-        at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        met = f"{process.world} processes cannot meet at {at}"
-        what = met if process.world > 1 else f"--tracker {tracker}"
-        refuse(f"{what}: {str(error).splitlines()[0]}")
-    if accelerator.num_processes != process.world:
-        found = accelerator.num_processes
-        refuse(f"{process.world} processes were asked for, accelerate sees {found}; use torchrun")
-    if tracker and not accelerator.log_with:
-        refuse(f"--tracker {tracker}: this package is not installed")
-    yield accelerator
-    accelerator.end_training()
-
-
-def sum_over_ranks(tensors, world):
-    """Add up lists of tensors over all processes, in place, in one message per dtype.
-
-    Not DDP: it averages, and processes may hold different numbers of chunks, also none.
-    """
-    if world == 1:
-        return
-    import torch.distributed as dist
-
-    for dtype in sorted({t.dtype for t in tensors}, key=str):
-        same = [t for t in tensors if t.dtype == dtype]
-        flat = torch.cat([t.reshape(-1) for t in same])
-        _all_reduce(flat, world, dist.ReduceOp.SUM)
-        for t, part in zip(same, flat.split([t.numel() for t in same])):
-            t.copy_(part.view_as(t))
-
-
-def _all_reduce(flat, world, operation):
-    import torch.distributed as dist
-
-    try:
-        dist.all_reduce(flat, operation)
-    except RuntimeError as error:
-        reason = str(error).split("\n")[0][:200]
-        again = "run the same command to go on"
-        refuse(f"another of the {world} processes has died; {again} ({reason})")
-
-
-def check_ranks(out, trained):
-    """Refuse processes with different settings, or that see different checkpoints (each node's own
-    disk, a late network file system). Gradients are summed, so nothing else would show it.
-
-    trained   epochs that this process finds trained, one number per seed
-    """
-    process = out.process
-    if process.world == 1:
-        return
-    import torch.distributed as dist
-
-    settings = int(files.digest_of([out.settings, out.inputs])[:12], 16)
-    for what, values in (("settings", [settings]), ("checkpoints", trained)):  # seeds are settings
-        found = torch.tensor([*values, *(-v for v in values)], device=process.device)
-        _all_reduce(found, process.world, dist.ReduceOp.MIN)
-        least, negative = found.split(len(values))
-        for low, high in zip(least.tolist(), (-negative).tolist()):
-            where = f"{out.flag} {out.folder}"
-            if low != high and what == "settings":
-                refuse(f"{where}: the processes were started with different settings")
-            if low != high:
-                refuse(f"ranks do not see the same {where}: epoch {low} and {high}")
-
-
-def sum_gradients(model, world):
-    if world > 1:
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        for p in parameters:
-            if p.grad is None:  # this process had no chunk
-                p.grad = torch.zeros_like(p)
-        sum_over_ranks([p.grad for p in parameters], world)
-
-
-@torch.no_grad()
-def average_buffers(model, chunks, world):
-    """BatchNorm's statistics: the mean over processes, weighted by the chunks that each has seen."""
-    if world == 1:
-        return
-    buffers = [b for b in model.buffers() if b.is_floating_point()]
-    counters = [b for b in model.buffers() if not b.is_floating_point() and b.ndim == 0]
-    seen = torch.tensor([float(chunks)], device=next(model.parameters()).device)
-    for b in buffers:
-        b.mul_(chunks)
-    sum_over_ranks([*buffers, *counters, seen], world)
-    for b in buffers:
-        b.div_(seen.to(b.dtype)[0])
-    for b in counters:
-        b.div_(world, rounding_mode="floor")
 
 
 # ---- forward passes and steps
@@ -307,7 +214,7 @@ def has_random_layers(model):
 
 @contextlib.contextmanager
 def seeded(*key, device="cpu"):
-    """PyTorch's global generators set from `key` inside, restored afterwards: weights, dropout."""
+    """PyTorch's global generators set from `key` inside, and restored: for weights and dropout."""
     devices = [device] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed_of(*key))
@@ -324,14 +231,23 @@ def train_step(model, optimizer, chunks, count, loss_of, world, key=None):
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     for first, rows in chunks:
-        # differs from the release: divided by the batch as it is, so the shorter one counts in full
+        # differs from the release: divided by the batch as it is, so a short one counts in full
         with seeded(*key, first, device=device) if key else contextlib.nullcontext():
             loss = loss_of(rows) / count
         loss.backward()
         total += loss.detach().float()
-    sum_gradients(model, world)
+    ranks.sum_gradients(model, world)
     optimizer.step()
     return total
+
+
+@torch.no_grad()
+def refresh_batch_norm(model, forward, x, chunks, key):
+    """RDED: one more forward in train mode, on un-mixed images, for BatchNorm's statistics."""
+    x = forward.lay_out(x)
+    for first, rows in chunks:
+        with seeded(*key, first, 1, device=x.device) if key else contextlib.nullcontext():
+            forward(model, x[rows])
 
 
 # ---- tests
@@ -343,7 +259,7 @@ def validation_pixels(split, size, process, num_workers=0, flag="--val_dir"):
     Small data sets (CIFAR, Tiny-ImageNet, digits) are taken whole. Others are resized to
     size * 256 / 224 on the shorter side and cropped in the middle, as the release.
     """
-    whole = datasets.ALL[split.dataset].image_size <= 64
+    whole, device = datasets.ALL[split.dataset].image_size <= 64, process.device
     items = [(item, c) for c, names in enumerate(split.items) for item in names]
     items = items[process.rank :: process.world]
     out = np.empty((len(items), size, size, 3), np.uint8)
@@ -360,15 +276,13 @@ def validation_pixels(split, size, process, num_workers=0, flag="--val_dir"):
         if problem:
             refuse(f"{flag} {problem}")
     pixels, targets = torch.from_numpy(out), torch.tensor([c for _, c in items], dtype=torch.int64)
-    otherwise = "sent there at every test"
-    if process.device.type == "cuda":
-        if fits_gpu("the test images", out.nbytes, process.device, otherwise):
-            return pixels.to(process.device), targets.to(process.device)
+    if device.type == "cuda" and fits_gpu("the test images", out.nbytes, device, "sent each time"):
+        return pixels.to(device), targets.to(device)
     return pixels, targets
 
 
 def centre_crop(image, size):
-    """torchvision's Resize(size * 256 / 224) on the shorter side and CenterCrop(size), by Pillow."""
+    """torchvision's Resize(size * 256 / 224) of the shorter side and CenterCrop, by Pillow."""
     short = size * 256 // 224
     w, h = image.size
     w, h = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
@@ -378,34 +292,35 @@ def centre_crop(image, size):
 
 
 @torch.no_grad()
-def evaluate(model, pixels, targets, forward, dataset, world=1, rows=256):
+def evaluate(model, pixels, targets, forward, mean, std, world=1, rows=256):
     """{"top1", "top5"} in percent over all processes.   pixels (n, S, S, 3) uint8, targets (n,)"""
     model.eval()
-    facts, device = datasets.ALL[dataset], forward.device
+    device = forward.device
     correct = torch.zeros(3, dtype=torch.int64, device=device)  # top-1, top-5, images
     correct[2] = len(targets)
     for part, target in zip(pixels.split(rows), targets.split(rows)):
-        x = normalise(part.to(device, non_blocking=True), facts.mean, facts.std)
+        x = batches.normalise(part.to(device, non_blocking=True), mean, std)
         outputs = forward(model, forward.lay_out(x))
         best = outputs.topk(min(5, outputs.shape[1]), 1).indices
         hits = best == target.to(device, non_blocking=True)[:, None]
         correct[:2] += torch.stack([hits[:, 0].sum(), hits.sum()])
-    sum_over_ranks([correct], world)
+    ranks.sum_over_ranks([correct], world)
     top1, top5, count = correct.tolist()
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
+
+
+def tester(split, size, forward, process, num_workers=0):
+    """The function network -> {"top1", "top5"} on the images of `split`."""
+    pixels, targets = validation_pixels(split, size, process, num_workers)
+    facts = datasets.ALL[split.dataset]
+    options = {"mean": facts.mean, "std": facts.std, "world": process.world}
+    return partial(evaluate, pixels=pixels, targets=targets, forward=forward, **options)
 
 
 def summary(values):
     """{"mean", "std", "n", "values"} over seeds; the sample std, None for one seed."""
     std = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "std": std, "n": len(values), "values": values}
-
-
-def last_and_best(rows):
-    """{"last", "best"}: epoch, top-1 and top-5 of the last test, and of the best one."""
-    tested = [row for row in rows if "top1" in row]
-    chosen = {"last": tested[-1], "best": max(tested, key=lambda row: row["top1"])}
-    return {which: {k: row[k] for k in ("epoch", "top1", "top5")} for which, row in chosen.items()}
 
 
 # ---- the loop
@@ -426,52 +341,123 @@ class Part(NamedTuple):
 
 
 class Learner:
-    """One seed's network, optimiser, average of weights, and rows: what a checkpoint holds."""
+    """One seed's network, optimiser, average of the weights, and rows: what a checkpoint holds."""
 
-    def __init__(self, network, settings, seed, forward):
+    def __init__(self, lessons, seed, forward):
+        settings = lessons.settings
         with seeded(seed, WEIGHTS):
-            model = network()
-        self.seed, self.rows, self.random = seed, [], has_random_layers(model)
-        self.model, self.average = forward.place(model), None
-        rate, decay = ("learning_rate", "weight_decay") if settings["sgd"] else ADAMW
-        self.flag, self.lr = f"--{rate}", settings[rate]
-        options = settings["sgd"], self.lr, settings[decay], settings["momentum"], settings["fused"]
-        self.optimizer = make_optimizer(self.model, *options)
-        if settings["ema"]:  # EDC's: starts from the initial weights
-            self.average = copy.deepcopy(plain(self.model)).requires_grad_(False)
-        # its function alone: swa_utils.AveragedModel waits for the GPU at every step
-        self.update_average = torch.optim.swa_utils.get_ema_multi_avg_fn(settings["ema"])
+            model = lessons.network()
+        self.lessons, self.seed, self.forward, self.rows = lessons, seed, forward, []
+        self.random, self.model = has_random_layers(model), forward.place(model)
+        sgd, rest = settings["sgd"], (settings["momentum"], settings["fused"])
+        self.rate = "learning_rate" if sgd else "adamw_lr"  # the flag that says the peak
+        decay = settings["weight_decay" if sgd else "adamw_weight_decay"]
+        self.optimizer = make_optimizer(self.model, sgd, settings[self.rate], decay, *rest)
+        self.parts = {"model": plain(self.model), "optimizer": self.optimizer}
+        if settings["ema"]:  # EDC's average, which starts from the initial weights
+            self.parts["average"] = copy.deepcopy(plain(self.model)).requires_grad_(False)
+            # not swa_utils.AveragedModel: it waits for the GPU at every step
+            self.move = torch.optim.swa_utils.get_ema_multi_avg_fn(settings["ema"])
+        self.average = self.parts.get("average")
 
     @property
     def tested(self):
-        return self.average or self.model
+        return self.model if self.average is None else self.average
 
-    def state(self):
-        average = self.average.state_dict() if self.average else None
-        optimizer = self.optimizer.state_dict()
-        model = plain(self.model).state_dict()
-        return {"model": model, "optimizer": optimizer, "average": average, "rows": self.rows}
-
-    def restore(self, state, path):
-        """Go on from what `load_checkpoint` gave; refuses that of another network."""
+    def restore(self, path, state):
+        """Go on from a checkpoint; refuses that of another network or optimiser."""
         try:
-            plain(self.model).load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.average:
-                self.average.load_state_dict(state["average"])
+            for name, part in self.parts.items() if state["rows"] else ():
+                part.load_state_dict(state[name])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).split("\n")[0][:200]
             refuse(f"{path}: of another network or optimiser ({reason}); remove it to begin anew")
         self.rows = state["rows"]
 
+    def save(self, out, path):
+        """One checkpoint: the same bytes for the same values."""
+        state, buffer = {name: part.state_dict() for name, part in self.parts.items()}, io.BytesIO()
+        torch.save({**state, "rows": self.rows}, buffer)
+        out.write(path.name, buffer.getvalue())
 
-def checkpoint_path(out, seed):
-    return out.folder / f"checkpoint_seed{seed}.pt"
+    def finish(self, out, path):
+        """Weights, then rows; then the checkpoint goes."""
+        weights, rows = self.lessons.files_of(self.seed)
+        state = plain(self.tested).state_dict()
+        state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        out.write(weights, safetensors.torch.save(state))
+        out.write(rows, files.json_text({"seed": self.seed, "rows": self.rows}))
+        path.unlink(missing_ok=True)
+
+    def train_epoch(self, items, process, bar):
+        """One epoch over `items`; returns its row {"epoch", "lr", "loss"}."""
+        settings, model, epoch = self.lessons.settings, self.model.train(), len(self.rows)
+        names = ("schedule", "epochs", "cos_stretch", "warmup_epochs", "step_factor")
+        lr = settings[self.rate] * lr_factor(epoch=epoch, **{n: settings[n] for n in names})
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        total, seen, steps = torch.zeros((), device=process.device), 0, 0
+        for steps, item in enumerate(items, 1):
+            part = self.lessons.part(item)
+            where = settings["bn_batch"], process.rank, process.world
+            chunks, _ = rank_chunks(part.count, *where)
+            key = (self.seed, DROPOUT, epoch, steps - 1) if self.random else None
+            total += self.step(part, chunks, process.world, key)
+            seen += len(chunks)
+            bar.update(part.count)
+        ranks.average_buffers(model, seen, process.world)
+        if self.average is not None:
+            for mean, b in zip(self.average.buffers(), plain(model).buffers()):
+                mean.copy_(b)
+        ranks.sum_over_ranks([total], process.world)
+        loss = total.item() / steps
+        if not math.isfinite(loss):  # no later one would be finite
+            refuse(f"epoch {epoch}: the loss is {loss}; lower --{self.rate}")
+        return {"epoch": epoch, "lr": lr, "loss": loss}
+
+    def step(self, part, chunks, world, key):
+        """One step on this process's part of a batch; returns its share of the loss."""
+        model, forward, x = self.model, self.forward, self.forward.lay_out(part.x)
+        if part.unmixed is not None:
+            refresh_batch_norm(model, forward, part.unmixed, chunks, key)
+
+        def loss_of(rows):
+            outputs = forward(model, x[rows])
+            return self.lessons.loss(outputs, part.goal.of(rows), **self.lessons.settings)
+
+        loss = train_step(model, self.optimizer, chunks, part.count, loss_of, world, key)
+        if self.average is not None:
+            weights = [list(m.parameters()) for m in (self.average, plain(model))]
+            self.move(*weights, None)
+        return loss
 
 
-def load_checkpoint(out, seed, epochs):
-    """What `train` saved after an epoch before the last: a state with rows; without, no rows."""
-    path = checkpoint_path(out, seed)
+def open_seeds(out, seeds, lessons):
+    """{seed: (path, state) of its checkpoint} of the seeds that are not finished.
+
+    With --dry_run: prints what would be trained, and exits. Refuses processes that would train
+    apart, before any gradient is summed.
+    """
+    epochs, states = lessons.settings["epochs"], {}
+    with torch.device("meta"):
+        weights = 4 * models.count_parameters(lessons.network())
+    todo = out.todo(seeds, lessons.files_of, weights)
+    out.units = len(seeds) * epochs  # what the closing line counts
+    for seed in seeds:
+        path = out.folder / f"checkpoint_seed{seed}.pt"
+        if seed in todo:
+            states[seed] = path, read_checkpoint(path, epochs)
+        elif out.process.is_main:
+            path.unlink(missing_ok=True)  # killed between its last file and this
+    done = [len(states[seed][1]["rows"]) if seed in states else epochs for seed in seeds]
+    ranks.check_ranks(out, done)
+    if states:  # weights twice, the optimiser's two averages and ours, once at a time
+        files.require_space(out.flag, out.folder, 5 * weights + 2**20)
+    return states
+
+
+def read_checkpoint(path, epochs):
+    """What `Learner.save` wrote after one of the epochs before the last; no rows: no checkpoint."""
     if not path.exists():
         return {"rows": []}
     try:
@@ -479,183 +465,66 @@ def load_checkpoint(out, seed, epochs):
         done = [row["epoch"] for row in state["rows"]]
         if done != list(range(len(done))) or not 0 < len(done) < epochs:
             raise ValueError(f"not after one of the {epochs} epochs")
-        if state["run"] != run_digest(out):
-            raise ValueError("not made with the settings of this run")
     except Exception as error:  # torch.load raises whatever a damaged file makes it raise
         reason = (str(error) or type(error).__name__).split("\n")[0][:200]
         refuse(f"{path}: not a checkpoint of this run ({reason}); remove it to begin anew")
     return state
 
 
-def run_digest(out):
-    return files.digest_of([out.settings, out.inputs])
-
-
-def open_seeds(out, seeds, files_of, bytes_each, epochs):
-    """{seed: its checkpoint's state} of the seeds that are not finished.
-
-    With --dry_run: prints what would be trained, and exits. All processes must find the same.
-    """
-    todo = out.todo(seeds, files_of, bytes_each)
-    states = {seed: load_checkpoint(out, seed, epochs) for seed in todo}
-    check_ranks(out, [len(states[s]["rows"]) if s in states else epochs for s in seeds])
-    out.units *= epochs  # what its closing line counts
-    for seed in set(seeds) - set(todo):
-        if out.process.is_main:  # killed between its last file and this
-            checkpoint_path(out, seed).unlink(missing_ok=True)
-    return states
-
-
-def train(out, states, network, data, loss, test, settings, forward, files_of, every, track=None):
+def train(out, states, lessons, forward, test, checkpoint_every, track=None):
     """Train one network per seed, one after the other, over one loader.
 
-    states     of open_seeds;   network() -> a new one
-    data       count: images of an epoch;   loader(keys): iterator over [(epoch, number)];
-               part(item) -> Part
-    loss       of this file;   test(network) -> {"top1", "top5"}
-    settings   the flags' values by name; those of the optimiser, schedule and loss among them
-    files_of   seed -> names of its weights (safetensors) and rows (JSON)
-    every      epochs between two checkpoints
-    track      (seed, row) -> None, after every epoch
+    states    of `open_seeds`;   test: network -> {"top1", "top5"};   track: (seed, row) -> None
+    lessons   settings: {flag: value} of batches, optimiser, schedule and loss
+              count: images of an epoch;   network() -> a new one;   loss: a function as those above
+              loader(keys): iterator over [(epoch, number)];   part: its item -> Part
+              files_of: seed -> names of its weights (safetensors) and rows (JSON)
     """
-    process, epochs = out.process, settings["epochs"]
-    batches = range(batches_of(data.count, settings["batch_size"]))
-    todo = [(s, e) for s in states for e in range(len(states[s]["rows"]), epochs)]
-    items = data.loader([(epoch, number) for _, epoch in todo for number in batches])
-    bar = out.progress(total=len(todo) * data.count, unit="image")
+    process, settings, world = out.process, lessons.settings, out.process.world
+    epochs, numbers = (
+        settings["epochs"],
+        range(batches.batches_of(lessons.count, settings["batch_size"])),
+    )
+    left = [epoch for _, state in states.values() for epoch in range(len(state["rows"]), epochs)]
+    items = lessons.loader([(epoch, number) for epoch in left for number in numbers])
+    bar = out.progress(total=len(left) * lessons.count, desc="training", unit="image")
     with bar, memory_for("in training", "lower --bn_batch, or raise --gradient_accumulation_steps"):
-        for seed, state in states.items():
-            learner = Learner(network, settings, seed, forward)
-            if state["rows"]:
-                learner.restore(state, checkpoint_path(out, seed))
-            elif process.is_main:
-                copies = 4 + bool(learner.average)  # two of the optimiser, one of the finished file
-                needed = 4 * copies * count_parameters(learner.model) + 2**20
-                files.require_space(out.flag, out.folder, needed)
-            while len(learner.rows) < epochs:
-                part = islice(items, len(batches))
-                row = train_epoch(learner, part, data, loss, settings, forward, process, bar)
-                done = len(learner.rows) + 1
+        for seed, (path, state) in states.items():
+            learner = Learner(lessons, seed, forward)
+            learner.restore(path, state)
+            for done in range(len(learner.rows) + 1, epochs + 1):
+                row = learner.train_epoch(islice(items, len(numbers)), process, bar)
                 if done % settings["eval_every"] == 0 or done == epochs:
                     row |= test(learner.tested)
                     bar.set_postfix(seed=seed, top1=f"{row['top1']:.2f}")
                 learner.rows.append(row)
+                out.made += 1
                 if track:
                     track(seed, row)
-                out.made += 1
                 asked = torch.tensor([float(out.signals.name is not None)], device=process.device)
-                sum_over_ranks([asked], process.world)  # all leave, or none
+                ranks.sum_over_ranks([asked], world)  # all leave, or none
                 if process.is_main and done == epochs:
-                    finish_seed(out, learner, files_of(seed))
-                elif process.is_main and (done % every == 0 or asked):
-                    buffer = io.BytesIO()
-                    torch.save({**learner.state(), "run": run_digest(out)}, buffer)
-                    out.write(checkpoint_path(out, seed).name, buffer.getvalue())
+                    learner.finish(out, path)
+                elif process.is_main and (done % checkpoint_every == 0 or asked):
+                    learner.save(out, path)
                 if asked:
-                    # nobody leaves while rank 0 saves: torchrun would kill it
-                    sum_over_ranks([asked], process.world)
+                    ranks.sum_over_ranks([asked], world)  # nobody leaves while rank 0 saves
                     out.signals.name = out.signals.name or "SIGTERM"
                     out.leave_if_asked()
 
 
-def finish_seed(out, learner, names):
-    """Weights, then rows; then the checkpoint goes."""
-    import safetensors.torch
-
-    weights, rows = names
-    state = plain(learner.tested).state_dict()
-    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    out.write(weights, safetensors.torch.save(state))
-    out.write(rows, files.json_text({"seed": learner.seed, "rows": learner.rows}))
-    checkpoint_path(out, learner.seed).unlink(missing_ok=True)
-
-
 def read_rows(out, name, epochs):
-    """(seed, rows, their last and best test) of a finished seed's file."""
-    found = files.read_json(out.folder / name)
+    """{"seed", "last", "best", "rows"} of a finished seed, from its file of rows."""
     try:
-        rows = found["rows"]
+        found = files.read_json(out.folder / name)
+        rows, keep = found["rows"], ("epoch", "top1", "top5")
+        tested = [{k: row[k] for k in keep} for row in rows if "top1" in row]
         if [row["epoch"] for row in rows] != list(range(epochs)):
-            raise ValueError(f"not the rows of {epochs} epochs")
-        return {"seed": found["seed"], **last_and_best(rows), "rows": rows}
+            raise ValueError(f"does not hold {epochs} epochs")
+        best = max(tested, key=lambda row: row["top1"])
+        return {"seed": found["seed"], "last": tested[-1], "best": best, "rows": rows}
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        refuse(f"{out.folder / name}: not rows of this stage ({error}); remove it to train again")
-
-
-def train_epoch(learner, items, data, loss, settings, forward, process, bar):
-    """One epoch over `items`; returns its row {"epoch", "lr", "loss"}."""
-    epoch, model = len(learner.rows), learner.model.train()
-    names = ("epochs", "cos_stretch", "warmup_epochs", "step_factor")
-    rest = {name: settings[name] for name in names}
-    lr = learner.lr * lr_factor(settings["schedule"], epoch, **rest)
-    for group in learner.optimizer.param_groups:
-        group["lr"] = lr
-    total, seen, number = torch.zeros((), device=process.device), 0, -1
-    for number, item in enumerate(items):
-        part = data.part(item)
-        size = settings["bn_batch"]
-        chunks, _ = rank_chunks(part.count, size, process.rank, process.world)
-        key = (learner.seed, DROPOUT, epoch, number) if learner.random else None
-        if part.unmixed is not None:
-            refresh_batch_norm(model, forward, part.unmixed, chunks, key)
-
-        def loss_of(rows, x=forward.lay_out(part.x), goal=part.goal):
-            return loss(forward(model, x[rows]), goal.of(rows), **settings)
-
-        total += train_step(
-            model, learner.optimizer, chunks, part.count, loss_of, process.world, key
+        reason = f"({type(error).__name__}: {error})"
+        refuse(
+            f"{out.folder / name}: not a seed's rows {reason}; remove it to train this seed again"
         )
-        if learner.average:
-            pair = (list(m.parameters()) for m in (learner.average, plain(model)))
-            learner.update_average(*pair, None)
-        seen += len(chunks)
-        bar.update(part.count)
-    average_buffers(model, seen, process.world)
-    if learner.average:
-        for mean, b in zip(learner.average.buffers(), plain(model).buffers()):
-            mean.copy_(b)
-    sum_over_ranks([total], process.world)
-    mean_loss = total.item() / (number + 1)
-    if not math.isfinite(mean_loss):  # no later epoch would be finite
-        refuse(f"epoch {epoch}: the loss is {mean_loss}; lower {learner.flag}")
-    return {"epoch": epoch, "lr": lr, "loss": mean_loss}
-
-
-@torch.no_grad()
-def refresh_batch_norm(model, forward, x, chunks, key):
-    """RDED: one more forward in train mode on the un-mixed images, which updates BatchNorm."""
-    x = forward.lay_out(x)
-    for first, rows in chunks:
-        with seeded(*key, first, 1, device=x.device) if key else contextlib.nullcontext():
-            forward(model, x[rows])
-
-
-def add_training_flags(parser):
-    """Flags of batches and speed that a teacher's and a student's training share."""
-    parser.heading("batches and speed")
-    parser.flag(
-        "--gradient_accumulation_steps",
-        type=number(int, 1),
-        default=1,
-        help="cuts a batch further",
-    )
-    parser.setting(
-        "--bn_batch",
-        type=number(int, 1),
-        short="bn",
-        help="images that BatchNorm sees together (the release: 73) [batch / (processes x steps)]",
-    )
-    parser.setting(
-        "--amp",
-        choices=("none", "bf16", "fp64"),
-        default="none",
-        short="amp",
-        help="precision of forward passes; fp64 compares numbers of processes",
-    )
-    fast = {"action": "store_true", "default": False}
-    parser.setting("--channels_last", **fast, help="memory layout for tensor cores")
-    parser.setting("--compile", **fast, help="torch.compile the network")
-    parser.setting("--fused", **fast, help="the optimiser's fused kernel")
-    every = number(int, 1)
-    parser.setting("--eval_every", type=every, default=50, help="epochs between two tests")
-    parser.flag("--checkpoint_every", type=every, default=10, help="epochs between two checkpoints")

@@ -1,429 +1,353 @@
 """The paper's figures from our outputs: one subcommand each, a PNG and a PDF.
 
-    python -m misc.figures grid    --images output/images/A output/images/B --names D4M Random --output
-                                   output/figures/figure4
-    python -m misc.figures row     --images output/images/A output/images/B --class_folder n01440764
-    python -m misc.figures ipc     --output_root output --dataset imagenet
-    python -m misc.figures tsne    --images output/images/A --data_dir data/imagenet --arch resnet18 --classes 0-9
-    python -m misc.figures time    --output_root output --dataset imagenet
-    python -m misc.figures latents --latent_cache output/latents --prototype_path output/prototypes/NAME --classes
-    0-5
+    python -m misc.figures grid --images output/images/A output/images/B --names D4M Random
+    python -m misc.figures row --images output/images/A output/images/B --class_folder n01440764
+    python -m misc.figures ipc --output_root output --dataset imagenet
+    python -m misc.figures tsne --images output/images/A --data_dir data/imagenet --classes 0-9
+    python -m misc.figures time --output_root output --dataset imagenet
+    python -m misc.figures latents --latent_cache output/latents --prototype_path DIR
 
-grid is figure 4 (methods as rows, classes as columns), row figure 5 (one class), ipc figure 6 (accuracy over images a
-class), tsne figure 7 (features of real and synthetic images), time figure 8 (accuracy against the time of
-distillation).
+grid is figure 4 (methods as rows, classes as columns), row figure 5 (one class), ipc figure 6
+(accuracy over images per class), tsne figure 7 (features of real and synthetic images), time figure
+8 (accuracy against the time of distillation).
 """
 
-if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    import sys
-
-    print("error: run it from the repository root: python -m misc.figures", file=sys.stderr)
-    sys.exit(2)
-
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import nn
 
-from distillation.datasets import DATASETS, class_positions, dataset_name, known_prompts, open_split, squash
-from distillation.prototypes import open_prototypes, prototype_folder_name
-from matching.models import load_teacher, model_name
-from matching.soft_labels import load_pixels, normalise, open_images
-from matching.training import centre_crop
-from scripts.checkpoints import DEFAULT_CHECKPOINT
-from scripts.files import ARGS, MANIFEST, TIMING, read_json
-from scripts.runtime import Parser, positive_int, refuse, resolve_device
-from validate.paper_tables import CLASSES, DATASET_TITLES, MODEL_TITLES, find_results, images_name, paper_rows
+from distillation import datasets, prototypes
+from matching import batches, models, training
+from matching.images import open_images
+from scripts import files, generators, output, runtime
+from scripts.runtime import Parser, entry_point, number, refuse
+from validate import paper_tables
 
-# Okabe and Ito's palette: told apart also by colour-blind readers and in grey print
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
-MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
+ARMS = {  # arm: (its name in figures, what a report calls its images)
+    "d4m": ("D4M", "D4M"),
+    "random": ("Random real", "random real images"),
+    "decoded": ("Decoded prototypes", "decoded prototypes, no diffusion"),
+    "text": ("Text-to-image", "text-to-image, no prototypes"),
+    "noise": ("w/o prototypes", "denoised noise, no prototypes (release's random initialisation)"),
+    "stm": ("D4M w/ STM", "D4M, optimised further (STM)"),
+    "d4m-g": ("D4M-G", "D4M of a larger data set (D4M-G)"),
+}
+PAPER_IMAGES = "s0.7_g8_kmexpand1"  # in the name of the paper's images
+MARKERS = "os^DvPX*"
 STYLE = {
     "font.family": "serif",
-    "font.serif": ["DejaVu Serif"],
-    "mathtext.fontset": "dejavuserif",
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "axes.linewidth": 0.6,
+    "figure.dpi": 100,
+    "lines.linewidth": 1.4,
+    "lines.markeredgewidth": 1,
+    "grid.linewidth": 0.3,
+    "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.5,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 5,
-    "legend.frameon": False,
     "savefig.bbox": "tight",
-    "savefig.pad_inches": 0.03,
     "pdf.fonttype": 42,
 }
 COLUMN, PAGE = 3.4, 7.0  # inches: one column and the page of a two-column paper
 
 
-def _pyplot():
+def pyplot():
+    """matplotlib.pyplot in our style, without a screen."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update(STYLE)
+    # told apart also by colour-blind readers and in grey print
+    plt.style.use(["seaborn-v0_8-paper", "seaborn-v0_8-colorblind", STYLE])
     return plt
 
 
-def save(figure, output):
-    """`output`.png (300 dpi) and `output`.pdf, without dates, so that equal figures are equal files."""
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    paths = [output.with_name(output.name + suffix) for suffix in (".png", ".pdf")]
+def save(figure, path):
+    """`path`.png (300 dpi) and `path`.pdf, without dates, so that equal figures are equal files."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    paths = [Path(f"{path}.png"), Path(f"{path}.pdf")]
     figure.savefig(paths[0], dpi=300, metadata={"Software": None})
-    figure.savefig(paths[1], metadata={"CreationDate": None, "Creator": None, "Producer": None})
-    _pyplot().close(figure)
-    print(" ".join(map(str, paths)))
+    figure.savefig(paths[1], metadata=dict.fromkeys(("CreationDate", "Creator", "Producer")))
+    pyplot().close(figure)
+    print(*paths)
     return paths
 
 
 def short(prompt, length=20):
     """The first synonym of a prompt, cut at a word: 'tench, Tinca tinca' -> 'tench'."""
     name = prompt.split(",")[0].strip()
-    if len(name) <= length:
-        return name
-    return name[:length].rsplit(" ", 1)[0] + "…"
+    return name if len(name) <= length else name[:length].rsplit(" ", 1)[0] + "…"
 
 
 # ---- figures 4 and 5: grids of images
 
 
-def open_sets(paths, names):
+def open_sets(folders, names):
     """[(name, ImageSet)] of the methods to compare; the arm's name where none is given."""
-    sets = [open_images("--images", path) for path in paths]
+    sets = [open_images("--images", folder) for folder in folders]
     if names and len(names) != len(sets):
         refuse(f"--names: {len(names)} names for {len(sets)} image folders")
-    return list(zip(names or [ARM_METHODS.get(s.arm, s.name) for s in sets], sets))
+    return list(zip(names or [ARMS.get(s.arm, (s.name,))[0] for s in sets], sets))
 
 
-def read_image(images, folder, i, flag="--images"):
-    """Image i of a class folder as PIL RGB."""
-    if folder not in images.folders:
-        refuse(f"{flag} {images.root}: has no class {folder}")
-    position = images.folders.index(folder)
-    files = [images.files[n] for n in (images.targets == position).nonzero().flatten().tolist()]
-    if i >= len(files):
-        refuse(f"{flag} {images.root}: class {folder} has {len(files)} images, image {i} is asked for")
-    with Image.open(images.root / files[i]) as image:
-        return image.convert("RGB")
+def files_of(found, folder):
+    """The paths of one class of an ImageSet, in order."""
+    if folder not in found.folders:
+        refuse(f"--images {found.root}: has no class {folder}")
+    mine = (found.targets == found.folders.index(folder)).nonzero().flatten().tolist()
+    return [found.root / found.files[n] for n in mine]
 
 
 def choose_classes(words, folders, count):
-    """Class folders by name, index or range, in the order of `words`; by default `count` spread evenly over all."""
-    if not words:
+    """Class folders by name, index or range; by default `count` spread evenly over all."""
+    if words:
+        picks = [n for word in words for n in datasets.class_positions([word], folders)]
+    else:
         picks = np.linspace(0, len(folders) - 1, min(count, len(folders))).round().astype(int)
-        return [folders[n] for n in picks]
-    return [folders[n] for word in words for n in class_positions([word], folders)]
+    return [folders[n] for n in picks]
 
 
-def titles_of(images, folders):
-    """A readable name for each class folder: from the images' manifest, else from the known prompts."""
-    prompts = known_prompts(images.dataset)
-    manifest = images.root / "manifest.json"
-    if manifest.is_file():
-        prompts = {**prompts, **{c["folder"]: c.get("prompt", c["folder"]) for c in read_json(manifest)["classes"]}}
+def titles_of(found, folders):
+    """A readable name for each class folder: from the images' manifest, else the known prompts."""
+    prompts = datasets.known_prompts(found.dataset)
+    if not found.foreign:
+        classes = files.read_json(found.root / output.MANIFEST)["classes"]
+        prompts |= {c["folder"]: c["prompt"] for c in classes}
     return [short(prompts.get(folder, folder)) for folder in folders]
 
 
-def draw_grid(rows, names, titles):
-    """rows: lists of PIL images, one row a method; titles: one a column.   -> figure"""
-    plt = _pyplot()
-    columns = len(rows[0])
-    label, side = 0.22, (PAGE - 0.22) / columns  # inches
-    title = 0.2
-    height = title + side * len(rows)
-    figure = plt.figure(figsize=(PAGE, height), dpi=100)
-    gap, heads, names_drawn = 0.03, [], []
-    for r, (row, name) in enumerate(zip(rows, names)):
-        for c, image in enumerate(row):
-            box = (label + c * side) / PAGE, (height - title - (r + 1) * side + gap / 2) / height
-            axes = figure.add_axes((*box, (side - gap) / PAGE, (side - gap) / height))
-            # small images are shown as they are, pixel by pixel
-            axes.imshow(image, interpolation="nearest" if image.width <= 64 else "lanczos", aspect="auto")
-            axes.set_axis_off()
-            if r == 0:
-                heads.append(axes.set_title(titles[c], fontsize=8, pad=3))
-        middle = (height - title - (r + 0.5) * side) / height
-        names_drawn.append(
-            figure.text(label / 2 / PAGE, middle, name, rotation=90, ha="center", va="center", fontsize=9)
-        )
-    fit_text(names_drawn, side - 0.05, 9, tall=True)
-    fit_text(heads, side - 0.05, 8)
+def draw_grid(rows, names, titles, side=PAGE / 10):
+    """rows: paths of images, one row per name; titles: one per column; side: inches.   -> figure
+
+    All are shown at the size of the largest, pixel by pixel if they are small.
+    """
+    from torchvision.utils import make_grid
+
+    pictures = [datasets.read_rgb(path) for row in rows for path in row]
+    size, gap = max(picture.width for picture in pictures), 2
+    pictures = [torch.from_numpy(np.array(p.resize((size, size), 0))) for p in pictures]
+    pictures = [p.permute(2, 0, 1) for p in pictures]
+    sheet = make_grid(pictures, len(titles), padding=gap, pad_value=255).permute(1, 2, 0)
+    figure, axes = pyplot().subplots(figsize=(side * len(titles), side * len(rows)))
+    axes.imshow(sheet.numpy(), interpolation="nearest" if size <= 64 else "lanczos", aspect="auto")
+    room = 72 * side / 0.6  # points: a letter is 0.6 of its size wide
+    for axis, texts in ((axes.xaxis, titles), (axes.yaxis, names)):
+        middles = [gap + size / 2 + n * (size + gap) for n in range(len(texts))]
+        fontsize = max(4.5, min(8, room / max(1, *map(len, texts))))
+        axis.set_ticks(middles, texts, fontsize=fontsize)
+    axes.set_yticklabels(names, rotation=90 * (max(map(len, names)) > 2), va="center")
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    figure.subplots_adjust(0, 0, 1, 1)
     return figure
 
 
-def fit_text(texts, room, largest, tall=False):
-    """Give all texts one size, the largest at which none is longer than `room` inches."""
-    boxes = [text.get_window_extent() for text in texts]
-    longest = max([(box.height if tall else box.width) for box in boxes], default=0) / 100
-    for text in texts if longest else []:
-        text.set_fontsize(max(4.5, min(largest, largest * room / longest)))
+def grid(images, names, classes, count, image):
+    sets = open_sets(images, names)
+    folders = choose_classes(classes, sets[0][1].folders, count)
+    paths = [[files_of(found, folder) for folder in folders] for _, found in sets]
+    for few in (p for row in paths for p in row if image >= len(p)):
+        refuse(f"--image {image}: {few[0].parent} has {len(few)} images")
+    rows = [[found[image] for found in row] for row in paths]
+    titles = titles_of(sets[0][1], folders)
+    return draw_grid(rows, [name for name, _ in sets], titles, PAGE / len(titles))
 
 
-def grid(args):
-    sets = open_sets(args.images, args.names)
-    folders = choose_classes(args.classes, sets[0][1].folders, args.count)
-    rows = [[read_image(images, folder, args.image) for folder in folders] for _, images in sets]
-    return draw_grid(rows, [name for name, _ in sets], titles_of(sets[0][1], folders))
-
-
-def row(args):
-    sets = open_sets(args.images, args.names)
-    folder = choose_classes([args.class_folder] if args.class_folder else [], sets[0][1].folders, 1)[0]
-    available = min(
-        int((images.targets == images.folders.index(folder)).sum()) for _, images in sets if folder in images.folders
-    )
-    rows = [[read_image(images, folder, i) for i in range(min(args.count, available))] for _, images in sets]
-    title = titles_of(sets[0][1], [folder])  # above the first image
-    return draw_grid(rows, [name for name, _ in sets], title + [""] * (len(rows[0]) - 1))
+def row(images, names, class_folder, count):
+    sets = open_sets(images, names)
+    first = sets[0][1]
+    [folder] = choose_classes([class_folder] if class_folder else None, first.folders, 1)
+    rows = [files_of(found, folder) for _, found in sets]
+    count = min(count, *map(len, rows))
+    titles = titles_of(first, [folder]) + [""] * (count - 1)  # above the first image
+    names = [name for name, _ in sets]
+    return draw_grid([paths[:count] for paths in rows], names, titles, PAGE / count)
 
 
 # ---- figures 6 and 8: curves
 
 
 class Curve(NamedTuple):
-    """What the points of one measured curve share.
+    """What the points of a curve share.
 
-    recipe, variant    name of the recipe; generator and images. "" where they are the paper's
+    method   an arm's or the paper's name;   rest: hard labels, recipe, generator and images, each
+             only where it is not the paper's;   paper: published, not measured
     """
 
-    arm: str
-    labels: str
+    method: str
     teacher: str
     student: str
-    recipe: str
-    variant: str
+    rest: str = ""
+    paper: bool = False
+
+    @property
+    def title(self):
+        titles = paper_tables.MODEL_TITLES
+        words = titles.get(self.student, self.student)
+        if self.teacher not in ("", self.student):
+            teachers = [titles.get(name, name) for name in self.teacher.split("+")]
+            words = "+".join(teachers) + "→" + words
+        words = f"{self.method} ({', '.join(filter(None, [words, self.rest]))})"
+        return words + ", paper" * self.paper
 
 
 def curve_of(result):
-    paper, name = images_name(result["dataset"], result["ipc"], result["arm"]), result["images"]
-    odd = [result["generator"]] if result["generator"] not in (None, DEFAULT_CHECKPOINT) else []
-    shorter = name.removeprefix(paper).removeprefix("_")  # _size64 of images that are the paper's otherwise
-    odd += [re.sub(rf"^{result['dataset']}_ipc\d+_", "", shorter)] if name != paper else []
-    recipe = "" if result["recipe"] in ("d4m", "d4m-cifar") else result["recipe"] or "own recipe"
-    teacher = "+".join(result["teacher"] or ["none"])
-    return Curve(result["arm"], result["labels"], teacher, result["student"], recipe, ", ".join(odd))
-
-
-ARM_METHODS = {
-    "d4m": "D4M", "d4m-g": "D4M-G", "random": "Random real", "noise": "w/o prototypes", "text": "Text-to-image",
-    "stm": "D4M w/ STM", "decoded": "Decoded prototypes",
-}  # fmt: skip
-
-
-def network_title(teacher, student):
-    """'ResNet-18', or 'ResNet-18→ResNet-50' where teacher and student differ."""
-    name = MODEL_TITLES.get(student, student)
-    if teacher in ("none", "", student):
-        return name
-    return "+".join(MODEL_TITLES.get(t, t) for t in teacher.split("+")) + "→" + name
-
-
-def curve_title(curve):
-    hard = "hard labels" if curve.labels == "hard" else ""
-    words = [network_title(curve.teacher, curve.student), hard, curve.recipe, curve.variant]
-    return f"{ARM_METHODS.get(curve.arm, curve.arm)} ({', '.join(filter(None, words))})"
+    arm, dataset, ipc = result["arm"], result["dataset"], result["ipc"]
+    names = {"d4m": PAPER_IMAGES, "stm": f"{PAPER_IMAGES}_stm"}
+    names["d4m-g"] = f"from_imagenet_ipc{ipc}_{PAPER_IMAGES}"
+    variant = result["images"].removeprefix(f"{dataset}_ipc{ipc}_")
+    variant = variant.removeprefix(names.get(arm, arm)).removeprefix("_")
+    model = result["generator"] or generators.DEFAULT_CHECKPOINT
+    rest = [
+        "hard labels" if result["labels"] == "hard" else "",
+        "" if result["recipe"] == "d4m" else result["recipe"] or "own recipe",
+        "" if model == generators.DEFAULT_CHECKPOINT else model,
+        variant,
+    ]
+    networks = "+".join(result["teacher"]), result["student"]
+    return Curve(ARMS.get(arm, (arm,))[0], *networks, ", ".join(filter(None, rest)))
 
 
 def paper_curves(dataset, methods):
-    """{(method, teacher, student): [(ipc, top1)]} of table 2 (table 1 for CIFAR)."""
+    """{Curve: [(ipc, top1)]} of table 2 (table 1 for CIFAR)."""
+    names = {title: name for name, title in paper_tables.MODEL_TITLES.items()}
     curves = {}
-    for row in paper_rows():
-        if row["table"] in ("Table 1", "Table 2") and row["dataset"] == DATASET_TITLES.get(dataset) and "ipc" in row:
-            if row["method"] in methods and "student" in row:
-                teacher = row.get("teacher", row["student"]).split(" (")[0]  # a note may follow
-                key = row["method"], teacher, row["student"]
-                curves.setdefault(key, []).append((row["ipc"], row["top1"]))
-    return {key: sorted(points) for key, points in curves.items()}
+    for line in paper_tables.paper_rows():
+        mine = line["dataset"] == paper_tables.DATASET_TITLES.get(dataset)
+        mine &= line["table"] in ("Table 1", "Table 2") and line["method"] in methods
+        if mine and "student" in line and "ipc" in line:
+            teacher = line.get("teacher", line["student"]).split(" (")[0]  # a note may follow
+            networks = (names.get(title, title) for title in (teacher, line["student"]))
+            curve = Curve(line["method"], *networks, paper=True)
+            curves.setdefault(curve, []).append((line["ipc"], line["top1"]))
+    return {curve: sorted(points) for curve, points in curves.items()}
 
 
 def measured_curves(root, dataset, arms, x_of):
-    """{Curve: [(x, mean, std or 0)]} of the results.json below `root`; of several at one IPC that over most seeds."""
+    """{Curve: [(x, mean, std)]} of the results below `root`; at one IPC that of most seeds."""
     if not Path(root).is_dir():
         refuse(f"--output_root {root}: no such folder")
-    best = {}
-    for result in find_results(root):
+    best, curves = {}, {}
+    for result in paper_tables.find_results(root):
         if result["dataset"] == dataset and result["arm"] in arms and result["ipc"]:
             key = curve_of(result), result["ipc"]
             if key not in best or result["last"]["n"] > best[key]["last"]["n"]:
                 best[key] = result
-    curves = {}
     for (curve, _), result in best.items():
-        x = x_of(result)
+        x, last = x_of(result), result["last"]
         if x is not None:
-            curves.setdefault(curve, []).append((x, result["last"]["mean"], result["last"]["std"] or 0.0))
-    return {curve: sorted(curves[curve]) for curve in sorted(curves, key=str)}
+            curves.setdefault(curve, []).append((x, last["mean"], last["std"] or 0.0))
+    return {curve: sorted(curves[curve]) for curve in sorted(curves)}
 
 
-def draw_curves(axes, measured, paper):
-    """Colour says the networks (the method, if all have one network), marker the method; dashed: the paper's.
+def draw_curves(curves, xlabel, xs=None):
+    """Colour says the networks (the method, if all have one network), marker the method; the
+    paper's are dashed.   -> figure"""
 
-    measured    {Curve: [(x, mean, std)]};   paper    {(method, teacher, student): [(x, top1)]}
-    """
-    networks = [(c.student if c.teacher == "none" else c.teacher, c.student) for c in measured]
-    networks += [(_model(t), _model(s)) for _, t, s in paper]
-    methods = [(ARM_METHODS.get(c.arm, c.arm), c.labels, c.recipe, c.variant) for c in measured]
-    methods += [(m, "soft", "", "") for m, _, _ in paper]
-    coloured = networks if len(set(networks)) > 1 else methods
-    order = sorted(set(networks), key=_by_size) if coloured is networks else list(dict.fromkeys(methods))
-    colours = {what: COLOURS[n % len(COLOURS)] for n, what in enumerate(order)}
-    markers = {method: MARKERS[n % len(MARKERS)] for n, method in enumerate(dict.fromkeys(methods))}
-    styles = [{"color": colours[what], "marker": markers[m]} for what, m in zip(coloured, methods)]
+    def networks(curve):
+        return curve.student, curve.teacher or curve.student
+
+    def method(curve):
+        return curve.method, curve.rest
+
+    coloured, methods = method, list(dict.fromkeys(map(method, curves)))
+    order = methods
+    if len(set(map(networks, curves))) > 1:  # ResNet-18 before ResNet-101
+        by_size = lambda pair: [(len(name), name) for name in pair]  # noqa: E731
+        coloured, order = networks, sorted(set(map(networks, curves)), key=by_size)
+    figure, axes = pyplot().subplots(figsize=(COLUMN, 2.6))
     drawn = []
-    for (curve, points), style in _as_they_end(measured, styles):
-        x, y, error = zip(*points)
-        drawn.append(axes.errorbar(x, y, error, capsize=2, elinewidth=0.8, label=curve_title(curve), **style))
-    for ((method, teacher, student), points), style in _as_they_end(paper, styles[len(measured) :]):
-        label = f"{method} ({network_title(_model(teacher), _model(student))}), paper"
-        dashed = {"linestyle": (0, (4, 2)), "linewidth": 1.1, "markerfacecolor": "white", "zorder": 1}
-        drawn += axes.plot(*zip(*points), label=label, **dashed, **style)
-    axes.legend(handles=drawn, loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=2.2, labelspacing=0.35)
-
-
-def _as_they_end(curves, styles):
-    """((key, points), style) of each curve, the one that ends highest first: the legend reads as the lines do."""
-    return sorted(zip(curves.items(), styles), key=lambda entry: -entry[0][1][-1][1])
-
-
-def _model(title):
-    """'ResNet-18' -> 'resnet18'; unknown names stay."""
-    return next((name for name, known in MODEL_TITLES.items() if known == title), title)
-
-
-def _by_size(networks):
-    """Sorts ResNet-18 before ResNet-101."""
-    return [(len(name), name) for name in networks[::-1]]
-
-
-def finish_axes(axes, xlabel, xs):
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel("Top-1 accuracy (%)")
-    axes.set_xscale("log")
+    # the one that ends highest first: the legend reads as the lines do
+    for curve, points in sorted(curves.items(), key=lambda c: (c[0].paper, -c[1][-1][1])):
+        style = {"color": f"C{order.index(coloured(curve))}"}
+        style["marker"] = MARKERS[methods.index(method(curve)) % len(MARKERS)]
+        if curve.paper:
+            style |= {"linestyle": (0, (4, 2)), "markerfacecolor": "white", "zorder": 1}
+            drawn += axes.plot(*zip(*points), label=curve.title, **style)
+        else:
+            drawn.append(axes.errorbar(*zip(*points), capsize=2, label=curve.title, **style))
+    axes.legend(handles=drawn, loc="upper left", bbox_to_anchor=(1.0, 1.02), labelspacing=0.35)
+    axes.set(xlabel=xlabel, ylabel="Top-1 accuracy (%)", xscale="log")
+    axes.grid(True)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     if xs:
-        axes.set_xticks(xs, [f"{x:g}" for x in xs])
+        axes.set_xticks(xs)
         axes.minorticks_off()
-    else:
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-
-
-def ipc(args):
-    plt = _pyplot()
-    measured = measured_curves(args.output_root, args.dataset, args.arms, lambda result: result["ipc"])
-    paper = paper_curves(args.dataset, args.paper)
-    if not measured and not paper:
-        refuse(f"--output_root {args.output_root}: no results.json of {args.dataset}, and the paper has no such curve")
-    figure, axes = plt.subplots(figsize=(COLUMN, 2.6))
-    draw_curves(axes, measured, paper)
-    xs = sorted({point[0] for points in [*measured.values(), *paper.values()] for point in points})
-    finish_axes(axes, "Images per class", xs)
     return figure
 
 
-def distillation_seconds(result):
-    """Process-seconds of all that made the images of a result, from timing.json; None where a part is not known."""
+def ipc(output_root, dataset, arms, paper):
+    curves = measured_curves(output_root, dataset, arms, lambda result: result["ipc"])
+    curves |= paper_curves(dataset, paper)
+    if not curves:
+        refuse(f"--output_root {output_root}: no results of {dataset}, and none of the paper")
+    xs = sorted({point[0] for points in curves.values() for point in points})
+    return draw_curves(curves, "Images per class", xs)
+
+
+def hours(result):
+    """Process-hours of all that made a result's images; None where a part is not known."""
     root = Path(result["path"]).parent.parent.parent
-    return _seconds(root, root / "images" / result["images"]) or None
+    seconds = seconds_made(root, root / "images" / result["images"])
+    return seconds and seconds / 3600
 
 
-def _seconds(root, folder):
-    """Stages 1 and 2, and STM, of an image folder. D4M-G: the share of the larger set's time that its images have."""
-    if not ((folder / TIMING).is_file() and (folder / ARGS).is_file()):
+def seconds_made(root, folder):
+    """Of an output folder and what it was made from: the prototypes of arms that start from them,
+    the images of STM and D4M-G - of these, the share that was taken."""
+    if not ((folder / output.TIMING).is_file() and output.is_complete(folder)):
         return None
-    own, made = _spent(folder / TIMING), read_json(folder / ARGS)
-    if own is None:
+    timing, manifest = (files.read_json(folder / n) for n in (output.TIMING, output.MANIFEST))
+    cached, inputs = timing.get("cached_seconds", 0), manifest["inputs"]
+    if cached is None:
         return None
-    if "source" in made:
-        source = next((p.parent for p in (root / "images").glob(f"*/{ARGS}") if _is_source(p, made)), None)
-        before = source and _seconds(root, source)
-        if before is None:
-            return None
-        return own + before * read_json(folder / MANIFEST)["count"] / read_json(source / MANIFEST)["count"]
-    if made["arm"] not in ("d4m", "decoded") or (made["prototype_arguments"] and made["prototypes"] is None):
-        return own  # no prototypes, or made in the same process
-    if made["prototype_arguments"] is None:  # somebody's prototypes
-        return None
-    timing = root / "prototypes" / prototype_folder_name(made["prototype_arguments"]) / TIMING
-    before = _spent(timing) if timing.is_file() else None
-    return None if before is None else own + before
+    own, source = timing["process_seconds"] + cached, inputs.get("source")
+    if manifest.get("arm") in ("d4m", "decoded"):
+        source = inputs["prototypes"]
+    if source is None:  # no prototypes, or made in the same process
+        return own
+    for path in root.glob(f"*/*/{output.MANIFEST}"):
+        before = files.read_json(path)
+        if before.get("content") == source:
+            seconds = seconds_made(root, path.parent)
+            share = manifest["count"] / before["count"] if "source" in inputs else 1
+            return None if seconds is None else own + seconds * share
+    return None
 
 
-def _spent(timing):
-    """Process-seconds of a timing.json, with those of latents that a cache held; None where nobody knows these."""
-    found = read_json(timing)
-    cached = found.get("cached_seconds", 0.0)
-    return None if cached is None else found["process_seconds"] + cached
-
-
-def _is_source(path, made):
-    return path.with_name(MANIFEST).is_file() and read_json(path) == made["source_arguments"]
-
-
-def paper_times(dataset, methods):
-    """{(method, teacher, student): [(hours, top1)]}: table 6's seconds an image times the cell's images."""
-    seconds = {
-        row["method"]: row["sec_per_image"]
-        for row in paper_rows()
-        if row["table"] == "Table 6" and row["dataset"] == DATASET_TITLES.get(dataset)
-    }
-    return {
-        key: [(ipc * CLASSES[dataset] * seconds[key[0]] / 3600, top1) for ipc, top1 in points]
-        for key, points in paper_curves(dataset, methods).items()
-        if key[0] in seconds
-    }
-
-
-def time(args):
-    plt = _pyplot()
-    hours = lambda result: (s := distillation_seconds(result)) and s / 3600  # noqa: E731
-    measured = measured_curves(args.output_root, args.dataset, args.arms, hours)
-    paper = paper_times(args.dataset, args.paper)
-    if not measured and not paper:
-        refuse(f"--output_root {args.output_root}: no results.json of {args.dataset} whose images have a timing.json")
-    figure, axes = plt.subplots(figsize=(COLUMN, 2.6))
-    draw_curves(axes, measured, paper)
-    finish_axes(axes, "Process-hours of distillation (paper: V100)", None)
-    return figure
+def time(output_root, dataset, arms, paper):
+    curves = measured_curves(output_root, dataset, arms, hours)
+    rows = [row for row in paper_tables.paper_rows() if row["table"] == "Table 6"]
+    rows = [row for row in rows if row["dataset"] == paper_tables.DATASET_TITLES.get(dataset)]
+    seconds = {row["method"]: row["sec_per_image"] for row in rows}
+    for curve, points in paper_curves(dataset, paper).items():
+        if curve.method in seconds:
+            each = len(datasets.known_prompts(dataset)) * seconds[curve.method] / 3600
+            curves[curve] = [(count * each, top1) for count, top1 in points]
+    if not curves:
+        refuse(f"--output_root {output_root}: no results of {dataset} with a timing.json")
+    return draw_curves(curves, "Process-hours of distillation (paper: V100)")
 
 
 # ---- figure 7: t-SNE
 
 
 @torch.no_grad()
-def features(model, pixels, mean, std, device, rows=64):
-    """The input of the last linear layer: (N, S, S, 3) uint8 -> (N, d) float32 numpy array."""
-    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-    found = []
+def features(model, pictures, size, dataset, device):
+    """PIL images -> (N, d) float32 numpy array, the input of the model's last linear layer."""
+    last = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1]
+    found, facts = [], datasets.ALL[dataset]
     hook = last.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].float().cpu()))
-    try:
-        for part in pixels.split(rows):
-            model(normalise(part.to(device), mean, std))
-    finally:
-        hook.remove()
+    square = [p if p.size == (size, size) else datasets.squash(p, size) for p in pictures]
+    for part in torch.from_numpy(np.stack(square)).split(64):  # (B, size, size, 3) uint8
+        model(batches.normalise(part.to(device), facts.mean, facts.std))
+    hook.remove()
     return torch.cat(found).numpy()
 
 
-def stack_square(pictures, size):
-    """PIL images -> (N, size, size, 3) uint8."""
-    whole = [p if p.size == (size, size) else squash(p, size) for p in pictures]
-    return torch.from_numpy(np.stack([np.asarray(p) for p in whole]))
-
-
 def embed(rows, seed):
-    """t-SNE of (N, d) features after PCA to at most 50 dimensions, as its authors advise.   -> (N, 2)"""
+    """t-SNE of (N, d) features after PCA to at most 50 dimensions, as its authors advise."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -432,233 +356,175 @@ def embed(rows, seed):
     return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(rows)
 
 
-def tsne(args):
-    plt = _pyplot()
-    sets = open_sets(args.images, args.names)
-    images, device = sets[0][1], resolve_device(args.device)
-    chosen = args.classes or choose_classes(None, images.folders, 10)  # a thousand are no picture
-    split = open_split(images.dataset, args.data_dir, args.split, classes=chosen, max_per_class=args.real_per_class)
-    size = images.image_size or DATASETS[images.dataset].image_size
-    facts, folders = DATASETS[images.dataset], list(split.folders)
-    # the whole head, so that a checkpoint of all classes fits; features do not depend on the columns
-    model, _ = load_teacher(args.arch, args.teacher_checkpoint, images.dataset, list(images.folders), size)
-    model.to(device)
-    crop = squash if facts.image_size <= 64 else centre_crop
-    real = stack_square([crop(split.read(item), size) for items in split.items for item in items], size)
-    groups, where = [features(model, real, facts.mean, facts.std, device)], [0]
-    classes = [np.repeat(np.arange(len(folders)), [len(items) for items in split.items])]
-    for name, other in sets:
-        missing = [f for f in folders if f not in other.folders]
-        if missing:
-            refuse(f"--images {other.root}: has no class {missing[0]} (for {name})")
-        keep = [n for n, c in enumerate(other.targets.tolist()) if other.folders[c] in folders]
-        arrays, _ = load_pixels("--images", other._replace(files=[other.files[n] for n in keep]))
-        pixels = stack_square([Image.fromarray(array) for array in arrays], size)
-        groups.append(features(model, pixels, facts.mean, facts.std, device))
-        classes.append(np.array([folders.index(other.folders[other.targets[n]]) for n in keep]))
-        where.append(len(groups) - 1)
+def tsne(
+    images, names, classes, data_dir, split, real_per_class, arch, teacher_checkpoint, seed, device
+):
+    sets, device = open_sets(images, names), runtime.this_process(device).device
+    first = sets[0][1]
+    dataset, facts = first.dataset, datasets.ALL[first.dataset]
+    size = first.image_size or facts.image_size
+    chosen = classes or choose_classes(None, first.folders, 10)  # a thousand are no picture
+    real = datasets.open_split(dataset, data_dir, split, None, chosen, real_per_class)
+    # the whole head, so that a checkpoint of all classes fits; features do not depend on it
+    model, _ = models.load_teacher(arch, teacher_checkpoint, dataset, first.folders, size)
+    crop = datasets.squash if facts.image_size <= 64 else training.centre_crop
+    groups = [[[crop(real.read(item), size) for item in items] for items in real.items]]
+    for _, found in sets:
+        paths = [files_of(found, folder) for folder in real.folders]
+        groups.append([[datasets.read_rgb(path) for path in of_class] for of_class in paths])
+    labels = [np.repeat(np.arange(len(group)), list(map(len, group))) for group in groups]
+    rows = [features(model.to(device), sum(group, []), size, dataset, device) for group in groups]
     # one embedding for all panels, so that they can be compared
-    points = np.split(embed(np.concatenate(groups), args.seed), np.cumsum([len(g) for g in groups])[:-1])
-    figure, panels = plt.subplots(1, len(sets), figsize=(min(PAGE, 2.7 * len(sets)), 2.7), squeeze=False)
-    titles = [short(p) for p in split.prompts]
-    for axes, (name, _), own, own_classes in zip(panels[0], sets, points[1:], classes[1:]):
-        scatter_classes(axes, points[0], classes[0], own, own_classes, len(folders))
+    points = np.split(embed(np.concatenate(rows), seed), np.cumsum(list(map(len, rows)))[:-1])
+    figure, panels = pyplot().subplots(
+        1, len(sets), figsize=(min(PAGE, 2.7 * len(sets)), 2.7), squeeze=False
+    )
+    colours = class_colours(len(real.folders))
+    for axes, (name, _), own, own_labels in zip(panels[0], sets, points[1:], labels[1:]):
+        scatter(axes, points[0], colours[labels[0]], s=7, alpha=0.35, rasterized=True)
+        scatter(axes, own, colours[own_labels], s=46, marker="*", edgecolors="black")
         axes.set_title(name)
     figure.subplots_adjust(wspace=0.06)
-    legend_of_classes(panels[0][-1], titles, "real test image" if args.split == "val" else "real training image")
+    words = "real test image" if split == "val" else "real training image"
+    entries = [(words, "o", "black"), ("image of the set", "*", "black")]
+    entries += [(short(p), "o", colour) for p, colour in zip(real.prompts, colours)]
+    for label, marker, colour in entries:
+        panels[0][-1].plot([], [], marker, color=colour, label=label)
+    panels[0][-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0)
     return figure
 
 
 def class_colours(count):
+    """(count, 4) RGBA."""
     import matplotlib
 
-    if count <= 8:
-        return COLOURS[:count]
-    palette = [*matplotlib.colormaps["tab10" if count <= 10 else "tab20"].colors]
-    palette[7 if count <= 10 else 14] = matplotlib_rgb("darkslategray")  # the legend uses grey for all classes
-    return [palette[n % len(palette)] for n in range(count)]
+    return matplotlib.colormaps["tab10" if count <= 10 else "tab20"](np.arange(count) % 20)
 
 
-def scatter_classes(axes, real, real_classes, own, own_classes, count):
-    """Real samples as small pale dots, the others as edged stars, one colour a class; no axes: t-SNE has no units."""
-    colours = np.array([matplotlib_rgb(c) for c in class_colours(count)])
-    axes.scatter(*real.T, s=7, c=colours[real_classes], alpha=0.35, linewidths=0, rasterized=True)
-    axes.scatter(*own.T, s=46, c=colours[own_classes], marker="*", edgecolors="black", linewidths=0.5, zorder=3)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.grid(False)
-    for spine in axes.spines.values():
-        spine.set_visible(True)
-        spine.set_color("#888888")
-
-
-def matplotlib_rgb(colour):
-    from matplotlib.colors import to_rgb
-
-    return to_rgb(colour)
-
-
-def legend_of_classes(axes, titles, real):
-    from matplotlib.lines import Line2D
-
-    dots = [
-        Line2D([], [], marker="o", linestyle="", markersize=5, color=colour, label=title)
-        for colour, title in zip(class_colours(len(titles)), titles)
-    ]
-    kinds = [
-        Line2D([], [], marker="o", linestyle="", markersize=3, color="#888888", alpha=0.6, label=real),
-        Line2D(
-            [],
-            [],
-            marker="*",
-            linestyle="",
-            markersize=8,
-            color="#888888",
-            markeredgecolor="black",
-            label="image of the set",
-        ),
-    ]
-    axes.legend(
-        handles=kinds + dots, loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0, handletextpad=0.3
-    )
+def scatter(axes, points, colours, **style):
+    """Points without ticks: these planes have no units."""
+    width = 0.5 if "edgecolors" in style else 0
+    axes.scatter(*points.T, c=colours, linewidths=width, **style)
+    axes.set(xticks=[], yticks=[])
 
 
 # ---- latents and their prototypes
 
 
-def latents(args):
-    plt = _pyplot()
-    source = open_prototypes(args.prototype_path, args.dataset or _dataset_of(args.prototype_path))
+def latents(latent_cache, prototype_path, dataset, classes, count):
+    if not dataset and not output.is_complete(prototype_path):
+        refuse(f"--prototype_path {prototype_path}: no finished folder; name its --dataset")
+    source = prototypes.open_prototypes(prototype_path, dataset)
     folders = [c["folder"] for c in source.classes]
-    positions = [folders.index(f) for f in choose_classes(args.classes, folders, args.count)]
-    columns = min(3, len(positions))
-    rows = -(-len(positions) // columns)
-    figure, panels = plt.subplots(rows, columns, figsize=(2.2 * columns, 2.2 * rows), squeeze=False)
-    for axes in panels.flat[len(positions) :]:
+    chosen = [folders.index(folder) for folder in choose_classes(classes, folders, count)]
+    columns = min(3, len(chosen))
+    rows = -(-len(chosen) // columns)
+    size = (2.2 * columns, 2.2 * rows)
+    figure, panels = pyplot().subplots(rows, columns, figsize=size, squeeze=False)
+    for axes in panels.flat[len(chosen) :]:
         axes.set_axis_off()
-    for axes, position in zip(panels.flat, positions):
+    for axes, position in zip(panels.flat, chosen):
         own = source.classes[position]
-        draw_latents(axes, cached_latents(args.latent_cache, own), source[position].latents, short(own["prompt"]))
+        draw_latents(axes, cached_latents(latent_cache, own), source[position].latents)
+        axes.set_title(short(own["prompt"]))
     figure.tight_layout(pad=0.6)
     return figure
 
 
-def _dataset_of(path):
-    manifest = Path(path) / "manifest.json"
-    if not manifest.is_file():
-        refuse(f"--prototype_path {path}: no manifest.json in it; a single file also needs --dataset")
-    return read_json(manifest)["dataset"]
-
-
 def cached_latents(root, own):
-    """(N, 4, h, w) of one class from a latent cache: its folder, or the folder above that stage 1 was given."""
+    """(N, c, h, w) of one class from a latent cache: its folder, or the --latent_cache above."""
     from safetensors.numpy import load_file
 
-    name = f"{own['index']:04d}_{own['folder']}.safetensors"
+    name = prototypes.class_file(own["index"], own["folder"], "safetensors")
     found = sorted(p for p in {Path(root) / name, *Path(root).glob(f"*/{name}")} if p.is_file())
     if len(found) != 1:
-        hint = "run stage 1 with --latent_cache" if not found else f"name one of them, such as {found[0].parent}"
+        hint = f"name one of them, such as {found[0].parent}" if found else "run stage 1 with it"
         refuse(f"--latent_cache {root}: {len(found)} files {name}; {hint}")
     return load_file(found[0])["latents"]
 
 
-def draw_latents(axes, rows, prototypes, title):
-    """A class's latents on their first two principal components, in the colour of the nearest prototype (a star)."""
+def draw_latents(axes, rows, centres):
+    """A class's latents on their first two principal components, in the colour of the nearest
+    prototype (a star)."""
+    from matplotlib.collections import LineCollection
     from sklearn.decomposition import PCA
 
-    rows = rows.reshape(len(rows), -1).astype(np.float64)
-    centres = prototypes.reshape(len(prototypes), -1).astype(np.float64)
-    distance = (centres**2).sum(1) - 2 * rows @ centres.T  # (N, k), up to |row|^2
-    nearest = distance.argmin(1)
-    pca = PCA(2, random_state=0).fit(rows)
+    rows, centres = (x.reshape(len(x), -1).astype(np.float64) for x in (rows, centres))
+    nearest = ((centres**2).sum(1) - 2 * rows @ centres.T).argmin(1)  # (N,)
+    pca, colours = PCA(2, random_state=0).fit(rows), class_colours(len(centres))
     points, stars = pca.transform(rows), pca.transform(centres)
-    colours = np.array([matplotlib_rgb(c) for c in class_colours(len(centres))])
-    for point, n in zip(points, nearest):
-        axes.plot(*zip(point, stars[n]), color=colours[n], linewidth=0.3, alpha=0.35, zorder=1)
-    axes.scatter(*points.T, s=7, c=colours[nearest], alpha=0.55, linewidths=0, zorder=2)
-    axes.scatter(*stars.T, s=75, c=colours, marker="*", edgecolors="black", linewidths=0.6, zorder=3)
-    explained = 100 * pca.explained_variance_ratio_
-    axes.set_title(title)
-    axes.set_xlabel(f"PC 1 ({explained[0]:.0f} %)", labelpad=2)
-    axes.set_ylabel(f"PC 2 ({explained[1]:.0f} %)", labelpad=1)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.grid(False)
+    scatter(axes, points, colours[nearest], s=7, alpha=0.55)
+    scatter(axes, stars, colours, s=75, marker="*", edgecolors="black")
+    lines = np.stack([points, stars[nearest]], 1)  # (N, 2, 2)
+    axes.add_collection(LineCollection(lines, colors=colours[nearest], linewidths=0.3, alpha=0.35))
+    first, second = 100 * pca.explained_variance_ratio_
+    axes.set(xlabel=f"PC 1 ({first:.0f} %)", ylabel=f"PC 2 ({second:.0f} %)")
 
 
 # ---- main
 
-FIGURES = {"grid": grid, "row": row, "ipc": ipc, "tsne": tsne, "time": time, "latents": latents}
-DEFAULT_OUTPUT = {
-    "grid": "figure4", "row": "figure5", "ipc": "figure6", "tsne": "figure7", "time": "figure8", "latents": "latents",
-}  # fmt: skip
+FIGURES = {  # subcommand: (function, name of its files, help)
+    "grid": (grid, "figure4", "methods as rows, classes as columns (figure 4)"),
+    "row": (row, "figure5", "one class, methods as rows, images as columns (figure 5)"),
+    "ipc": (ipc, "figure6", "accuracy over images per class (figure 6)"),
+    "tsne": (tsne, "figure7", "t-SNE of features of real and synthetic images (figure 7)"),
+    "time": (time, "figure8", "accuracy against the time of distillation (figure 8)"),
+    "latents": (latents, "latents", "a class's latents with their prototypes"),
+}
 
 
 def get_args(argv=None):
-    parser = Parser(prog="misc.figures", description=__doc__.split("\n")[0])
-    kinds = parser.add_subparsers(dest="figure", required=True, parser_class=Parser)
-
-    def kind(name, help):
-        sub = kinds.add_parser(name, help=help, description=help)
-        sub.add_argument(
-            "--output",
-            default=f"output/figures/{DEFAULT_OUTPUT[name]}",
-            help="path without suffix; makes .png and .pdf",
-        )
-        return sub
-
-    def image_flags(sub):
-        sub.add_argument("--images", nargs="+", required=True, metavar="DIR", help="image folders, one a method")
-        sub.add_argument("--names", nargs="+", default=None, help="what to call them")
-
-    sub = kind("grid", "methods as rows, classes as columns (figure 4)")
-    image_flags(sub)
-    sub.add_argument("--classes", nargs="+", default=None, help="class folders, indices, or ranges such as 0-9")
-    sub.add_argument(
-        "--count", type=positive_int, default=10, help="classes, spread evenly, if --classes is not given"
-    )
-    sub.add_argument("--image", type=int, default=0, help="which image of each class")
-
-    sub = kind("row", "one class, methods as rows, images as columns (figure 5)")
-    image_flags(sub)
-    sub.add_argument("--class_folder", default=None, help="folder or index of the class [the first]")
-    sub.add_argument("--count", type=positive_int, default=10, help="images")
-
-    for name, help in (
-        ("ipc", "accuracy over images a class (figure 6)"),
-        ("time", "accuracy against the time of distillation (figure 8)"),
-    ):
-        sub = kind(name, help)
-        sub.add_argument("--output_root", default="output", help="results.json files are looked for below it")
-        sub.add_argument("--dataset", type=dataset_name, default="imagenet")
-        sub.add_argument("--arms", nargs="+", default=["d4m", "random"], help="image arms that are drawn")
-        sub.add_argument("--paper", nargs="*", default=["D4M", "SRe2L"], help="methods drawn from the paper's tables")
-
-    sub = kind("tsne", "t-SNE of features of real and synthetic images (figure 7)")
-    image_flags(sub)
-    sub.add_argument("--data_dir", default=None, help="the real data set's root (not for digits)")
-    sub.add_argument("--split", choices=["train", "val"], default="val", help="real images of this split")
-    sub.add_argument(
-        "--classes", nargs="+", default=None, help="folders, indices, or ranges such as 0-9 [ten, spread evenly]"
-    )
-    sub.add_argument("--real_per_class", type=positive_int, default=50)
-    sub.add_argument("--arch", type=model_name, default="resnet18", help="whose features")
-    sub.add_argument("--teacher_checkpoint", default=None, help="its weights [torchvision's]")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--device", default="auto")
-
-    sub = kind("latents", "a class's latents with their prototypes")
-    sub.add_argument("--latent_cache", required=True, metavar="DIR", help="as stage 1 wrote it")
-    sub.add_argument("--prototype_path", required=True, help="a folder of stage 1")
-    sub.add_argument("--dataset", type=dataset_name, default=None)
-    sub.add_argument("--classes", nargs="+", default=None, help="class folders, indices, or ranges such as 0-5")
-    sub.add_argument("--count", type=positive_int, default=6, help="classes, if --classes is not given")
+    parser, count, subs = Parser("misc.figures", __doc__), number(int, 1), {}
+    kinds = parser.add_subparsers(dest="figure", required=True)
+    for name, (_, stem, words) in FIGURES.items():
+        subs[name] = kinds.add_parser(name, doc=words, help=words)
+        words = "path without suffix; makes .png and .pdf"
+        subs[name].flag("--output", default=f"output/figures/{stem}", help=words)
+    for name in ("grid", "row", "tsne"):
+        many = {"nargs": "+", "required": True, "metavar": "DIR"}
+        subs[name].flag("--images", help="image folders, one per method", **many)
+        subs[name].flag("--names", nargs="+", help="what to call them")
+    for name in ("grid", "tsne", "latents"):
+        words = "class folders, indices, or ranges such as 0-9 [some, spread evenly]"
+        subs[name].flag("--classes", nargs="+", help=words)
+    for name, most, words in (("grid", 10, "classes"), ("row", 10, "images"), ("latents", 6, "")):
+        subs[name].flag("--count", type=count, default=most, help=words or "classes")
+    for name in ("ipc", "time"):
+        sub = subs[name]
+        sub.flag("--output_root", default="output", help="results.json are looked for below it")
+        sub.flag("--dataset", type=datasets.name, default="imagenet")
+        sub.flag("--arms", nargs="+", default=["d4m", "random"], help="image arms that are drawn")
+        words = "methods drawn from the paper's tables"
+        sub.flag("--paper", nargs="*", default=["D4M", "SRe2L"], help=words)
+    subs["grid"].flag("--image", type=number(int, 0), default=0, help="which image of each class")
+    subs["row"].flag("--class_folder", help="folder or index of the class [the first]")
+    sub = subs["tsne"]
+    sub.flag("--data_dir", help="the real data set's root (not for digits)")
+    sub.flag("--split", choices=["train", "val"], default="val", help="of the real images")
+    sub.flag("--real_per_class", type=count, default=50)
+    sub.flag("--arch", type=models.model_name, default="resnet18", help="whose features")
+    sub.flag("--teacher_checkpoint", help="its weights [torchvision's]")
+    sub.flag("--seed", type=number(int, 0), default=0)
+    sub.flag("--device", default="auto")
+    sub = subs["latents"]
+    sub.flag("--latent_cache", required=True, metavar="DIR", help="as stage 1 wrote it")
+    sub.flag("--prototype_path", required=True, help="a folder of stage 1")
+    sub.flag("--dataset", type=datasets.name, help="of a single file of the release")
     return parser.parse_args(argv)
 
 
+def draw(argv):
+    """(figure, where to save it)"""
+    options = vars(get_args(argv))
+    for name in ("settings", "output"):
+        path = options.pop(name)
+    function, _, _ = FIGURES[options.pop("figure")]
+    return function(**options), path
+
+
+@entry_point
 def main(argv=None):
-    args = get_args(argv)
-    return save(FIGURES[args.figure](args), args.output)
+    return save(*draw(argv))
 
 
 if __name__ == "__main__":

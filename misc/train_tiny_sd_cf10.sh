@@ -1,11 +1,15 @@
 #!/bin/sh
-# A small class-prompted Stable Diffusion of CIFAR-10, from scratch: first a classifier for the VAE's perceptual loss (trained
-# apart from the one that judges the images later), then VAE, UNet and text encoder. misc/tiny-sd-cifar10 was made by this.
-# On one CPU core: 5 + 15 + 49 minutes (measured, another job on the other core). PRESET=gpu is a larger one, its steps set to
-# fit into MINUTES of that GPU (never run yet). Stop it whenever you like; the same command goes on. Look at $MODEL/samples/.
+# A small class-prompted Stable Diffusion of CIFAR-10, from scratch: first a classifier for the
+# VAE's perceptual loss (trained apart from the one that judges the images later), then VAE, UNet
+# and text encoder. misc/tiny-sd-cifar10 was made by this.
+# On one CPU core: 5 + 15 + 49 minutes (measured, another job on the other core). PRESET=gpu is a
+# larger one, its steps set to fit into MINUTES of that GPU (never run yet). Stop it whenever you
+# like; the same command goes on. Look at $MODEL/samples/.
 # DATA_DIR holds {train,val}/CLASS/*.png, or torchvision's cifar-10-batches-py.
 set -eu
 cd "$(dirname "$0")/.."
+. scripts/launch.sh
+RUN="${PYTHON:-python}" # one process
 
 PRESET="${PRESET:-cpu}"
 case "$PRESET" in
@@ -17,7 +21,7 @@ OUT="${OUT:-output/cifar10_small}"
 MODEL="${MODEL:-output/cifar10_small/models/tiny-sd-cifar10}"
 CLASSIFIER="$OUT/perceptual/cifar10_convnet_w64_epochs4"
 
-[ -f "$CLASSIFIER/manifest.json" ] || "${PYTHON:-python}" -m matching.train_teacher \
+step run -m matching.train_teacher \
     --dataset cifar10 \
     --data_dir "$DATA_DIR" \
     --arch convnet_w64 \
@@ -27,7 +31,7 @@ CLASSIFIER="$OUT/perceptual/cifar10_convnet_w64_epochs4"
     --num_workers 0 \
     --output_dir "$OUT/perceptual"
 
-exec "${PYTHON:-python}" -m misc.train_tiny_sd \
+run -m misc.train_tiny_sd \
     --dataset cifar10 \
     --data_dir "$DATA_DIR" \
     --preset "$PRESET" \

@@ -4,8 +4,10 @@
 #                       TORCHRUN_ARGS; with DRY_RUN=1 it prints the command line, ready to paste
 # step COMMAND          for scripts of several commands: runs it, and leaves if it failed. A stop
 #                       signal goes on to the command as SIGTERM; then this script leaves with 75
+# refuse MESSAGE        one line on stderr and status 2, as the stages do
 # d4m_images DATASET    prints the name of the images that stages 1 and 2 make of it
-# labels_name           prints the name of the soft labels of IMAGES by TEACHER
+# labels_name [PARTS]   prints the name of the soft labels of IMAGES by TEACHER; PARTS: of other
+#                       crops or flips than the default
 # of_dataset            sets what nobody set of DATA_DIR, INPUT_SIZE, TEACHER and
 #                       TEACHER_CHECKPOINT as the launchers of DATASET do
 # ipc_of NAME DEFAULT   prints the images per class that a folder's name says (_ipc50_)
@@ -14,8 +16,13 @@
 #
 # torchrun, not `accelerate launch`: that one silently reads a configuration file of the user.
 
+refuse() {
+    echo "error: $*" >&2
+    exit 2
+}
+
 case "${NUM_GPUS:-1}" in
-    *[!0-9]* | 0) echo "error: NUM_GPUS=$NUM_GPUS: expected a number of at least 1" >&2 && exit 2 ;;
+    *[!0-9]* | 0) refuse "NUM_GPUS=$NUM_GPUS: expected a number of at least 1" ;;
 esac
 RUN="${PYTHON:-python}"
 if [ -n "${TORCHRUN_ARGS:-}" ] || [ "${NUM_GPUS:-1}" -gt 1 ]; then
@@ -68,11 +75,11 @@ d4m_images() {
 
 labels_name() {
     printf %s "${IMAGES}_$TEACHER$(unless epochs "$EPOCHS" 300)$(unless b "$BATCH_SIZE" 1024)"
-    printf %s "${CROPS:-}_mix-cutmix"
+    printf %s "${1:-}_mix-cutmix"
 }
 
 of_dataset() {
-    PLACE="data/$DATASET" SIZE=224 NETWORK=resnet18 # of ImageNet, its subsets, and a set of your own
+    PLACE="data/$DATASET" SIZE=224 NETWORK=resnet18 # ImageNet, its subsets, a set of your own
     case "$DATASET" in
         cifar10 | cifar100) SIZE=32 NETWORK=convnet_w128 ;;
         digits) SIZE=32 NETWORK=convnet_mini ;;
@@ -84,7 +91,8 @@ of_dataset() {
     TEACHER="${TEACHER:-$NETWORK}"
     CHECKPOINTS=
     for NETWORK in $TEACHER; do # nobody publishes those of small images: train_teacher makes them
-        case "$SIZE" in 224) CHECKPOINT=torchvision ;; *) CHECKPOINT="$OUT/teachers/${DATASET}_$NETWORK" ;; esac
+        CHECKPOINT=torchvision
+        [ "$SIZE" = 224 ] || CHECKPOINT="$OUT/teachers/${DATASET}_$NETWORK"
         CHECKPOINTS="${CHECKPOINTS:+$CHECKPOINTS }$CHECKPOINT"
     done
     TEACHER_CHECKPOINT="${TEACHER_CHECKPOINT:-$CHECKPOINTS}"

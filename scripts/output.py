@@ -219,16 +219,18 @@ class Output:
         units      all units of the folder, in order;   files_of(unit) -> its files, relative paths
         bytes_each bytes of one unit's files, for the check of free space
         runs       a process takes one run of neighbours instead of every world-th unit
+        Counted in messages are files: a batch of images is so many images.
         With --dry_run: prints what would be made and exits with status 0.
         """
         units, rank, world = list(units), self.process.rank, self.process.world
         self.names += [name for unit in units for name in files_of(unit)]
-        self.units = len(units)
+        self.units = len(self.names)
         lacking = [not all((self.folder / n).exists() for n in files_of(unit)) for unit in units]
         needed = sum(lacking) * bytes_each
         files.require_space(self.flag, self.folder, needed)
         if self.process.dry_run:
-            plan(self.folder, len(units) - sum(lacking), sum(lacking), needed)
+            to_do = sum(len(files_of(unit)) for unit, lacks in zip(units, lacking) if lacks)
+            plan(self.folder, self.units - to_do, to_do, needed)
         mine = range(rank, len(units), world)
         if self.together:
             mine = range(len(units))

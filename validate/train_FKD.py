@@ -1,752 +1,444 @@
-"""Stage 4 (paper, sections 3.3 and 4): a student on synthetic images and soft labels, tested on real images.
+"""Stage 4 (paper, 3.3 and 4): a student on synthetic images and soft labels, tested on real images.
 
-    python -m validate.train_FKD --train_dir output/images/NAME --fkd_path output/labels/NAME_resnet18_mix-cutmix \\
-        --val_dir data/imagenet --model resnet18 --cos -T 20 --gradient_accumulation_steps 2
+    python -m validate.train_FKD --train_dir output/images/NAME \\
+        --fkd_path output/labels/NAME_resnet18_mix-cutmix --val_dir data/imagenet \\
+        --model resnet18 --cos -T 20 --gradient_accumulation_steps 2
     sh validate/train_FKD.sh
 
-minimises KL(teacher(x), student(x)) over the replayed crops of the labels (the default), over crops that the teacher
-labels during training (--online: same draws, same numbers), or trains on class indices (--hard_label). Writes
-OUTPUT_DIR/<name>/results.json (arguments, a row an epoch, last and best top-1/top-5 by seed, mean and sample std), the
-weights, and manifest.json. The same command continues a stopped run from its last checkpoint to the same weights.
+Minimises KL(teacher(x), student(x)) over the replayed crops of the labels (the default), over crops
+that the teacher labels during training (--online: same draws, same numbers), or trains on class
+indices (--hard_label). Writes OUTPUT_DIR/<name>/results.json (arguments, a row per epoch, last and
+best top-1/top-5 by seed, mean and std), the weights, and manifest.json. The same command goes on
+from the last checkpoint of a stopped run, to the same weights.
 """
 
-if __name__ == "__main__" and not __package__:  # run by path, our packages would not be found
-    import sys
-
-    print("error: run it from the repository root: python -m validate.train_FKD", file=sys.stderr)
-    sys.exit(2)
-
 import argparse
-import contextlib
+import dataclasses
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from distillation.datasets import DATASETS, dataset_name, known_prompts, open_split
-from matching.generate_soft_label import add_teacher_flags, load_teachers, name_extras
-from matching.label_folder import open_labels
-from matching.models import count_parameters, create_model, load_state, model_name, read_state_dict
-from matching.soft_labels import (
-    PROTOCOL,
-    TEACHER_ROWS,
-    Feed,
-    ImageSet,
-    add_protocol_flags,
-    batches_of,
-    labels_name,
-    load_pixels,
-    mix,
-    open_images,
-    protocol_of,
-    sent,
-    teacher_logits,
-)
-from matching.training import (
-    Average,
-    Forward,
-    add_training_flags,
-    average_buffers,
-    check_ranks,
-    check_warmup,
-    checked_loss,
-    checkpoint_path,
-    chunk_size,
-    color_jitter,
-    evaluate,
-    hard_loss,
-    has_random_layers,
-    load_checkpoint,
-    lr_factor,
-    make_optimizer,
-    mse_ce_loss,
-    plain,
-    rank_chunks,
-    restore,
-    save_checkpoint,
-    save_weights,
-    seeded,
-    set_lr,
-    soft_loss,
-    sum_over_ranks,
-    summary,
-    train_step,
-    validation_pixels,
-)
-from scripts.files import (
-    TIMING,
-    check_unit,
-    is_complete,
-    output_folder,
-    output_name,
-    read_json,
-    read_manifest,
-    require_space,
-    settings_digest,
-    sha256,
-    write_json,
-    write_manifest,
-    write_timing,
-    wrong_field,
-)
-from scripts.runtime import (
-    DROPOUT,
-    JITTER,
-    WEIGHTS,
-    Parser,
-    StopSignals,
-    Stopwatch,
-    add_process_flags,
-    at_least_one,
-    below_one,
-    entry_point,
-    generator,
-    join_processes,
-    log_run,
-    memory_for,
-    natural,
-    not_negative,
-    positive,
-    progress,
-    refuse,
-    this_process,
-    unit_interval,
-)
+from distillation import datasets
+from matching import batches, generate_soft_label, labels, models, ranks, training
+from matching import images as image_sets
+from matching.feed import Feed
+from scripts import files, output, runtime
+from scripts.runtime import JITTER, Parser, number, refuse
 
 RETIRED = {
     "--keep_topk": "nothing used it",
     "--start_epoch": "the same command resumes from its checkpoint",
     "--wandb_project": "use --tracker wandb, and wandb's own WANDB_PROJECT",
-    "--wandb_api_key": "use --tracker wandb after `wandb login`; a key on a command line is public",
+    "--wandb_api_key": "use --tracker wandb after `wandb login`; a command line is public",
     "--seed": "use --seeds",
 }
 
 
-class Recipe(NamedTuple):
-    """How a student learns; the defaults are the release's (its launcher sets cosine and temperature 20)."""
-
-    optimizer: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    momentum: float = 0.875
-    schedule: str = "linear"
-    cos_stretch: float = 1.0
-    step_factor: float = 0.2
-    warmup_epochs: int = 0
-    loss: str = "kl"
-    temperature: float = 3.0
-    ce_weight: float = 0.025
-    ema: float = 0.0
-    bn_refresh: bool = False
-    color_jitter: float = 0.0
-    lighting: float = 0.0
-
-
 def get_args(argv=None):
-    parser = Parser(prog="validate.train_FKD", description=__doc__.split("\n")[0], retired=RETIRED)
-    group = parser.add_argument_group("data")
-    group.add_argument("--train_dir", default=None, help="an image folder of stage 2, or any other")
-    group.add_argument(
-        "--fkd_path",
-        default=None,
-        help="its labels folder of stage 3, or the folder above (not with --online, --hard_label)",
-    )
-    group.add_argument("--val_dir", default=None, help="the real data set's root (not for digits)")
-    group.add_argument(
-        "--dataset", type=dataset_name, default=None, metavar="NAME", help="default: what the images' manifest says"
-    )
-    group.add_argument(
-        "--output_dir", default="output/students", help="results go to a folder below, named by the flags"
-    )
-    group.add_argument("--verify", action="store_true", help="hash every label file at the start, however many")
-    group.add_argument("--online", action="store_true", help="the teacher labels during training; no labels folder")
-    group.add_argument("--hard_label", action="store_true", help="train on class indices; no teacher")
-    group.add_argument("--evaluate", default=None, metavar="CHECKPOINT", help="only test these weights on --val_dir")
+    parser = Parser("validate.train_FKD", __doc__, RETIRED)
+    flag, setting = parser.flag, parser.setting
+    parser.heading("data")
+    flag("--train_dir", help="an image folder of stage 2, or any other")
+    where = "its labels folder of stage 3, or the folder above (not with --online, --hard_label)"
+    flag("--fkd_path", help=where)
+    flag("--val_dir", help="the real data set's root (not for digits)")
+    known = "the data set of the images [what their manifest says]"
+    setting("--dataset", type=datasets.name, metavar="NAME", help=known)
+    flag("--output_dir", default="output/students", help="the folder is made below this one")
+    flag("--verify", action="store_true", help="hash every label file at the start")
+    switch = {"action": "store_true", "default": False}
+    setting("--online", help="the teacher labels during training; no labels folder", **switch)
+    setting("--hard_label", help="train on class indices; no teacher", **switch)
+    flag("--evaluate", metavar="CHECKPOINT", help="only test these weights on --val_dir")
 
-    group = parser.add_argument_group("student")
-    group.add_argument("--model", type=model_name, default="resnet18", help="see matching/models.py")
-    group.add_argument("--seeds", nargs="+", type=natural, default=[0], help="one student from scratch for each")
-    group.add_argument("--sgd", action="store_true", help="SGD instead of AdamW")
-    group.add_argument("--adamw_lr", type=positive, default=0.001)
-    group.add_argument(
-        "--adamw_weight_decay", type=not_negative, default=0.01, help="on matrices and convolutions only"
-    )
-    group.add_argument("-lr", "--learning_rate", type=positive, default=1.024, help="of SGD")
-    group.add_argument("--momentum", type=below_one, default=0.875, help="of SGD")
-    group.add_argument("--weight_decay", type=not_negative, default=3e-5, help="of SGD")
-    group.add_argument(
-        "--schedule", choices=("linear", "cosine", "step", "constant"), default="linear", help="learning rate by epoch"
-    )
-    group.add_argument(
-        "--cos", dest="schedule", action="store_const", const="cosine", help="same as --schedule cosine"
-    )
-    group.add_argument(
-        "--cos_stretch",
-        type=at_least_one,
-        default=1.0,
-        help="cosine over this many times the epochs; 2 ends at half (RDED)",
-    )
-    group.add_argument(
-        "--step_factor", type=unit_interval, default=0.2, help="of --schedule step, at 2/3 and 5/6 of the epochs"
-    )
-    group.add_argument("--warmup_epochs", type=natural, default=0, help="linear, before the schedule")
-    group.add_argument(
-        "-T", "--temperature", type=positive, default=3.0, help="of both sides of the KL; no T^2 factor"
-    )
-    group.add_argument(
-        "--loss",
-        choices=("kl", "mse_ce"),
-        default="kl",
-        help="kl (paper); mse_ce: squared error of logits + --ce_weight x cross-entropy (EDC)",
-    )
-    group.add_argument("--ce_weight", type=not_negative, default=0.025, help="of --loss mse_ce")
-    group.add_argument(
-        "--ema", type=below_one, default=0.0, help="decay of averaged weights, which are tested; 0: none"
-    )
-    group.add_argument(
-        "--bn_refresh", action="store_true", help="an extra forward on un-mixed images refreshes BatchNorm (RDED)"
-    )
-    group.add_argument(
-        "--color_jitter", type=not_negative, default=0.0, help="with --hard_label: strength (Minimax: 0.4)"
-    )
-    group.add_argument(
-        "--lighting", type=not_negative, default=0.0, help="with --hard_label: PCA noise (Minimax: 0.1)"
-    )
+    parser.heading("student")
+    positive, natural, factor = number(float, above=0), number(int, 0), number(float, 0)
+    below_one, share = number(float, 0, below=1), number(float, above=0, most=1)
+    setting("--model", type=models.model_name, default="resnet18", help="see matching/models.py")
+    setting("--sgd", short="opt-sgd", help="SGD instead of AdamW", **switch)
+    setting("--adamw_lr", type=positive, default=0.001, short="lr", help="peak")
+    decay = "on matrices and convolutions only"
+    setting("--adamw_weight_decay", type=factor, default=0.01, short="wd", help=decay)
+    setting("-lr", "--learning_rate", type=positive, default=1.024, short="lr", help="of SGD")
+    setting("--weight_decay", type=factor, default=3e-5, short="wd", help="of SGD")
+    setting("--momentum", type=below_one, default=0.875, short="momentum", help="of SGD")
+    schedule = {"default": "linear", "short": "schedule", "help": "learning rate by epoch"}
+    setting("--schedule", choices=training.SCHEDULES, **schedule)
+    cosine = {"action": "store_const", "const": "cosine", "default": "linear"}
+    flag("--cos", dest="schedule", help="same as --schedule cosine", **cosine)
+    stretch = "cosine over this many times the epochs; 2 ends at half (RDED)"
+    setting("--cos_stretch", type=number(float, 1), default=1.0, short="stretch", help=stretch)
+    steps = "of --schedule step, at 2/3 and 5/6 of the epochs"
+    setting("--step_factor", type=share, default=0.2, short="factor", help=steps)
+    warmup = "linear, before the schedule"
+    setting("--warmup_epochs", type=natural, default=0, short="warmup", help=warmup)
+    loss = "kl (paper); mse_ce: squared error of logits + --ce_weight x cross-entropy (EDC)"
+    setting("--loss", choices=training.LOSSES, default="kl", short="loss", help=loss)
+    both = "of both sides of the KL; no T^2 factor"
+    setting("-T", "--temperature", type=positive, default=3.0, short="T", help=both)
+    setting("--ce_weight", type=factor, default=0.025, short="ce", help="of --loss mse_ce")
+    ema = "decay of averaged weights, which are tested; 0: none"
+    setting("--ema", type=below_one, default=0.0, short="ema", help=ema)
+    refresh = "an extra forward on un-mixed images refreshes BatchNorm (RDED)"
+    setting("--bn_refresh", short="bnrefresh", help=refresh, **switch)
+    jitter = "with --hard_label: strength (Minimax: 0.4)"
+    setting("--color_jitter", type=factor, default=0.0, short="jitter", help=jitter)
+    noise = "with --hard_label: PCA noise (Minimax: 0.1)"
+    setting("--lighting", type=factor, default=0.0, short="lighting", help=noise)
+    seeds = {"nargs": "+", "type": natural, "default": [0], "short": "seeds"}
+    setting("--seeds", help="one student from scratch for each", **seeds)
 
-    group = parser.add_argument_group("batches (stored labels fix them: a flag that differs is refused)")
-    add_protocol_flags(group, stored=True)
-    add_teacher_flags(parser, None)
-    add_training_flags(parser)
-    parser.add_argument("--tracker", default=None, help="tensorboard, wandb, ... through accelerate")
-    add_process_flags(parser)
-    parser.add_argument(
-        "-j", "--workers", dest="num_workers", type=natural, default=argparse.SUPPRESS, help="same as --num_workers"
-    )
+    batches.add_batch_flags(parser, stored=True)
+    generate_soft_label.add_teacher_flags(parser, None)
+    training.add_training_flags(parser)
+    flag("--tracker", help="tensorboard, wandb, ... through accelerate")
+    runtime.add_process_flags(parser)
+    workers = {"type": natural, "default": argparse.SUPPRESS, "help": "same as --num_workers"}
+    flag("-j", "--workers", dest="num_workers", **workers)
     args = parser.parse_args(argv)
-    _check_flags(args)
-    return args
 
-
-def _check_flags(args):
+    own = "--online" if args.online else "--hard_label" if args.hard_label else None
+    needed = "the labels of stage 3 (or --online, or --hard_label)"
+    teacher = args.arch or args.teacher_checkpoint
     if args.shard != "0/1":
         refuse(f"--shard {args.shard}: training is one job; use torchrun for several processes")
     if args.online and args.hard_label:
         refuse("--online and --hard_label: only one of them")
-    if args.evaluate:
-        return
-    if args.train_dir is None:
+    if not args.train_dir and not args.evaluate:
         refuse("--train_dir: missing; an image folder of stage 2")
-    own = "--online" if args.online else "--hard_label" if args.hard_label else None
     if own and args.fkd_path:
         refuse(f"--fkd_path {args.fkd_path}: not with {own}, which reads no labels")
-    if not own and args.fkd_path is None:
-        refuse("--fkd_path: missing; the labels of stage 3 (or --online, or --hard_label)")
-    if args.hard_label and (args.arch or args.teacher_checkpoint):
+    if not (own or args.fkd_path or args.evaluate):
+        refuse(f"--fkd_path: missing; {needed}")
+    if args.hard_label and teacher:
         refuse("--hard_label: has no teacher; drop --arch and --teacher_checkpoint")
     if (args.color_jitter or args.lighting) and not args.hard_label:
-        refuse("--color_jitter, --lighting: only with --hard_label; the teacher's labels are of images without them")
+        refuse("--color_jitter, --lighting: only with --hard_label; a teacher labels without them")
     if len(set(args.seeds)) < len(args.seeds):
         refuse(f"--seeds {' '.join(map(str, args.seeds))}: a seed stands twice")
+    return args
 
 
-def recipe_of(args):
-    return Recipe(
-        optimizer="sgd" if args.sgd else "adamw",
-        lr=args.learning_rate if args.sgd else args.adamw_lr,
-        weight_decay=args.weight_decay if args.sgd else args.adamw_weight_decay,
-        loss="ce" if args.hard_label else args.loss,
-        **{
-            name: getattr(args, name)
-            for name in Recipe._fields
-            if name not in ("optimizer", "lr", "weight_decay", "loss")
-        },
-    )
+# ---- what a student learns from
+
+BATCH = tuple(batches.PROTOCOL)
 
 
-# ---- inputs
+class Lessons:
+    """Images with labels that are stored, made now, or their classes: see training.train.
+
+    stem       name of the labels, stored or not, which names the result
+    settings   a Settings, with the batches' values that the labels were made with
+    facts      of each teacher;   made: {"amp", "channels_last"} of its labels; None: hard labels
+    content    digest of stored labels;   labelled: their epochs
+    """
+
+    def __init__(self, images, settings, process, num_workers):
+        self.arrays, self.process, self.num_workers = None, process, num_workers
+        if images.foreign:  # its content is known only from its pixels
+            self.arrays, images = image_sets.load_pixels("--train_dir", images, num_workers)
+        self.images, self.settings = images, settings.filled(dataset=images.dataset)
+        self.networks, self.facts, self.stored = [], [], None
+        self.content = self.made = self.labelled = None
+        hard = settings["hard_label"]
+        self.loss = training.hard_loss if hard else training.LOSSES[settings["loss"]]
+
+    @property
+    def count(self):
+        return len(self.images.files)
+
+    def inputs(self):
+        """Hashes of what is learnt from."""
+        teachers = [[facts["arch"], facts["sha256"]] for facts in self.facts]
+        contents = {"images": self.images.content, "labels_content": self.content}
+        return {**contents, "teacher": teachers}
+
+    def replay(self, path, checkpoints, verify):
+        """Take the labels that stage 3 made of these images; refuses others."""
+        given = {**self.settings, "teacher_checkpoint": checkpoints}
+        folder, manifest = labels.open_labels(path, self.images, given, verify)
+        made, self.facts = manifest["arguments"], manifest["teacher"]
+        fixed = {name: made[name] for name in (*BATCH, "use_fp16", "arch")}
+        self.settings, self.stem = self.settings.filled(**fixed), folder.resolve().name
+        self.stored = folder, {name: entry["sha256"] for name, entry in manifest["files"].items()}
+        self.content, self.labelled = manifest["content"], made["epochs"]
+        self.made = {name: made[name] for name in ("amp", "channels_last")}
+
+    def draw(self, checkpoints):
+        """Draw the batches now, for teachers that label them (--online) or for the classes."""
+        size = self.images.image_size or datasets.ALL[self.images.dataset].image_size
+        usual = {**batches.PROTOCOL, "input_size": size, "use_fp16": True}
+        settings = self.settings = self.settings.filled(**usual)
+        batches.check_scales(settings["min_scale_crops"], settings["max_scale_crops"])
+        if settings["hard_label"]:
+            self.stem = labels.labels_name(self.images.name, ["hard"], settings.only(BATCH))
+            return
+        settings = self.settings = settings.filled(arch=["resnet18"])
+        where = self.images.dataset, self.images.folders, settings["input_size"]
+        loaded = generate_soft_label.load_teachers(
+            settings["arch"], checkpoints, *where, self.process.device
+        )
+        self.networks, self.facts = loaded
+        self.made = {"amp": "none", "channels_last": False}
+        named = settings.only([*BATCH, "use_fp16"])
+        self.stem = f"{labels.labels_name(self.images.name, settings['arch'], named)}_online"
+
+    def cut(self, accumulation_steps):
+        """Settle --bn_batch: the images of one forward pass."""
+        given, batch_size = self.settings["bn_batch"], self.settings["batch_size"]
+        world = self.process.world
+        size = training.chunk_size(batch_size, world, accumulation_steps, given)
+        self.settings["bn_batch"] = size
+
+    def network(self):
+        classes, size = len(self.images.folders), self.settings["input_size"]
+        return models.create_model(self.settings["model"], classes, size)
+
+    def files_of(self, seed):
+        return [f"student_seed{seed}.safetensors", f"seed{seed}.json"]
+
+    def loader(self, keys):
+        arrays, rows_of = self.arrays, self.needed if self.process.world > 1 else None
+        if arrays is None:
+            arrays, _ = image_sets.load_pixels("--train_dir", self.images, self.num_workers)
+        where = self.process.device, self.stored, rows_of
+        self.feed = Feed(arrays, self.images, self.settings, *where)
+        return self.feed.loader(keys, self.num_workers)
+
+    def own(self, count):
+        """The rows of a batch of `count` that this process trains on."""
+        where = self.settings["bn_batch"], self.process.rank, self.process.world
+        return training.rank_chunks(count, *where)[1]
+
+    def needed(self, count):
+        """Its own rows; with --online the blocks that hold them, as the teacher takes them.
+
+        So no batch of the teacher depends on the number of processes.
+        """
+        rows, every, size = self.own(count), torch.arange(count), generate_soft_label.TEACHER_ROWS
+        return every[torch.isin(every // size, rows // size)] if self.networks else rows
+
+    def part(self, item):
+        """The training.Part of an item of the feed."""
+        s, count, device = self.settings, len(item.batch.index), self.process.device
+        own, logits, change = self.own(count), item.logits, None
+        if s["color_jitter"] or s["lighting"]:
+            g = runtime.generator(s["fkd_seed"], JITTER, item.epoch, item.number)
+            strength = s["color_jitter"], s["lighting"]
+            change = partial(color_jitter, strength=strength, facts=self.feed.facts, g=g)
+        x = self.feed.mixed(item, change)
+        unmixed = self.feed.unmixed(item) if s["bn_refresh"] else None
+        if self.networks:
+            logits = generate_soft_label.teacher_logits(self.networks, x, half=s["use_fp16"])
+            if item.rows is not None:  # more rows are here than this process trains on
+                where = batches.sent(torch.searchsorted(item.rows, own), device)
+                x, logits = x[where], logits[where]
+                unmixed = None if unmixed is None else unmixed[where]
+        elif logits is not None:
+            logits = batches.sent(logits if item.rows is None else logits[own], device)
+        targets = self.images.targets[item.batch.index]
+        classes = (batches.sent(targets[i], device) for i in (own, item.batch.partner[own]))
+        return training.Part(count, x, training.Goal(logits, *classes, item.batch.lam), unmixed)
+
+
+GRAY = (0.299, 0.587, 0.114)
+# of ImageNet's RGB covariance (Krizhevsky et al. 2012), as the whole field uses them
+EIGENVALUES = (0.2175, 0.0188, 0.0045)
+EIGENVECTORS = (
+    (-0.5675, 0.7192, 0.4009),
+    (-0.5808, -0.0045, -0.8140),
+    (-0.5836, -0.6948, 0.4203),
+)
+
+
+def color_jitter(x, rows, count, strength, facts, g):
+    """Minimax: brightness, contrast and saturation in random order, then PCA noise.
+
+    x          (n, 3, S, S) normalised: the rows `rows` of a batch of `count`. The draws are of the
+               whole batch, so that processes agree
+    strength   (largest change of the three, standard deviation of the noise);   facts: mean, std
+    """
+    jitter, lighting = strength
+    order = torch.rand(count, 3, generator=g).argsort(1)[rows].to(x.device)  # which comes when
+    alpha = (torch.rand(count, 3, generator=g) * 2 - 1)[rows].to(x.device) * jitter
+    noise = torch.randn(count, 3, generator=g)[rows].to(x.device) * lighting
+    constants = (facts.mean, facts.std, GRAY)
+    mean, std, gray = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in constants)
+    x = x * std + mean
+    for place in range(3):
+        kind = order[:, place].view(-1, 1, 1, 1)
+        shade = (x * gray).sum(1, keepdim=True)  # (n, 1, S, S)
+        flat = shade.mean((2, 3), keepdim=True)
+        dark = torch.zeros_like(shade)
+        towards = torch.where(kind == 0, dark, torch.where(kind == 1, flat, shade))
+        x = x + alpha[:, place].view(-1, 1, 1, 1) * (towards - x)
+    values, vectors = (torch.tensor(v, device=x.device) for v in (EIGENVALUES, EIGENVECTORS))
+    x = x + ((noise * values) @ vectors.T).view(-1, 3, 1, 1)
+    return (x - mean) / std
 
 
 def open_test(dataset, root, folders):
     """The real test images of the classes `folders`, in that order."""
-    known = list(known_prompts(dataset))
-    split = open_split(dataset, root, "val", classes=list(folders) if known else None, flag="--val_dir")
+    known = list(folders) if datasets.known_prompts(dataset) else None
+    split = datasets.open_split(dataset, root, "val", classes=known, flag="--val_dir")
     missing = [f for f in folders if f not in split.folders]
     if missing:
-        refuse(f"--val_dir {root}: has no class {missing[0]} ({len(missing)} of {len(folders)} missing)")
+        count = f"{len(missing)} of {len(folders)} missing"
+        refuse(f"--val_dir {root}: has no class {missing[0]} ({count})")
     where = [split.folders.index(f) for f in folders]
-    kept = {
-        name: tuple(getattr(split, name)[i] for i in where) for name in ("folders", "prompts", "class_ids", "items")
-    }
-    split = type(split)(split.dataset, split.name, **kept, arrays=split.arrays)
-    empty = [f for f, items in zip(split.folders, split.items) if not items]
-    if empty:
-        refuse(f"--val_dir {root}: the class {empty[0]} has no test image")
+    names = ("folders", "prompts", "class_ids", "items")
+    kept = {name: tuple(getattr(split, name)[i] for i in where) for name in names}
+    split = dataclasses.replace(split, **kept)
+    datasets.check_class_sizes(split, 1, flag=f"--val_dir {root}")
     return split
 
 
-SHORT = {
-    "optimizer": "opt",
-    "weight_decay": "wd",
-    "temperature": "T",
-    "cos_stretch": "stretch",
-    "step_factor": "factor",
-    "warmup_epochs": "warmup",
-    "ce_weight": "ce",
-    "bn_refresh": "bnrefresh",
-    "color_jitter": "jitter",
-}
-SEED_FILES = (("student_seed", "safetensors"), ("seed", "json"))
-
-
-def student_name(inputs, recipe, chunk, args):
-    """`{labels}_{model}` plus what is not the default."""
-    default = Recipe(loss="ce" if args.hard_label else "kl")
-    if args.sgd:
-        default = default._replace(lr=1.024, weight_decay=3e-5)
-    options = {"train": inputs.protocol["epochs"], "bn": chunk}
-    defaults = {"train": inputs.label_epochs, "bn": inputs.protocol["batch_size"]}
-    for name, value in recipe._asdict().items():
-        options[SHORT.get(name, name)] = value
-        defaults[SHORT.get(name, name)] = getattr(default, name)
-    options |= {"amp": args.amp, "seeds": args.seeds}
-    defaults |= {"amp": "none", "seeds": [0]}
-    return output_name(f"{inputs.stem}_{args.model.replace(':', '-')}", options, defaults)
-
-
-class Inputs(NamedTuple):
-    """What a student learns from.
-
-    protocol   epochs, batch size, crops, mix ... of its batches; label_epochs: how many epochs are labelled
-    labels     (folder, {file: sha256}) of stored labels, else None; content: their digest
-    labelled   {"amp", "channels_last"} of the teacher when it made the labels; None for hard ones
-    stem       name of the labels, stored or not, which names the result
-    """
-
-    images: ImageSet
-    arrays: list | None
-    protocol: dict
-    label_epochs: int
-    half: bool
-    labels: tuple | None
-    content: str | None
-    labelled: dict | None
-    teachers: list
-    teacher_facts: list
-    stem: str
-
-
-def read_inputs(args, process):
-    """Images and labels (stored, or how they will be made) that fit each other; pixels only of a foreign folder."""
-    images, arrays = open_images("--train_dir", args.train_dir, args.dataset), None
-    if images.foreign:  # its content is known only from its pixels
-        arrays, images = load_pixels("--train_dir", images, args.num_workers)
-    if not (args.online or args.hard_label):
-        folder, manifest = open_labels(args.fkd_path, images, vars(args), args.verify)
-        settings = manifest["arguments"]
-        protocol = {name: settings[name] for name in PROTOCOL} | {"epochs": args.epochs or settings["epochs"]}
-        digests = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-        return Inputs(
-            images, arrays, protocol, settings["epochs"], settings["use_fp16"], (folder, digests),
-            manifest["content"], {name: settings[name] for name in ("amp", "channels_last")}, [], manifest["teacher"],
-            folder.resolve().name,
-        )  # fmt: skip
-    protocol = protocol_of(vars(args), images.image_size or DATASETS[images.dataset].image_size)
-    half, labelled, teachers, facts = args.use_fp16 is not False, None, [], []
-    if args.online:
-        archs = args.arch or ["resnet18"]
-        teachers, facts = load_teachers(
-            archs, args.teacher_checkpoint, images.dataset, images.folders, protocol["input_size"], process.device
-        )
-        labelled = {"amp": "none", "channels_last": False}
-        stem = labels_name(images.name, archs, protocol, images.image_size, name_extras(half, **labelled))
-        stem += "_online"
-    else:
-        stem = labels_name(images.name, ["hard"], protocol, images.image_size)
-    return Inputs(images, arrays, protocol, protocol["epochs"], half, None, None, labelled, teachers, facts, stem)
+def student_name(stem, settings, labelled=None):
+    """`{labels}_{model}` plus what is not the default.   labelled: epochs of stored labels"""
+    epochs = settings["epochs"]
+    train = [] if labelled in (None, epochs) else [f"train{epochs}"]
+    other = ("adamw_lr", "adamw_weight_decay")  # of the optimiser that is not used
+    other = other if settings["sgd"] else ("learning_rate", "weight_decay")
+    aside = {*BATCH, *other, "arch", "use_fp16", "bn_batch", "amp", "seeds"}
+    shown = ["bn_batch", *(name for name in settings if name not in aside), "amp", "seeds"]
+    parts = settings.filled(bn_batch=settings["batch_size"]).only(shown).parts()
+    return output.folder_name(f"{stem}_{settings['model'].replace(':', '-')}", *train, *parts)
 
 
 # ---- main
 
 
-@entry_point
+@runtime.entry_point
 def main(argv=None):
     args = get_args(argv)
-    process = this_process(args.device)
-    forward = Forward(process.device, args.amp, args.channels_last, args.compile)
+    process = runtime.this_process(args.device, args.shard, args.dry_run, args.wait)
+    forward = training.Forward(process.device, args.amp, args.channels_last, args.compile)
+    where = args.train_dir, args.val_dir
     if args.evaluate:
-        return evaluate_checkpoint(args, process, forward)
-    inputs = read_inputs(args, process)
-    images, protocol, recipe = inputs.images, inputs.protocol, recipe_of(args)
-    check_warmup(recipe.warmup_epochs, protocol["epochs"])
-    test = open_test(images.dataset, args.val_dir, images.folders)
-    chunk = chunk_size(protocol["batch_size"], process.world, args.gradient_accumulation_steps, args.bn_batch)
-    settings = {
-        "model": args.model,
-        "labels": "online" if args.online else "hard" if args.hard_label else "stored",
-        **protocol,
-        **recipe._asdict(),
-        "seeds": args.seeds,
-        "bn_batch": chunk,
-        "eval_every": args.eval_every,
-        "amp": args.amp,
-        "channels_last": args.channels_last,
-        "compile": args.compile,
-        "fused": args.fused,
-        "use_fp16": inputs.half,
-        "dataset": images.dataset,
-        "images": images.content,
-        "labels_content": inputs.content,
-        "teacher": [[t["arch"], t["sha256"]] for t in inputs.teacher_facts],
-        "test_images": sum(map(len, test.items)),
-        "test_sha256": test.fingerprint(),
-    }
-    folder = Path(args.output_dir) / student_name(inputs, recipe, chunk, args)
-    accelerator = join_processes(process, args.tracker, args.output_dir)
-    with output_folder("--output_dir", folder, settings, process) as settings:
-        complete = is_complete(folder)
-        trained = {s: settings["epochs"] if complete else epochs_trained(folder, s, settings) for s in args.seeds}
-        check_ranks(folder, settings, list(trained.values()), process)
-        if complete:
-            read_manifest("--output_dir", folder, "student")
-            if process.is_main and not (folder / TIMING).exists():  # killed just after the manifest
-                write_timing(folder)
-            print(f"{folder}: already there")
-        else:
-            watch = Stopwatch()
-            units = train(args, inputs, test, settings, recipe, folder, trained, process, forward, accelerator)
-            if process.is_main:
-                cost = log_run(folder, process, watch, units)
-                finish_folder(folder, settings, inputs, args.seeds, cost)
-    if accelerator:
-        accelerator.end_training()
-    return folder
+        return evaluate_weights(args.evaluate, args.settings, *where, forward, process)
+    if process.dry_run:
+        plan_ahead(args.settings, *where, args.fkd_path, args.teacher_checkpoint, args.output_dir)
+    images = image_sets.open_images("--train_dir", args.train_dir, args.dataset)
+    lessons = Lessons(images, args.settings, process, args.num_workers)
+    if args.fkd_path:
+        lessons.replay(args.fkd_path, args.teacher_checkpoint, args.verify)
+    else:
+        lessons.draw(args.teacher_checkpoint)
+    lessons.cut(args.gradient_accumulation_steps)
+    settings, test = lessons.settings, open_test(images.dataset, args.val_dir, images.folders)
+    training.check_warmup(args.warmup_epochs, settings["epochs"])
+    inputs = {**lessons.inputs(), "test_images": test.count, "test_sha256": test.fingerprint()}
+    name = student_name(lessons.stem, settings, lessons.labelled)
+    where = ("--output_dir", args.output_dir, name, "student", settings, inputs, process)
+    with (
+        ranks.joined(process, args.tracker, args.output_dir) as accelerator,
+        output.Output(*where, together=True) as out,
+    ):
+        states = training.open_seeds(out, args.seeds, lessons)
+        if states:
+            track = args.tracker and tracking(accelerator, settings)
+            size = settings["input_size"]
+            score = training.tester(test, size, forward, process, args.num_workers)
+            training.train(out, states, lessons, forward, score, args.checkpoint_every, track)
+        if process.is_main:
+            finish(out, lessons)
+    return out.folder
 
 
-def train(args, inputs, test, settings, recipe, folder, trained, process, forward, accelerator):
-    """Images to memory (or the device), then every seed; returns the number of epochs trained now.
-
-    trained   {seed: epochs that it is trained already}
-    """
-    images, protocol, facts = inputs.images, inputs.protocol, DATASETS[inputs.images.dataset]
-    chunk = settings["bn_batch"]
-    arrays = inputs.arrays or load_pixels("--train_dir", images, args.num_workers)[0]
-
-    def rows_of(count):
-        rows = rank_chunks(count, chunk, process.rank, process.world)[1]
-        return whole_blocks(rows, count) if args.online else rows
-
-    feed = Feed(arrays, images, protocol, process.device, inputs.labels, rows_of if process.world > 1 else None)
-    pixels, targets = validation_pixels(
-        test, protocol["input_size"], process.device, process.rank, process.world, args.num_workers
-    )
-
-    def test_model(model):
-        return evaluate(model, pixels, targets, forward, facts.mean, facts.std, process.world)
+def tracking(accelerator, settings):
+    """The function that hands a seed's row to the trackers."""
+    plain = {name: v for name, v in settings.items() if isinstance(v, (bool, int, float, str))}
+    accelerator.init_trackers("d4m", plain)
 
     def track(seed, row):
-        if args.tracker:
-            accelerator.log({f"seed{seed}/{k}": v for k, v in row.items() if k != "epoch"}, step=row["epoch"])
+        values = {f"seed{seed}/{name}": value for name, value in row.items() if name != "epoch"}
+        accelerator.log(values, step=row["epoch"])
 
-    if args.tracker:
-        accelerator.init_trackers("d4m", {"train_dir": args.train_dir, "model": args.model, **recipe._asdict()})
-    job = Job(
-        args.model, recipe, protocol, len(images.folders), images.targets, chunk, inputs.half, inputs.teachers,
-        args.fused, args.eval_every, args.checkpoint_every, settings_digest(settings),
-    )  # fmt: skip
-    with memory_for("in training", "lower --bn_batch, or raise --gradient_accumulation_steps"):
-        return train_students(job, trained, folder, feed, process, forward, test_model, track, args.num_workers)
+    return track
 
 
-def finish_folder(folder, settings, inputs, seeds, cost):
-    """results.json and the manifest; cost: what `log_run` says."""
-    images = inputs.images
-    top1 = write_results(folder, settings, inputs, seeds)["summary"]["last"]["top1"]
-    files = ["results.json", *(f"{name}{seed}.{end}" for seed in seeds for name, end in SEED_FILES)]
+def finish(out, lessons):
+    """results.json, without seconds or paths: equal runs give equal bytes. Then the manifest."""
+    images, epochs = lessons.images, out.settings["epochs"]
+    names = [lessons.files_of(seed)[1] for seed in out.settings["seeds"]]
+    seeds = [training.read_rows(out, name, epochs) for name in names]
+    scores = {
+        which: {k: training.summary([seed[which][k] for seed in seeds]) for k in ("top1", "top5")}
+        for which in ("last", "best")
+    }
+    known = ("arch", "weights", "sha256", "arguments")
+    results = {
+        "arguments": out.settings | out.inputs,
+        "images": {"name": images.name, "classes": len(images.folders), **images.facts()},
+        "teacher": [{name: facts[name] for name in known} for facts in lessons.facts],
+        "labels": lessons.made,
+        "summary": scores,
+        "seeds": seeds,
+    }
     classes = [{"index": c, "folder": f} for c, f in enumerate(images.folders)]
     facts = {"dataset": images.dataset, "classes": classes, "images": images.facts()}
-    write_manifest(folder, "student", settings, files, facts)
-    write_timing(folder)
+    out.finish(facts, {"results.json": lambda: files.json_text(results)}, "epochs")
+    top1 = scores["last"]["top1"]
     spread = "" if top1["std"] is None else f" +- {top1['std']:.2f}"
-    print(f"{folder}: top-1 {top1['mean']:.2f}{spread} (n = {top1['n']}) in {cost}")
+    print(f"{out.folder}: top-1 {top1['mean']:.2f}{spread} (n = {top1['n']})")
 
 
-def whole_blocks(rows, count):
-    """The rows of each block of TEACHER_ROWS that holds one of `rows`: no teacher's batch depends on ranks."""
-    blocks = torch.unique(rows // TEACHER_ROWS)
-    every = torch.arange(count)
-    return every[torch.isin(every // TEACHER_ROWS, blocks)]
-
-
-# ---- training
-
-
-class Job(NamedTuple):
-    """What all seeds share."""
-
-    model: str
-    recipe: Recipe
-    protocol: dict
-    classes: int
-    targets: torch.Tensor  # class of each image
-    chunk: int
-    half: bool
-    teachers: list
-    fused: bool
-    eval_every: int
-    checkpoint_every: int
-    settings_sha256: str | None = None
-
-
-class Student:
-    """What a checkpoint holds of one seed: network, optimiser, average, rows. Dropout has keys, not a state."""
-
-    def __init__(self, job, seed, folder, forward, first=0):
-        self.seed, self.path, recipe = seed, checkpoint_path(folder, seed), job.recipe
-        self.settings_sha256 = job.settings_sha256
-        with seeded(seed, WEIGHTS):
-            model = create_model(job.model, job.classes, job.protocol["input_size"])
-        self.model = forward.place(model)
-        self.average = Average(plain(self.model), recipe.ema) if recipe.ema else None
-        self.optimizer = make_optimizer(
-            self.model, recipe.optimizer == "sgd", recipe.lr, recipe.weight_decay, recipe.momentum, job.fused
-        )
-        self.epoch, self.rows, self.random = 0, [], has_random_layers(model)
-        if first:
-            state = load_checkpoint(self.path, job.protocol["epochs"], job.settings_sha256)
-            restore(self.path, state, self.model, self.optimizer, self.average)
-            self.epoch, self.rows = state["epoch"], state["rows"]
-
-    @property
-    def tested(self):
-        return self.average.model if self.average else self.model
-
-    def save(self):
-        state = {
-            "epoch": self.epoch,
-            "model": plain(self.model).state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.average.model.state_dict() if self.average else None,
-            "rows": self.rows,
-        }
-        save_checkpoint(self.path, state, self.settings_sha256)
-
-    def finish(self, folder):
-        """Weights, then rows, then the checkpoint goes: a stop in between repeats at most the last write."""
-        weights = folder / f"student_seed{self.seed}.safetensors"
-        save_weights(weights, self.tested)
-        digests = {"settings_sha256": self.settings_sha256, "weights_sha256": sha256(weights)}
-        write_json(folder / f"seed{self.seed}.json", {"seed": self.seed, **digests, "rows": self.rows})
-        self.path.unlink(missing_ok=True)
-
-
-def epochs_trained(folder, seed, settings):
-    """How many of a seed's epochs are trained already, by its finished files or its checkpoint."""
-    if all((folder / f"{name}{seed}.{end}").exists() for name, end in SEED_FILES):
-        return len(read_rows(folder, seed, settings))
-    path = checkpoint_path(folder, seed)
-    return load_checkpoint(path, settings["epochs"], settings_digest(settings))["epoch"] if path.exists() else 0
-
-
-def train_students(job, trained, folder, feed, process, forward, test_model, track, num_workers):
-    """One student a seed, one after the other, over one loader; returns the number of epochs trained now."""
-    epochs, count = job.protocol["epochs"], len(job.targets)
-    batches = batches_of(count, job.protocol["batch_size"])
-    todo = [(seed, first) for seed, first in trained.items() if first < epochs]
-    for seed in trained.keys() - dict(todo).keys():
-        if process.is_main:  # killed between its last file and this
-            checkpoint_path(folder, seed).unlink(missing_ok=True)
-    keys = [(epoch, b) for _, first in todo for epoch in range(first, epochs) for b in range(batches)]
-    items = feed.loader(keys, num_workers)
-    units = sum(epochs - first for _, first in todo)
-    bar = progress(total=units * count, desc=job.model, unit="image", quiet=not process.is_main)
-    with StopSignals() as signals, bar:
-        for seed, first in todo:
-            student = Student(job, seed, folder, forward, first)
-            if process.is_main and not student.epoch:
-                copies = 4 + bool(student.average)
-                require_space("--output_dir", folder, 4 * copies * count_parameters(student.model) + 2**20)
-            while student.epoch < epochs:
-                row = train_epoch(job, student, items, batches, feed, process, forward, bar)
-                asked = torch.tensor([float(signals.name is not None)], device=process.device)
-                sum_over_ranks([asked], process.world)
-                last = student.epoch == epochs
-                if student.epoch % job.eval_every == 0 or last:
-                    row |= test_model(student.tested)
-                    bar.set_postfix(seed=seed, top1=f"{row['top1']:.2f}")
-                student.rows.append(row)
-                track(seed, row)
-                if process.is_main:
-                    if last:
-                        student.finish(folder)
-                    elif student.epoch % job.checkpoint_every == 0 or asked:
-                        student.save()
-                if asked:
-                    sum_over_ranks([asked], process.world)  # a rank that left while rank 0 saves may get it killed
-                    signals.name = signals.name or "SIGTERM"
-                    signals.leave_if_asked()
-    return units
-
-
-def train_epoch(job, student, items, batches, feed, process, forward, bar):
-    """One epoch over the next `batches` items; returns its row."""
-    recipe, epoch = job.recipe, student.epoch
-    lr = recipe.lr * lr_factor(
-        recipe.schedule, epoch, job.protocol["epochs"], recipe.cos_stretch, recipe.warmup_epochs, recipe.step_factor
-    )
-    set_lr(student.optimizer, lr)
-    model = student.model.train()
-    total, seen = torch.zeros((), device=process.device), 0
-    for _ in range(batches):
-        item = next(items)
-        count = len(item.batch.index)
-        chunks, own = rank_chunks(count, job.chunk, process.rank, process.world)
-        x, logits, targets, other = prepare(job, item, feed, process, own)
-        x = forward.lay_out(x)
-        key = (student.seed, DROPOUT, epoch, item.number) if student.random else None
-        if recipe.bn_refresh:
-            refresh_batch_norm(model, forward, feed, item, chunks, own, process, key)
-
-        def loss_of(rows, x=x, logits=logits, targets=targets, other=other, lam=item.batch.lam):
-            outputs = forward(model, x[rows])
-            if recipe.loss == "kl":
-                return soft_loss(outputs, logits[rows], recipe.temperature)
-            if recipe.loss == "mse_ce":
-                return mse_ce_loss(outputs, logits[rows], targets[rows], other[rows], lam, recipe.ce_weight)
-            return hard_loss(outputs, targets[rows], other[rows], lam)
-
-        total += train_step(model, student.optimizer, chunks, count, loss_of, process.world, key)
-        if student.average:
-            student.average.update(plain(model))
-        seen += len(chunks)
-        bar.update(count)
-    average_buffers(model, seen, process.world)
-    if student.average:
-        student.average.copy_buffers(plain(model))
-    sum_over_ranks([total], process.world)
-    flag = "--learning_rate" if recipe.optimizer == "sgd" else "--adamw_lr"
-    loss = checked_loss(total.item() / batches, epoch, flag)
-    student.epoch += 1
-    return {"epoch": epoch, "lr": lr, "loss": loss}
-
-
-def prepare(job, item, feed, process, own):
-    """Input, logits, class and partner's class of this rank's rows, on the device."""
-    device, batch = process.device, item.batch
-    if job.recipe.color_jitter or job.recipe.lighting:
-        x = mixed_with_jitter(job, item, feed)
+def evaluate_weights(path, settings, train_dir, val_dir, forward, process):
+    """--evaluate: prints and returns {"top1", "top5"} of a file of weights on the test images."""
+    dataset, size, name = settings["dataset"], settings["input_size"], settings["model"]
+    if train_dir:
+        images = image_sets.open_images("--train_dir", train_dir, dataset)
+        dataset, folders, size = images.dataset, images.folders, size or images.image_size
+    elif dataset:
+        folders = datasets.open_split(dataset, val_dir, "val", flag="--val_dir").folders
     else:
-        x = feed.mixed(item)
-    whole = item.rows is None  # `own` is every row then, and indexing would copy them all to memory that is not pinned
-    logits = item.logits
-    if logits is not None and not whole:
-        logits = logits[own]
-    if job.teachers:
-        logits = teacher_logits(job.teachers, x, half=job.half)
-    if not whole:  # more rows may be here than this rank trains on
-        where = sent(torch.searchsorted(item.rows, own), device)
-        x = x[where]
-        logits = logits[where] if job.teachers else logits
-    targets = job.targets[batch.index]
-    logits = sent(logits, device) if logits is not None else None
-    return x, logits, sent(targets[own], device), sent(targets[batch.partner[own]], device)
-
-
-def mixed_with_jitter(job, item, feed):
-    """As Feed.mixed, with colours jittered before the mix (Minimax)."""
-    recipe, seed = job.recipe, job.protocol["fkd_seed"]
-    count = len(item.batch.index)
-    g = generator(seed, JITTER, item.epoch, item.number)
-    held = item.held if item.held is not None else torch.arange(count)
-    x = color_jitter(
-        feed.unmixed(item), held, count, recipe.color_jitter, recipe.lighting, feed.facts.mean, feed.facts.std, g
-    )
-    return mix(x, item.batch, job.protocol["mix_type"], item.rows, item.held)
-
-
-@torch.no_grad()
-def refresh_batch_norm(model, forward, feed, item, chunks, own, process, key):
-    """RDED: one more forward in train mode, without gradient, on the un-mixed images."""
-    x = feed.unmixed(item)
-    if item.held is not None:
-        x = x[sent(torch.searchsorted(item.held, own), process.device)]
-    x = forward.lay_out(x)
-    for first, rows in chunks:
-        with seeded(*key, first, 1, device=process.device) if key else contextlib.nullcontext():
-            forward(model, x[rows])
-
-
-KEPT = ("epoch", "top1", "top5")
-
-
-def read_rows(folder, seed, settings):
-    """The rows of a finished seed; refuses, in one line, files that no run of these settings has written."""
-    path, weights, epochs = folder / f"seed{seed}.json", folder / f"student_seed{seed}.safetensors", settings["epochs"]
-    found = read_json(path)
-    rows = found.get("rows") if isinstance(found, dict) else None
-    if not isinstance(rows, list) or len(rows) != epochs or not all(isinstance(row, dict) for row in rows):
-        refuse(f"{path}: does not hold the rows of {epochs} epochs; remove it to train this seed again")
-    for row in [row for row in rows if "top1" in row] + rows[-1:]:
-        odd = wrong_field(row, dict.fromkeys(KEPT, (int, float)))
-        if odd:
-            refuse(f"{path}: a row of a test does not say {odd}; remove it to train this seed again")
-    check_unit(path, (found.get("seed"), found.get("settings_sha256")), (seed, settings_digest(settings)))
-    if found.get("weights_sha256") != sha256(weights):
-        refuse(f"{weights}: not the weights that {path.name} is of; remove both to train this seed again")
-    return rows
-
-
-def write_results(folder, settings, inputs, seeds):
-    """results.json: no seconds and no paths in it, so that equal runs give equal bytes."""
-    images, by_seed = inputs.images, []
-    for seed in seeds:
-        rows = read_rows(folder, seed, settings)
-        tested = [row for row in rows if "top1" in row]
-        by_seed.append(
-            {
-                "seed": seed,
-                "last": {k: tested[-1][k] for k in KEPT},
-                "best": {k: max(tested, key=lambda row: row["top1"])[k] for k in KEPT},
-                "rows": rows,
-            }
-        )
-    results = {
-        "arguments": settings,
-        "images": {"name": images.name, "classes": len(images.folders), **images.facts()},
-        "teacher": [{k: t.get(k) for k in ("arch", "weights", "sha256", "arguments")} for t in inputs.teacher_facts],
-        "labels": inputs.labelled,
-        "summary": {
-            which: {k: summary([s[which][k] for s in by_seed]) for k in ("top1", "top5")} for which in ("last", "best")
-        },
-        "seeds": by_seed,
-    }
-    write_json(folder / "results.json", results)
-    return results
-
-
-def evaluate_checkpoint(args, process, forward):
-    """--evaluate: test some weights on --val_dir; prints and returns {"top1", "top5"}."""
-    images = open_images("--train_dir", args.train_dir, args.dataset) if args.train_dir else None
-    dataset = images.dataset if images else args.dataset
-    if dataset is None:
         refuse("--evaluate: needs --dataset (or --train_dir), to know the classes")
-    facts = DATASETS[dataset]
-    folders = images.folders if images else open_split(dataset, args.val_dir, "val", flag="--val_dir").folders
-    size = args.input_size or (images and images.image_size) or facts.image_size
-    state = read_state_dict(args.evaluate, "--evaluate")
-    with seeded(0, WEIGHTS):
-        model = create_model(args.model, len(folders), size)
-    load_state(model, state, f"--evaluate {args.evaluate}")
-    model = forward.place(model)
-    accelerator = join_processes(process)
-    test = open_test(dataset, args.val_dir, folders)
-    pixels, targets = validation_pixels(test, size, process.device, process.rank, process.world, args.num_workers)
-    scores = evaluate(model, pixels, targets, forward, facts.mean, facts.std, process.world)
+    size = size or datasets.ALL[dataset].image_size
+    state = models.read_state_dict(path, "--evaluate")
+    with training.seeded(0):
+        model = models.create_model(name, len(folders), size)
+    models.load_state(model, state, f"--evaluate {path}")
+    model, test = forward.place(model), open_test(dataset, val_dir, folders)
+    with ranks.joined(process):
+        scores = training.tester(test, size, forward, process)(model)
     if process.is_main:
-        count = sum(map(len, test.items))
-        print(f"{args.evaluate}: top-1 {scores['top1']:.2f}, top-5 {scores['top5']:.2f} on {count} images")
-    if accelerator:
-        accelerator.end_training()
+        found = f"top-1 {scores['top1']:.2f}, top-5 {scores['top5']:.2f}"
+        print(f"{path}: {found} on {test.count} images")
     return scores
+
+
+def plan_ahead(settings, train_dir, val_dir, fkd_path, checkpoints, output_dir):
+    """--dry_run where an earlier stage has yet to make an input: check the rest, print the plan."""
+    makers = [(train_dir, "distillation.gen_syn_image"), (fkd_path, "matching.generate_soft_label")]
+    checkpoints = set(checkpoints or ()) - {models.PUBLIC}
+    makers += [(path, "matching.train_teacher") for path in sorted(checkpoints)]
+    makers = [f"{path}: python -m {module} makes it" for path, module in makers if unmade(path)]
+    if not makers:
+        return
+    dataset, weights = settings["dataset"], 0
+    known = (name for name in datasets.ALL if Path(train_dir).name.startswith(f"{name}_"))
+    dataset, folders = dataset or next(known, None), ()
+    if not unmade(train_dir):
+        images = image_sets.open_images("--train_dir", train_dir, dataset)
+        dataset, folders = images.dataset, images.folders
+    if dataset:
+        folders = folders or list(datasets.known_prompts(dataset))
+        open_test(dataset, val_dir, folders)
+        size = settings["input_size"] or datasets.ALL[dataset].image_size
+        with torch.device("meta"):
+            network = models.create_model(settings["model"], len(folders) or 1, size)
+        weights = 4 * models.count_parameters(network)
+    seeds, stem = len(settings["seeds"]), Path(fkd_path or train_dir).name
+    folder = Path(output_dir) / student_name(stem, settings)
+    output.plan(folder, 0, 2 * seeds, seeds * weights, makers[0])
+
+
+def unmade(path):
+    """Whether a stage has yet to make this folder, or to finish it."""
+    path = Path(path or ".")
+    begun = (path / output.ARGS).exists() and not output.is_complete(path)
+    return begun or not path.exists()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Stage 4 on ImageNet-1K: a student trains on synthetic images and soft labels and is tested on the real test images.
-# Paper: 27.9 at IPC 10, 55.2 at 50, 59.3 at 100, 62.6 at 200 (ResNet-18, top-1). One H200: some 5 min at IPC 10 (estimate).
+# Stage 4 on ImageNet-1K: a student on synthetic images and soft labels, tested on real images.
+# Paper: 27.9 at IPC 10, 55.2 at 50, 59.3 at 100, 62.6 at 200 (ResNet-18, top-1). One H200: some 5
+# min at IPC 10 (estimate).
 # DATA_DIR holds val/<wnid>/, or a flat val/ with its ground-truth file.
 set -eu
 cd "$(dirname "$0")/.."
@@ -17,7 +18,7 @@ TEACHER="${TEACHER:-resnet18}"
 STUDENT="${STUDENT:-resnet18}"
 EPOCHS="${EPOCHS:-300}"
 BATCH_SIZE="${BATCH_SIZE:-1024}"
-BN_BATCH="${BN_BATCH:-73}" # the release: 1024 / 7 GPUs / 2 accumulation steps; rules over the steps below
+BN_BATCH="${BN_BATCH:-73}" # the release: 1024 / 7 GPUs / 2 accumulation steps
 LABELS="${LABELS-$(labels_name)}"
 SEEDS="${SEEDS:-0 1 2}"
 

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Stage 4 on CIFAR-100: a student trains on synthetic images and soft labels and is tested on the real test images.
-# Paper: 45.0 +- 0.1 at IPC 10, 48.8 +- 0.3 at 50, five trainings. Its hyper-parameters for this set are not given:
-# DD-Ranking's for CIFAR are used (500 epochs, batch 100, AdamW, half cosine, T 20).
+# Stage 4 on CIFAR-100: a student on synthetic images and soft labels, tested on real images.
+# Paper: 45.0 +- 0.1 at IPC 10, 48.8 +- 0.3 at 50, five trainings. Its hyper-parameters for this set
+# are not given: DD-Ranking's for CIFAR are used (500 epochs, batch 100, AdamW, half cosine, T 20).
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh

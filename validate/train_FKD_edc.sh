@@ -1,8 +1,9 @@
 #!/bin/sh
-# Stage 4 by EDC's recipe (arXiv 2404.13733): the mean logits of four teachers, squared error of logits + 0.025 cross-entropy,
-# averaged weights (decay 0.99), cosine stretched by 2.
+# Stage 4 by EDC's recipe (arXiv 2404.13733): the mean logits of four teachers, squared error of
+# logits + 0.025 cross-entropy, averaged weights (decay 0.99), cosine stretched by 2.
 # TEACHER_CHECKPOINT has as many words as TEACHER.
-# Other images: IMAGES=imagenet_ipc10_random; other data sets: DATASET=cifar10 sh ..., after a teacher of theirs was trained.
+# Other images: IMAGES=imagenet_ipc10_random; other data sets: DATASET=cifar10 sh ..., after a
+# teacher of theirs was trained.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh

@@ -1,8 +1,10 @@
 #!/bin/sh
-# Stage 4 by Minimax's hard-label protocol (arXiv 2311.15529) of the ten-class sets: no teacher, ResNetAP-10, CutMix, colour jitter
-# and lighting. ImageNette, IPC 10 / 20 / 50: random real images 54.2 / 63.5 / 76.1, D4M 60.9 / 66.3 / 77.7 (published).
+# Stage 4 by Minimax's hard-label protocol (arXiv 2311.15529) of the ten-class sets: no teacher,
+# ResNetAP-10, CutMix, colour jitter and lighting. ImageNette, IPC 10 / 20 / 50: random real images
+# 54.2 / 63.5 / 76.1, D4M 60.9 / 66.3 / 77.7 (published).
 # Epochs: 2000 at IPC 10, 1500 at 20 and 50, 1000 at 100. Crops: half the picture or more.
-# Other images: IMAGES=imagenette_ipc10_random; other sets: DATASET=imagewoof; other networks: STUDENT=convnet6 or resnet18.
+# Other images: IMAGES=imagenette_ipc10_random; other sets: DATASET=imagewoof; other networks:
+# STUDENT=convnet6 or resnet18.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh

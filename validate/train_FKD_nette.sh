@@ -1,5 +1,5 @@
 #!/bin/sh
-# Stage 4 on ImageNette: a student trains on synthetic images and soft labels and is tested on the real test images.
+# Stage 4 on ImageNette: a student on synthetic images and soft labels, tested on real images.
 # Not in the paper.
 set -eu
 cd "$(dirname "$0")/.."

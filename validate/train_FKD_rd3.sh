@@ -1,7 +1,10 @@
 #!/bin/sh
-# Stage 4 by RD3's recipe: RDED's with 400 epochs, batches of 50, and a cosine stretched by zeta = 1 for ResNet-18, 2 for others.
-# ImageNet-1K, R18, D4M images: 45.4 at IPC 10 and 60.2 at IPC 50 (read in a summary of the paper, not measured here).
-# Other images: IMAGES=imagenet_ipc10_random; other data sets: DATASET=cifar10 sh ..., after a teacher of theirs was trained.
+# Stage 4 by RD3's recipe: RDED's with 400 epochs, batches of 50, and a cosine stretched by zeta = 1
+# for ResNet-18, 2 for others.
+# ImageNet-1K, R18, D4M images: 45.4 at IPC 10 and 60.2 at IPC 50 (read in a summary of the paper,
+# not measured here).
+# Other images: IMAGES=imagenet_ipc10_random; other data sets: DATASET=cifar10 sh ..., after a
+# teacher of theirs was trained.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh

@@ -1,8 +1,10 @@
 #!/bin/sh
-# Stage 4 by RDED's recipe (arXiv 2312.03526): the teacher labels during training, half the picture or more in a crop, small
-# batches, a learning rate for each student that ends at half, BatchNorm refreshed on un-mixed images (--bn_refresh).
+# Stage 4 by RDED's recipe (arXiv 2312.03526): the teacher labels during training, half the picture
+# or more in a crop, small batches, a learning rate for each student that ends at half, BatchNorm
+# refreshed on un-mixed images (--bn_refresh).
 # Batch: 100 at IPC 10, 200 at IPC 50 and more, for 1000 classes; half of that on small sets.
-# Other images: IMAGES=imagenet_ipc10_random; other data sets: DATASET=cifar10 sh ..., after a teacher of theirs was trained.
+# Other images: IMAGES=imagenet_ipc10_random; other data sets: DATASET=cifar10 sh ..., after a
+# teacher of theirs was trained.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Stage 4 on Tiny-ImageNet: a student trains on synthetic images and soft labels and is tested on the real test images.
-# Paper: 46.2 at IPC 50, 51.4 at 100 (ResNet-18, top-1). Its hyper-parameters for this set are not given: ImageNet's, at 64 px.
+# Stage 4 on Tiny-ImageNet: a student on synthetic images and soft labels, tested on real images.
+# Paper: 46.2 at IPC 50, 51.4 at 100 (ResNet-18, top-1). Its hyper-parameters for this set are not
+# given: ImageNet's, at 64 px.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh
@@ -16,7 +17,7 @@ TEACHER="${TEACHER:-resnet18}"
 STUDENT="${STUDENT:-resnet18}"
 EPOCHS="${EPOCHS:-300}"
 BATCH_SIZE="${BATCH_SIZE:-1024}"
-BN_BATCH="${BN_BATCH:-73}" # the release: 1024 / 7 GPUs / 2 accumulation steps; rules over the steps below
+BN_BATCH="${BN_BATCH:-73}" # the release: 1024 / 7 GPUs / 2 accumulation steps
 LABELS="${LABELS-$(labels_name)}"
 SEEDS="${SEEDS:-0 1 2}"
 

@@ -1,0 +1,297 @@
+"""Image generators: what stages 1 and 2 ask of a diffusion model; Stable Diffusion is the first.
+
+    model = load("stable-diffusion-v1-5/stable-diffusion-v1-5", device, "fp16")
+    latents = model.encode(images, draws)                                  # stage 1
+    latents = model.denoise(latents, conditions, negative, draws, ...)     # stage 2
+    images = model.decode(latents)
+
+Another family is one class with the public names of `StableDiffusion` and one entry of `FAMILIES`.
+Nothing outside this file and the two pipelines knows what a family is made of.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from scripts.runtime import refuse, warn
+
+DEFAULT_CHECKPOINT = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+SETTINGS = ("dtype", "channels_last", "compile")
+FLAGS = (*SETTINGS, "revision", "variant", "single_file_config")  # as `load` takes them
+
+
+def add_generator_flags(parser):
+    """The flags that say which generator is used, and in which precision."""
+    parser.heading("generator")
+    path = "a hub id, a folder in diffusers format, or a single .safetensors file"
+    parser.flag("--diffusion_checkpoints_path", default=DEFAULT_CHECKPOINT, help=path)
+    parser.flag("--revision", help="a branch, tag or commit of the hub id")
+    config = (
+        "for a single file without internet: a folder in diffusers format with its configuration"
+    )
+    parser.flag("--single_file_config", metavar="DIR", help=config)
+    parser.flag("--variant", help="load weight files of this variant, such as fp16")
+    auto, switch = "auto: fp16 on CUDA, fp32 elsewhere", {"action": "store_true", "default": False}
+    parser.setting("--dtype", default="auto", choices=["auto", *DTYPES], short="dtype", help=auto)
+    parser.setting("--channels_last", **switch, help="memory format; changes the last bits")
+    parser.setting("--compile", **switch, help="torch.compile; changes the last bits")
+
+
+def load(checkpoint, device, dtype="auto", **how):
+    """The generator of a checkpoint, on `device`.
+
+    dtype    "fp16", "bf16", "fp32", or "auto": fp16 on CUDA, fp32 elsewhere
+    how      the other FLAGS; safety_checker; part="encoder" loads only what stage 1 needs
+    Refuses, in one line, a checkpoint that is missing, gated, incomplete, of a family that is not
+    in FAMILIES, or not safetensors.
+    """
+    from diffusers import DiffusionPipeline  # takes seconds
+
+    flag, path = f"--diffusion_checkpoints_path {checkpoint}", Path(checkpoint)
+    single, config = path.suffix == ".safetensors", how.get("single_file_config")
+    if path.is_file() and not single:
+        refuse(f"{flag}: only .safetensors files are read, others may hold code")
+    if not path.exists() and (single or checkpoint[0] in "./~" or checkpoint.count("/") > 1):
+        refuse(f"{flag}: no such file or folder")
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        refuse(f"{flag}: no model_index.json in this folder, so it is not in diffusers format")
+    if dtype == "auto":
+        dtype = "fp16" if device.type == "cuda" else "fp32"
+    try:
+        family = "StableDiffusionPipeline"  # what a single file is taken for
+        if config or not single:
+            index = DiffusionPipeline.load_config(
+                config or checkpoint, revision=how.get("revision")
+            )
+            family = str(index.get("_class_name"))
+        if family not in FAMILIES:
+            raise ValueError(f"it is a {family}, expected {' or '.join(FAMILIES)}")
+        return FAMILIES[family](checkpoint, device, dtype, **how)
+    except Exception as error:  # whatever a damaged checkpoint makes the libraries raise
+        hint = ""
+        if not path.exists():
+            hint = ". Offline, gated or misspelt? Where there is internet: hf download "
+            hint += f"{checkpoint} --local-dir DIR (after accepting its licence on the hub), then "
+            hint += "--diffusion_checkpoints_path DIR"
+        elif single and not config:
+            hint = ". Without internet, name its configuration: --single_file_config DIR"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        refuse(f"{flag}: cannot be loaded: {reason}{hint}")
+
+
+def mend(model, results, again, names):
+    """Make again in fp32, in place, the rows of `results` (B, ...) that hold NaN or infinity.
+
+    again    row number -> (1, ...);   names: what messages call the rows
+    """
+    for n in (~results.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
+        with model.in_fp32():
+            results[n] = again(n)[0].to(results)
+        if not results[n].isfinite().all():
+            refuse(f"{names[n]}: NaN or infinity, in fp32 too")
+        warn(f"{names[n]}: NaN or infinity in {model.facts['precision']}; made again in fp32")
+
+
+class StableDiffusion:
+    """Stable Diffusion 1.x and 2.x behind the four verbs of a generator.
+
+    facts         {"model", "revision", "precision", "vae_sha256", ...}: what manifests say of it
+    most_steps    of the schedule that it was trained with (not with part="encoder")
+    Weights are read in fp32 and hashed before they are cast, so that one checkpoint has one hash in
+    every precision. Raises whatever the libraries raise, and ValueError.
+    """
+
+    def __init__(self, checkpoint, device, precision, part="all", safety_checker=False, **how):
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+        from transformers import CLIPTextModel
+
+        from scripts import pipeline_stable_diffusion_gen_latents as gen_latents
+
+        networks, absent = {"vae": AutoencoderKL}, {"requires_safety_checker": safety_checker}
+        if part == "all":
+            networks |= {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
+        else:
+            absent |= dict.fromkeys(("unet", "text_encoder", "tokenizer", "scheduler"))
+        if safety_checker:
+            networks["safety_checker"] = StableDiffusionSafetyChecker
+        else:
+            absent |= {"safety_checker": None, "feature_extractor": None}
+        self.pipeline = _pipeline(checkpoint, networks, absent, how)
+        self.pipeline.set_progress_bar_config(disable=True)
+        parts, encoder = self.pipeline.components, gen_latents.StableDiffusionGenLatentsPipeline
+        self.networks = {n: p for n, p in parts.items() if isinstance(p, torch.nn.Module)}
+        self._check(networks)
+        self.encoder = encoder(**parts, requires_safety_checker=False)
+        name = Path(checkpoint).name if Path(checkpoint).exists() else checkpoint
+        self.facts = {"model": name, "revision": how.get("revision"), "precision": precision}
+        self.facts |= {f"{name}_sha256": weights_hash(p) for name, p in self.networks.items()}
+        if part == "all":
+            self.most_steps = parts["scheduler"].config.num_train_timesteps
+            for name in ("scheduler", "tokenizer"):
+                self.facts[f"{name}_sha256"] = config_hash(parts[name])
+        self.device, self.dtype = device, DTYPES[precision]
+        self._cast(self.dtype)
+        self._speed_up(how.get("channels_last"), how.get("compile"))
+        # differs from the release: text is encoded once per class, not once per image
+        self.condition = lru_cache(maxsize=64)(self._condition)
+
+    def _check(self, wanted):
+        """Raises ValueError for what would give wrong results in silence."""
+        pipe, factor = self.pipeline, self.pipeline.vae.config.scaling_factor
+        if not (isinstance(factor, (int, float)) and 0 < factor < math.inf):
+            raise ValueError(f"the scaling factor of its VAE is {factor!r}, expected above 0")
+        for name in wanted:
+            if name not in self.networks:
+                raise ValueError(f"it has no {name}")
+            _check_whole(name, [n for n, p in self.networks[name].named_parameters() if p.is_meta])
+        if "unet" not in wanted:
+            return
+        # transformers makes a tokenizer up if its file is not there
+        words, expected = len(pipe.tokenizer.get_vocab()), pipe.text_encoder.config.vocab_size
+        if words != expected:
+            raise ValueError(f"its tokenizer has {words} words, its text_encoder {expected}")
+        takes, gives = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+        if takes != gives:
+            raise ValueError(f"its UNet takes {takes} channels, its VAE gives {gives}")
+
+    def _speed_up(self, channels_last, compile):
+        vae, unet = self.networks["vae"], self.networks.get("unet")
+        if channels_last:
+            for network in filter(None, (vae, unet)):
+                network.to(memory_format=torch.channels_last)
+        if compile:
+            for module in filter(None, (vae.encoder, vae.decoder, unet)):
+                module.compile()
+
+    def _cast(self, dtype):
+        for network in self.networks.values():
+            torch.nn.Module.to(network, device=self.device, dtype=dtype)
+
+    @contextlib.contextmanager
+    def in_fp32(self):
+        """Inside, all networks compute in fp32."""
+        self._cast(torch.float32)
+        yield
+        self._cast(self.dtype)
+
+    def latent_shape(self, size):
+        """(channels, h, w) of the latent of a square image of `size` pixels."""
+        factor = self.pipeline.vae_scale_factor
+        if size % factor:  # diffusers would resize once more, in silence
+            refuse(f"--size {size}: this checkpoint's VAE needs a multiple of {factor}")
+        return (self.networks["vae"].config.latent_channels, size // factor, size // factor)
+
+    @property
+    def native_size(self):
+        """Pixels of the images that it was trained on."""
+        if "unet" not in self.networks:
+            return self.networks["vae"].config.sample_size
+        return self.networks["unet"].config.sample_size * self.pipeline.vae_scale_factor
+
+    def encode(self, images, draws):
+        """(B, 3, S, S) uint8 -> latents (B, c, h, w); image i's noise comes from draws[i]."""
+        return self.encoder(images.to(self.device, non_blocking=True) / 255, draws)
+
+    @torch.no_grad()
+    def _condition(self, prompt):
+        """`condition`: what `denoise` takes for one prompt, (1, tokens, width)."""
+        encode = self.pipeline.encode_prompt
+        return encode(prompt, self.device, 1, do_classifier_free_guidance=False)[0]
+
+    def denoise(self, latents, conditions, negative, draws, strength, guidance_scale, steps):
+        """Latents (B, c, h, w) are noised to `strength` and denoised.
+
+        conditions    of `condition`, one per latent;   negative: one for all
+        draws         one torch.Generator per latent
+        """
+        dtype = self.networks["unet"].dtype
+        prompts = torch.cat(conditions).to(dtype)
+        return self.pipeline(
+            latents=latents,
+            prompt_embeds=prompts,
+            negative_prompt_embeds=negative.to(dtype).expand_as(prompts),
+            generator=draws,
+            strength=strength,
+            guidance_scale=guidance_scale,
+            num_inference_steps=steps,
+            eta=0.0,
+            output_type="latent",
+        ).images
+
+    @torch.no_grad()
+    def decode(self, latents, check=True):
+        """Latents (B, c, h, w) -> images (B, 3, H, W) in [0, 1].
+
+        check   blacken what the safety checker flags, if it was loaded
+        """
+        images = self.pipeline.decode(latents)
+        if check and self.pipeline.safety_checker is not None:
+            pixels = images * 2 - 1
+            _, flagged = self.pipeline.run_safety_checker(pixels, self.device, images.dtype)
+            images[torch.tensor(flagged)] = 0
+        return images
+
+
+FAMILIES = {  # by what model_index.json calls its class
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionImg2ImgPipeline": StableDiffusion,
+}
+
+
+def _pipeline(checkpoint, networks, others, how):
+    """The pipeline of stage 2 with `networks` ({name: class}); others: its other arguments."""
+    from scripts import pipeline_stable_diffusion_latents2img as latents2img
+
+    cls, options = latents2img.StableDiffusionLatents2ImgPipeline, {"dtype": torch.float32}
+    if Path(checkpoint).is_file():
+        return cls.from_single_file(
+            checkpoint, config=how.get("single_file_config"), **options, **others
+        )
+    options |= {"use_safetensors": True, "variant": how.get("variant"), "output_loading_info": True}
+    where, loaded = {"revision": how.get("revision")}, {}
+    for name, network in networks.items():
+        loaded[name], report = network.from_pretrained(
+            checkpoint, subfolder=name, **where, **options
+        )
+        _check_whole(name, report["missing_keys"])
+    return cls.from_pretrained(checkpoint, **where, **loaded, **others)
+
+
+def _check_whole(name, missing):
+    """Raises ValueError for missing weights: both libraries fill them with random numbers."""
+    if missing:
+        raise ValueError(f"weights are missing from it, first {name} {min(missing)}")
+
+
+def weights_hash(network):
+    """sha256 of a network's weights rounded to fp16, so that precision variants of one model agree.
+
+    A VAE's scaling factor belongs to it: prototypes are multiplied by it.
+    """
+    state, config = hashlib.sha256(), getattr(network, "config", None)
+    for name in ("scaling_factor", "shift_factor"):
+        state.update(f"{name} {getattr(config, name, None)}\n".encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.float16)
+        state.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()
+
+
+def config_hash(part):
+    """sha256 of a scheduler's or tokenizer's class, settings and vocabulary."""
+    if hasattr(part, "get_vocab"):
+        vocabulary = sorted(part.get_vocab().items())
+        state = {"vocabulary": vocabulary, "length": part.model_max_length}
+    else:
+        state = {name: value for name, value in part.config.items() if not name.startswith("_")}
+    text = json.dumps({"class": type(part).__name__, **state}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

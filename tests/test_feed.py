@@ -1,0 +1,166 @@
+"""Batches on their way to the device: the same from anywhere, cropped once, read in one piece."""
+
+import os
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from matching import batches, feed
+from matching.feed import Feed
+from matching.labels import label_file, write_epoch
+from scripts import files
+from scripts.runtime import entry_point, generator
+from tests.conftest import picture
+
+IMAGES = SimpleNamespace(folders=("0", "1", "2"), dataset="digits")
+KEYS = [(2, 0), (2, 1), (2, 2)]
+
+
+def arrays(count=21, size=32):
+    return [picture(n, (size, size)) for n in range(count)]
+
+
+def protocol(**changes):
+    usual = {"batch_size": 8, "mix_type": "cutmix", "input_size": 32}
+    return {**batches.PROTOCOL, **usual, **changes}
+
+
+def fed(labels=None, rows_of=None, **changes):
+    return Feed(arrays(), IMAGES, protocol(**changes), "cpu", labels, rows_of)
+
+
+def store(folder, epochs=(2,)):
+    """Labels of 21 images in batches of 8, without a teacher; {file: sha256}."""
+    out = SimpleNamespace(write=lambda name, data: (folder / name).write_bytes(data))
+    for epoch in epochs:
+        items = list(fed().loader([(epoch, number) for number in range(3)]))
+        logits = torch.randn(21, 3, generator=generator(epoch)).half()
+        write_epoch(out, epoch, [item.batch for item in items], logits)
+    return {path.name: files.sha256(path) for path in folder.iterdir()}
+
+
+def mixed(feed, keys=KEYS, workers=0):
+    return [feed.mixed(item).clone() for item in feed.loader(keys, workers)]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_draw_store_replay_gives_the_same_pixels(tmp_path, workers):
+    digests = store(tmp_path)
+    replayed = fed((tmp_path, digests))
+    assert same(mixed(fed()), mixed(replayed, workers=workers))
+    logits = torch.cat([item.logits for item in replayed.loader(KEYS, workers)])
+    assert torch.equal(logits, torch.randn(21, 3, generator=generator(2)).half())
+
+
+@pytest.mark.parametrize("mix_type", ["none", "mixup", "cutmix"])
+@pytest.mark.parametrize("resident", [False, True])
+def test_rows_of_a_process_are_rows_of_the_batch(mix_type, resident):
+    """Where the device crops, each process crops the whole batch; else only what its rows take."""
+    rows, seen = torch.tensor([1, 3]), []
+    whole, part = fed(mix_type=mix_type), fed(rows_of=lambda count: rows, mix_type=mix_type)
+    if resident:  # as on a CUDA device with room for the images
+        part.resident = torch.from_numpy(np.stack(part.arrays))
+    for a, b in zip(whole.loader(KEYS), part.loader(KEYS)):
+        assert (b.pixels is None) == resident and (resident or len(b.pixels) <= 4)
+        assert torch.equal(part.mixed(b), whole.mixed(a)[rows])
+        assert torch.equal(part.unmixed(b), whole.unmixed(a)[rows])
+
+        def shifted(x, which, count):
+            seen.append(count)
+            return x + which.view(-1, 1, 1, 1)
+
+        assert torch.equal(part.mixed(b, shifted), whole.mixed(a, shifted)[rows])
+    assert seen == [8, 8, 8, 8, 5, 5]
+
+
+def test_unmixed_images_are_the_crops(tmp_path):
+    one, plain = fed(), fed(mix_type="none")
+    for a, b in zip(one.loader(KEYS), plain.loader(KEYS)):
+        assert torch.equal(a.batch.crop, b.batch.crop)
+        assert torch.equal(one.unmixed(a), plain.mixed(b))
+
+
+def test_images_that_do_not_fit_the_gpu_are_cropped_on_the_cpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**15, 2**30))
+    one = Feed(arrays(), IMAGES, protocol(), "cuda")  # 21 images have 63 KiB
+    assert one.resident is None and len(one.arrays) == 21
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: the images need 0.1 MiB of GPU memory, 0.0 MiB may")
+    assert "cropped on the CPU" in line
+    two_sizes = [*arrays(3), np.zeros((40, 32, 3), np.uint8)]
+    assert Feed(two_sizes, IMAGES, protocol(), "cuda").resident is None
+    assert "images of 2 sizes, such as [32, 32] and [40, 32]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mix_type", ["none", "mixup", "cutmix"])
+@pytest.mark.parametrize("rows_of", [None, lambda count: torch.tensor([1, 3])])
+def test_a_batch_is_made_without_waiting_for_the_device(mix_type, rows_of, monkeypatch):
+    """On the meta device, which has no values: whatever would read one back fails here."""
+    one = fed(rows_of=rows_of, mix_type=mix_type)
+    one.device = torch.device("meta")
+    one.resident = torch.empty((21, 32, 32, 3), dtype=torch.uint8, device="meta")
+    [item] = one.loader([(0, 1)])
+    to, waits = torch.Tensor.to, []
+
+    def noted(tensor, *args, non_blocking=False, **more):
+        found = to(tensor, *args, non_blocking=non_blocking, **more)
+        waits.append(found.device != tensor.device and not non_blocking)
+        return found
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    x = one.mixed(item)
+    assert waits and not any(waits)
+    assert x.device.type == "meta" and x.shape == (2 if rows_of else 8, 3, 32, 32)
+
+
+def test_small_sets_are_cropped_once_for_all_seeds(monkeypatch):
+    calls, crop = [], batches.crop_on_cpu
+    monkeypatch.setattr(batches, "crop_on_cpu", lambda *a: calls.append(1) or crop(*a))
+    assert len(list(fed().loader([*KEYS, *KEYS]))) == 6 and len(calls) == 3
+
+
+# ---- label files
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_label_file_is_hashed_before_its_first_batch(tmp_path, refused, monkeypatch, workers):
+    digests = store(tmp_path, range(3))
+    keys = [(epoch, number) for epoch in range(3) for number in range(3)]
+    path = tmp_path / label_file(2)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # a bit of the logits
+    seen = []
+
+    def run(argv):
+        seen.extend(item.epoch for item in fed((tmp_path, digests)).loader(keys, workers))
+
+    refused(run, [], "epoch_0002", "changed since")
+    assert seen == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_label_file_is_hashed_once(tmp_path, monkeypatch):
+    digests, hashed, sha256 = store(tmp_path, range(2)), [], files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    monkeypatch.setattr(feed, "KEPT_BYTES", 0)  # a second seed reads again
+    keys = [(epoch, number) for epoch in range(2) for number in range(3)]
+    assert len(list(fed((tmp_path, digests)).loader([*keys, *keys]))) == 12
+    assert hashed == [label_file(0), label_file(1)]
+
+
+def test_a_bad_file_met_by_a_worker_is_one_line(tmp_path, refused):
+    (tmp_path / label_file(2)).write_bytes(b"")
+    bad = fed((tmp_path, {}))
+    refused(lambda argv: list(bad.loader([(2, 0)], num_workers=1)), [], "epoch_0002")
+
+
+def test_a_reading_process_that_is_killed_is_one_line(refused, monkeypatch):
+    monkeypatch.setattr(batches, "crop_on_cpu", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
+    main = entry_point(lambda argv: list(fed().loader(KEYS, num_workers=1)))
+    refused(main, [], "a reading process died, probably out of memory; --num_workers 0")

@@ -1,0 +1,296 @@
+"""A checkpoint is whole or refused, has one hash in every form, and computes as stock does."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from scripts import files, generators
+from scripts.runtime import generator
+from tests.conftest import ROOT
+
+CPU = torch.device("cpu")
+
+
+def load(checkpoint, **how):
+    return generators.load(str(checkpoint), CPU, **how)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_sd):
+    return load(tiny_sd)
+
+
+@pytest.fixture
+def other(tiny_sd, tmp_path):
+    """A copy of the checkpoint, to be spoilt."""
+    return Path(shutil.copytree(tiny_sd, tmp_path / "other"))
+
+
+def rewrite(folder, part, change):
+    """Pass the weights of one network through `change`."""
+    [path] = (folder / part).glob("*.safetensors")
+    save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+def synthesize(model, seed=1):
+    latents = torch.randn(1, 4, 8, 8, generator=generator(seed))
+    conditions, negative = [model.condition("two")], model.condition("cartoon")
+    return model.denoise(latents, conditions, negative, [generator(3)], 0.7, 8.0, 6)
+
+
+# ---- what it computes
+
+
+def test_denoise_and_decode_are_one_call_of_the_pipeline(whole):
+    ours = whole.decode(synthesize(whole))
+    how = {"strength": 0.7, "guidance_scale": 8.0, "num_inference_steps": 6, "output_type": "pt"}
+    latents = torch.randn(1, 4, 8, 8, generator=generator(1))
+    prompts = {"prompt": "two", "negative_prompt": "cartoon"}
+    stock = whole.pipeline(latents=latents, generator=[generator(3)], **prompts, **how)
+    assert torch.equal(ours, stock.images)
+
+
+def test_shapes_and_facts(whole):
+    assert whole.latent_shape(32) == (4, 8, 8) and whole.native_size == 32
+    assert whole.most_steps == 1000 and whole.facts["precision"] == "fp32"
+    parts = ("vae", "unet", "text_encoder", "scheduler", "tokenizer")
+    assert {f"{part}_sha256" for part in parts} < set(whole.facts)
+
+
+def test_stage_1_loads_only_what_it_needs(tiny_sd, whole):
+    encoder = load(tiny_sd, part="encoder")
+    assert list(encoder.networks) == ["vae"] and encoder.pipeline.tokenizer is None
+    assert encoder.facts["vae_sha256"] == whole.facts["vae_sha256"]
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=generator(0))
+    draws = [[generator(1, i) for i in range(2)] for _ in range(2)]
+    assert torch.equal(encoder.encode(images, draws[0]), whole.encode(images, draws[1]))
+
+
+def test_a_size_that_the_vae_would_change_is_refused(whole, refused):
+    refused(lambda argv: whole.latent_shape(30), [], "--size 30", "multiple of 4")
+
+
+def test_the_safety_checker_blackens_what_it_flags(whole, monkeypatch):
+    latents = torch.randn(2, 4, 8, 8, generator=generator(1))
+    plain = whole.decode(latents)
+    assert plain.flatten(1).amax(1).min() > 0
+
+    def run_safety_checker(images, device, dtype):
+        assert images.min() >= -1 and images.max() <= 1
+        return images, [False, True]
+
+    monkeypatch.setitem(whole.pipeline.__dict__, "safety_checker", object())
+    monkeypatch.setattr(whole.pipeline, "run_safety_checker", run_safety_checker)
+    checked = whole.decode(latents)
+    assert torch.equal(checked[0], plain[0]) and checked[1].max() == 0
+    assert torch.equal(whole.decode(latents, check=False), plain)
+
+
+def test_a_checker_that_is_not_there_is_refused(tiny_sd, refused):
+    refused(lambda argv: load(*argv, safety_checker=True), [tiny_sd], "cannot be loaded")
+
+
+# ---- one hash for one model
+
+
+def test_a_hash_sees_values_and_not_precision(tiny_sd, whole):
+    for dtype in ("fp16", "bf16"):
+        model = load(tiny_sd, part="encoder", dtype=dtype)
+        assert model.networks["vae"].dtype == generators.DTYPES[dtype]
+        assert model.facts["vae_sha256"] == whole.facts["vae_sha256"]
+    vae = load(tiny_sd, part="encoder").networks["vae"]
+    with torch.no_grad():
+        next(vae.parameters()).view(-1)[0] += 1
+    assert generators.weights_hash(vae) != whole.facts["vae_sha256"]
+
+
+def test_older_names_of_the_text_encoders_weights_are_read(other, whole):
+    """As in stable-diffusion-v1-5's own file."""
+    rewrite(other, "text_encoder", lambda w: {f"text_model.{k}": v for k, v in w.items()})
+    name = "text_encoder_sha256"
+    assert load(other).facts[name] == whole.facts[name]
+
+
+def test_a_single_file_gives_the_same_networks_and_picture(whole, tiny_sd, tmp_path, refused):
+    path = tmp_path / "v1.safetensors"
+    weights = single_file(whole.pipeline)
+    save_file(weights, path)
+    model = load(path, single_file_config=str(tiny_sd))
+    same = [name for name in whole.facts if name.endswith("_sha256")]
+    assert [model.facts[name] for name in same] == [whole.facts[name] for name in same]
+    assert torch.equal(synthesize(model), synthesize(whole))
+    assert list(load(path, part="encoder", single_file_config=str(tiny_sd)).networks) == ["vae"]
+    lost = next(name for name in weights if name.endswith("mlp.fc1.weight"))
+    for part in ("model.diffusion_model.out.2.weight", "first_stage_model.quant_conv.bias", lost):
+        save_file({k: v for k, v in weights.items() if k != part}, path)
+        config = str(tiny_sd)
+        refused(lambda argv, c=config: load(*argv, single_file_config=c), [path], path)
+
+
+# ---- checkpoints that are not whole
+
+
+@pytest.fixture
+def errors_only():
+    """What the user wants to read must not matter."""
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity_warning()
+
+
+@pytest.mark.parametrize("part", ["vae", "unet", "text_encoder"])
+@pytest.mark.parametrize("how", ["lacks a weight", "is cut off", "is empty"])
+def test_weights_that_are_not_whole(how, part, other, refused, errors_only):
+    """Both libraries take what is there, and draw the rest at random, anew at each start."""
+    [path] = (other / part).glob("*.safetensors")
+    if how == "lacks a weight":
+        lost = min(name for name, value in load_file(path).items() if value.ndim == 2)
+        rewrite(other, part, lambda w: {k: v for k, v in w.items() if k != lost})
+        words = ["weights are missing from it", lost.split(".")[-1]]
+    else:
+        path.write_bytes(path.read_bytes()[:-50] if how == "is cut off" else b"")
+        words = ["cannot be loaded"]
+    refused(lambda argv: load(*argv), [other], f"--diffusion_checkpoints_path {other}", *words)
+
+
+def test_a_tokenizer_that_is_gone(other, refused):
+    """transformers makes one of a few words up."""
+    for path in (other / "tokenizer").glob("*"):
+        if path.name != "tokenizer_config.json":
+            path.unlink()
+    refused(lambda argv: load(*argv), [other], "its tokenizer has", "words, its text_encoder 190")
+
+
+CONFIGS = [
+    ("vae/config.json", "scaling_factor", 0),  # all prototypes would be zero
+    ("vae/config.json", "scaling_factor", "x"),
+    ("vae/config.json", "norm_num_groups", 0),
+    ("unet/config.json", "attention_head_dim", 0),
+    ("unet/config.json", "in_channels", 9),  # an inpainting model
+    ("text_encoder/config.json", "hidden_size", 7),
+    ("scheduler/scheduler_config.json", "num_train_timesteps", 0),
+    ("model_index.json", "_class_name", "StableDiffusionXLPipeline"),
+    ("model_index.json", "_class_name", ["evil", "Pipeline"]),
+]
+
+
+@pytest.mark.parametrize("file, key, value", CONFIGS)
+def test_values_in_a_models_configuration(file, key, value, other, refused):
+    config = files.read_json(other / file)
+    (other / file).write_text(files.json_text({**config, key: value}))
+    refused(lambda argv: load(*argv), [other], f"--diffusion_checkpoints_path {other}")
+
+
+@pytest.mark.parametrize(
+    "checkpoint, words",
+    [
+        ("no/such/folder/at/all", "no such file or folder"),
+        ("no-such-owner/no-such-model", "hf download no-such-owner/no-such-model"),
+        ("missing.safetensors", "no such file or folder"),
+    ],
+)
+def test_a_missing_checkpoint(refused, checkpoint, words):
+    refused(lambda argv: load(*argv), [checkpoint], checkpoint, words)
+
+
+def test_files_that_may_hold_code_and_folders_that_are_no_pipeline(refused, tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    refused(lambda argv: load(*argv), [tmp_path / "model.ckpt"], "only .safetensors")
+    refused(lambda argv: load(*argv), [tmp_path], "model_index.json")
+    (tmp_path / "broken.safetensors").write_bytes(b"x" * 100)
+    refused(lambda argv: load(*argv), [tmp_path / "broken.safetensors"], "cannot be loaded")
+
+
+def test_nothing_else_knows_what_a_generator_is_made_of():
+    known = ("generators.py", "train_tiny_sd.py")  # the second makes a Stable Diffusion
+    for folder in ("scripts", "distillation", "matching", "validate"):
+        for path in (ROOT / folder).glob("*.py"):
+            if path.name not in known and not path.name.startswith("pipeline_"):
+                found = re.search(r"unet|text_encoder|tokenizer|scheduler\.", path.read_text())
+                assert not found, f"{path}: {found[0]}"
+
+
+# ---- diffusers' names of a Stable Diffusion v1's weights -> those of the original single files
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+VAE = {
+    "down_blocks": "down",
+    ".resnets.": ".block.",
+    "conv_shortcut": "nin_shortcut",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+    "conv_norm_out": "norm_out",
+}
+ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def single_file(pipeline):
+    """{name: tensor} of all three networks, as in v1-5-pruned.safetensors."""
+    unet, found = pipeline.unet.config, {}
+    attended = [i for i, kind in enumerate(unet.up_block_types) if kind.startswith("CrossAttn")]
+    levels = len(pipeline.vae.config.block_out_channels)
+    for name, tensor in pipeline.vae.state_dict().items():
+        attention = "mid_block.attentions.0" in name and tensor.ndim == 2
+        tensor = tensor[:, :, None, None] if attention else tensor
+        found[f"first_stage_model.{vae_name(name, levels)}"] = tensor.contiguous()
+    for name, tensor in pipeline.unet.state_dict().items():
+        name = unet_name(name, unet.layers_per_block, attended)
+        found[f"model.diffusion_model.{name}"] = tensor
+    for name, tensor in pipeline.text_encoder.state_dict().items():
+        name = name.removeprefix("text_model.")
+        found[f"cond_stage_model.transformer.text_model.{name}"] = tensor
+    return found
+
+
+def vae_name(name, levels):
+    name = re.sub(
+        r"decoder\.up_blocks\.(\d+)", lambda m: f"decoder.up.{levels - 1 - int(m[1])}", name
+    )
+    for ours, theirs in VAE.items():
+        name = name.replace(ours, theirs)
+    name = re.sub(r"mid_block\.block\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
+    if "mid_block.attentions.0" in name:
+        name = name.replace("mid_block.attentions.0", "mid.attn_1")
+        for ours, theirs in ATTENTION.items():
+            name = name.replace(ours, theirs)
+    return name
+
+
+def resnet_name(name):
+    head, _, rest = name.partition(".")
+    return f"{RESNET[head]}.{rest}"
+
+
+def unet_name(name, layers, attended):
+    head, _, rest = name.partition(".")
+    simple = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    if head in simple:
+        return f"{simple[head]}.{rest}"
+    if m := re.match(r"time_embedding\.linear_(\d)\.(.*)", name):
+        return f"time_embed.{2 * int(m[1]) - 2}.{m[2]}"
+    if m := re.match(r"mid_block\.(resnets|attentions)\.(\d)\.(.*)", name):
+        if m[1] == "attentions":
+            return f"middle_block.1.{m[3]}"
+        return f"middle_block.{2 * int(m[2])}.{resnet_name(m[3])}"
+    blocks = r"(down|up)_blocks\.(\d)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.*)"
+    side, block, kind, i, rest = re.match(blocks, name).groups()
+    block, i = int(block), int(i)
+    if kind == "downsamplers":
+        return f"input_blocks.{(block + 1) * (layers + 1)}.0.op.{rest.removeprefix('conv.')}"
+    at = block * (layers + 1) + i
+    if kind == "upsamplers":
+        return f"output_blocks.{at + layers}.{2 if block in attended else 1}.{rest}"
+    at = f"input_blocks.{at + 1}" if side == "down" else f"output_blocks.{at}"
+    return f"{at}.0.{resnet_name(rest)}" if kind == "resnets" else f"{at}.1.{rest}"

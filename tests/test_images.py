@@ -1,0 +1,175 @@
+"""Which images a folder holds: an output of stage 2, or anybody's folder of class folders."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distillation import datasets
+from matching.images import fits_gpu, in_threads, load_pixels, open_images
+from scripts.runtime import refuse
+from tests.conftest import copy, picture, reseal
+
+
+def folders(root, names, sizes=(24,)):
+    """root/<name>/<k>.png, one picture per size."""
+    for c, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for k, side in enumerate(sizes):
+            image = Image.fromarray(picture(10 * c + k, (side, side)))
+            image.save(root / name / f"{k}.png")
+    return root
+
+
+def opened(root, dataset=None):
+    return load_pixels("--data", open_images("--data", root, dataset))
+
+
+# ---- an output of stage 2
+
+
+def test_a_folder_of_stage_2(random):
+    arrays, images = opened(random)
+    assert images.folders == ("0", "1", "2") and images.files[4] == "1/1_0000.png"
+    assert images.targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert [a.shape for a in arrays] == [(32, 32, 3)] * 12
+    facts = images.facts()
+    assert facts["arm"] == "random" and facts["ipc"] == 4 and facts["count"] == 12
+    assert facts["image_size"] == 32 and facts["generator"] is None and not facts["foreign"]
+    assert facts["real_images"] == 36
+
+
+def test_images_of_a_diffusion_model_name_it_and_the_real_images(images, tiny_sd):
+    facts = opened(images)[1].facts()
+    assert facts["real_images"] == 36 and facts["generator"]["model"] == tiny_sd.name
+
+
+def _turn(folder, name="1/1_0002.png"):
+    with Image.open(folder / name) as image:
+        turned = image.rotate(90)
+    turned.save(folder / name)
+
+
+def _rename(folder):
+    (folder / "1").rename(folder / "1b")
+
+
+ODD = {  # change of the folder, what the line says
+    "an image edited": (_turn, "1/1_0002.png"),
+    "an image added": (lambda f: shutil.copy(f / "0/0_0000.png", f / "0/0_0004.png"), "0_0004"),
+    "an image removed": (lambda f: (f / "2/2_0003.png").unlink(), "2/2_0003.png"),
+    "a class renamed": (_rename, "1/1_0000.png"),
+    "a class removed": (lambda f: shutil.rmtree(f / "2"), "2/2_0000.png"),
+    "a class added": (lambda f: folders(f, ["3"]), "3"),
+    "an empty class": (lambda f: (f / "3").mkdir(), "3 holds no image"),
+    "not finished": (lambda f: (f / "manifest.json").unlink(), "not finished"),
+    "the manifest edited": (
+        lambda f: (f / "manifest.json").write_text(
+            (f / "manifest.json").read_text().replace('"ipc": 4', '"ipc": 5')
+        ),
+        "checksum",
+    ),
+    "classes in another order": (
+        lambda f: reseal(
+            f, classes=[{"index": c, "folder": str(c), "prompt": ""} for c in (1, 0, 2)]
+        ),
+        "order",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_a_folder_that_does_not_fit_its_manifest_is_refused(random, tmp_path, refused, what):
+    change, words = ODD[what]
+    folder = copy(random, tmp_path)
+    change(folder)
+    refused(lambda argv: opened(folder), [], "--data", words)
+
+
+def test_another_data_set_is_refused(random, refused, tmp_path):
+    refused(lambda argv: open_images("--data", random, "cifar10"), [], "cifar10", "digits")
+    refused(lambda argv: open_images("--data", tmp_path / "x", None), [], "x: no such folder")
+
+
+# ---- anybody's folder
+
+
+def test_a_foreign_folder_is_hashed_and_warned_about_once(tmp_path, capsys):
+    root = folders(tmp_path / "theirs", "012", sizes=(20, 32, 40))
+    arrays, images = opened(root, "digits")
+    assert capsys.readouterr().err.count("no manifest") == 1
+    assert images.foreign and images.image_size is None and images.ipc == 3
+    assert [a.shape[0] for a in arrays] == [20, 32, 40] * 3
+    Image.fromarray(picture(99, (32, 32))).save(root / "1" / "1.png")
+    assert opened(root, "digits")[1].content != images.content
+    same = open_images("--data", folders(tmp_path / "same", "012", sizes=(32, 32)), "digits")
+    assert same.image_size == 32
+
+
+def test_numbered_folders_are_the_classes_in_order(tmp_path, capsys, refused):
+    known = tuple(datasets.known_prompts("cifar10"))
+    names = [f"new{i:03d}" for i in range(10)]
+    images = open_images("--data", folders(tmp_path / "new", names), "cifar10")
+    assert images.folders == known and images.files[3] == "new003/0.png"
+    assert "classes in order" in capsys.readouterr().err
+    # sorted by name, c10 would be class 2
+    unpadded = folders(tmp_path / "c", [f"c{i}" for i in (0, 1, 10, 2, 3, 4, 5, 6, 7, 8)])
+    refused(lambda argv: open_images("--data", unpadded, "cifar10"), [], "'c0'", "cifar10")
+
+
+def test_the_data_set_is_recognised_by_its_classes(tmp_path):
+    known = list(datasets.known_prompts("cifar10"))
+    assert open_images("--data", folders(tmp_path / "a", known)).dataset == "cifar10"
+    assert open_images("--data", folders(tmp_path / "b", ["cat", "dog"])).dataset == "imagefolder"
+    wnids = list(datasets.known_prompts("imagenet"))[5:8]
+    assert open_images("--data", folders(tmp_path / "c", wnids)).dataset == "imagenet"
+
+
+def test_odd_foreign_folders_are_refused(tmp_path, refused):
+    refused(lambda argv: open_images("--data", tmp_path), [], "no class folders")
+    root = folders(tmp_path / "a", ["cat", "dog"])
+    (root / "eel").symlink_to("gone")
+    refused(lambda argv: open_images("--data", root), [], "broken link", "gone")
+    (root / "eel").unlink()
+    (root / "dog" / "1.png").write_bytes(b"no image")
+    refused(lambda argv: open_images("--data", root), [], "dog/1.png: not an image")
+
+
+# ---- reading
+
+
+def test_an_image_that_vanishes_or_breaks_is_one_line(random, tmp_path, refused):
+    folder = copy(random, tmp_path)
+    images = open_images("--data", folder)
+    path = folder / images.files[7]
+    path.write_bytes(path.read_bytes()[:-40])
+    refused(lambda argv: load_pixels("--data", images), [], images.files[7], "changed since")
+    foreign = images._replace(digests={}, foreign=True)
+    refused(lambda argv: load_pixels("--data", foreign), [], images.files[7], "decoded")
+
+
+def test_threads_keep_the_order_and_refuse_the_first(refused):
+    items = range(300)
+    assert in_threads(lambda n: n * 2, items, 3, "x") == [n * 2 for n in items]
+
+    def odd(n):
+        return n if n % 100 else refuse(f"item {n}")
+
+    refused(lambda argv: in_threads(odd, range(1, 300), 3, "x"), [], "item 100")
+
+
+def test_gpu_memory_that_pytorch_keeps_unused_counts_as_free(monkeypatch, capsys):
+    answers = {"mem_get_info": (100, 1000), "memory_reserved": 800, "memory_allocated": 300}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    assert fits_gpu("the images", 300, "cuda", "cropped on the CPU")
+    assert not fits_gpu("the images", 301, "cuda", "cropped on the CPU")
+    assert "the images need 0.0 MiB" in capsys.readouterr().err
+
+
+def test_pixels_are_the_files(random):
+    arrays, images = opened(random)
+    with Image.open(random / images.files[5]) as image:
+        assert np.array_equal(arrays[5], np.asarray(image.convert("RGB")))

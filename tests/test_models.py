@@ -1,0 +1,251 @@
+"""Networks by name, and a teacher's weights in all their wrappings."""
+
+import sys
+import types
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from distillation import datasets
+from matching import models
+from tests.conftest import copy, reseal
+
+NETTE = list(datasets.known_prompts("imagenette"))
+IN_IMAGENET = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]  # as public listings say
+
+
+def call(function, *args, **options):
+    """For `refused`: a main that takes no flags."""
+    return lambda argv: function(*args, **options)
+
+
+# ---- networks
+
+
+def test_convnet_has_the_size_of_the_literature():
+    assert models.count_parameters(models.create_model("convnet_w128", 10, 32)) == 320_010
+    # each block 147,840 after the first 3,840; the head 128 * 16 + 1 per class
+    expected = 3_840 + 3 * 147_840 + 200 * 2_049
+    assert models.count_parameters(models.create_model("convnet_w128", 200, 64)) == expected
+
+
+def test_every_network_is_built_and_sized_as_published():
+    published = {"resnet18": 11_689_512, "resnet50": 25_557_032}
+    published |= {"mobilenet_v2": 3_504_872, "swin_t": 28_288_354}
+    with torch.device("meta"):
+        for name in models.MODELS:
+            model = models.create_model(name, 1000, 224)
+            assert model(torch.zeros(2, 3, 224, 224)).shape == (2, 1000)
+            assert models.count_parameters(model) == published.get(
+                name, models.count_parameters(model)
+            )
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize(
+    "name", ["convnet_w128", "convnet_mini", "resnet_ap10", "resnet18", "mobilenet_v2"]
+)
+def test_small_images(name, size):
+    model = models.create_model(name, 7, size).eval()
+    with torch.no_grad():
+        assert model(torch.zeros(2, 3, size, size)).shape == (2, 7)
+
+
+def test_a_small_resnet_keeps_its_map_and_a_large_one_does_not():
+    small, large = (models.create_model("resnet18", 10, size) for size in (64, 224))
+    assert small.conv1.kernel_size == (3, 3) and isinstance(small.maxpool, torch.nn.Identity)
+    assert large.conv1.kernel_size == (7, 7) and isinstance(large.maxpool, torch.nn.MaxPool2d)
+
+
+def test_unknown_names_are_refused(monkeypatch, refused):
+    refused(call(models.model_name, "resnet19"), [], "resnet19", "convnet_w128")
+    assert models.model_name("convnet-w128") == "convnet_w128"
+    monkeypatch.setitem(sys.modules, "timm", None)
+    refused(call(models.create_model, "timm:vit_tiny", 10, 224), [], "timm is not installed")
+    too_small = call(models.create_model, "convnet6", 10, 32)
+    refused(too_small, [], "--input_size 32", "depth 6")
+
+
+# ---- weights
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A network of ImageNet's 1000 classes with random weights."""
+    torch.manual_seed(0)
+    return models.create_model("mobilenet_v2", 1000, 224).eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, network):
+    path = tmp_path_factory.mktemp("teacher") / "net.pt"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def load(path, dataset="imagenette", folders=NETTE, name="mobilenet_v2", size=224):
+    return models.load_teacher(name, path, dataset, folders, size)
+
+
+def test_a_subset_takes_the_right_columns(network, checkpoint):
+    model, facts = load(checkpoint)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(x), network(x)[:, IN_IMAGENET])
+    assert facts["columns"] == IN_IMAGENET and facts["classes"] == 1000
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert models.ranges([0, 1, 2, 7]) == "0-2, 7"
+
+
+def test_other_sets_with_wnids_are_subsets_too(checkpoint):
+    tiny = list(datasets.known_prompts("tiny_imagenet"))
+    assert len(load(checkpoint, "tiny_imagenet", tiny)[1]["columns"]) == 200
+    mine = load(checkpoint, "imagefolder", ["n01440764", "n02102040"])
+    assert mine[1]["columns"] == [0, 217]
+    whole = list(datasets.known_prompts("imagenet"))
+    assert load(checkpoint, "imagenet", whole)[1]["columns"] is None
+
+
+@pytest.mark.parametrize(
+    "wrapping", ["module.", "_orig_mod.", "state_dict", "model", "safetensors"]
+)
+def test_weights_in_every_wrapping(tmp_path, network, checkpoint, wrapping):
+    state, path = network.state_dict(), tmp_path / "net.pt"
+    if wrapping == "safetensors":
+        path = tmp_path / "net.safetensors"
+        save_file(state, path)
+    elif wrapping[-1] == ".":
+        torch.save({wrapping + name: value for name, value in state.items()}, path)
+    else:
+        inner = {f"module.{name}": value for name, value in state.items()}
+        torch.save({wrapping: inner, "epoch": 3}, path)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(load(path)[0](x), load(checkpoint)[0](x))
+
+
+def test_weights_without_batch_counters_are_taken(tmp_path, network):
+    """torchvision's older files have none."""
+    state = {k: v for k, v in network.state_dict().items() if "num_batches" not in k}
+    torch.save(state, tmp_path / "net.pt")
+    assert load(tmp_path / "net.pt")[1]["weights"] == "file"
+
+
+def test_bad_files_are_one_line(tmp_path, network, checkpoint, refused):
+    refused(call(load, tmp_path / "none.pt"), [], "none.pt", "no such file")
+    (tmp_path / "text.pt").write_text("no weights")
+    refused(call(load, tmp_path / "text.pt"), [], "text.pt", "cannot be read as weights")
+    torch.save({"epoch": 1}, tmp_path / "empty.pt")
+    refused(call(load, tmp_path / "empty.pt"), [], "no state dict")
+    refused(call(load, checkpoint, name="resnet18"), [], "fc.bias", "resnet18")
+    state = network.state_dict() | {"features.0.0.weight": torch.zeros(32, 3, 5, 5)}
+    torch.save(state, tmp_path / "shape.pt")
+    refused(call(load, tmp_path / "shape.pt"), [], "[32, 3, 5, 5]", "[32, 3, 3, 3]")
+    state.pop("features.0.0.weight")
+    torch.save(state, tmp_path / "less.pt")
+    refused(call(load, tmp_path / "less.pt"), [], "features.0.0.weight", "another architecture")
+    torch.save(network.state_dict() | {"extra": torch.zeros(1)}, tmp_path / "more.pt")
+    refused(call(load, tmp_path / "more.pt"), [], "extra")
+
+
+class Boom:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_no_code_of_a_checkpoint_is_run(tmp_path, refused):
+    torch.save({"state_dict": Boom(tmp_path / "executed")}, tmp_path / "evil.pt")
+    refused(call(load, tmp_path / "evil.pt"), [], "evil.pt", "only plain tensors")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_classes_that_a_head_does_not_have(tmp_path, checkpoint, refused):
+    refused(call(load, checkpoint, "imagefolder", ["cat", "dog"]), [], "wnid", "'cat'")
+    cifar = list(datasets.known_prompts("cifar10"))
+    refused(call(load, checkpoint, "cifar10", cifar), [], "wnid", "airplane")
+    torch.save(models.create_model("convnet_mini", 3, 32).state_dict(), tmp_path / "three.pt")
+    of_two = ("convnet_mini", tmp_path / "three.pt", "digits", ["0", "1"], 32)
+    refused(call(models.load_teacher, *of_two), [], "3 classes", "2")
+
+
+# ---- published weights
+
+
+def test_published_weights_without_internet(monkeypatch, tmp_path, refused):
+    def offline(*args, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    for checkpoint in (None, "torchvision"):
+        line = refused(call(load, checkpoint, name="resnet18"), [], "resnet18-f37072fd.pth")
+        assert f"put it at {tmp_path / 'checkpoints'}" in line
+    refused(call(load, None, name="resnet18", size=32), [], "32 px", "train_teacher")
+    refused(call(load, None, name="convnet_w128"), [], "nobody publishes")
+
+
+@pytest.fixture
+def timm_net(monkeypatch):
+    """timm_net(**pretrained_cfg): a module `timm` whose every network is one linear layer."""
+
+    def place(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), classes=1000, **cfg):
+        def create(_, pretrained, num_classes=classes):
+            head = torch.nn.Linear(3, num_classes)
+            net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), head)
+            net.pretrained_cfg = {"mean": mean, "std": std, "input_size": (3, 224, 224), **cfg}
+            return net
+
+        monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create))
+
+    return place
+
+
+def test_timms_weights_want_the_images_that_they_were_trained_on(timm_net, refused):
+    def load_timm(size=224):
+        return load(None, name="timm:net", size=size)
+
+    timm_net(fixed_input_size=True)
+    model, facts = load_timm()
+    assert facts["weights"] == "timm pretrained"
+    assert model(torch.zeros(2, 3, 224, 224)).shape == (2, 10)
+    refused(call(load_timm, 256), [], "--input_size 256", "timm:net takes 224 x 224 px")
+    timm_net(fixed_input_size=False)
+    assert load_timm(256)[1]["classes"] == 1000  # a convolutional network takes any size
+    timm_net(mean=(0.5, 0.5, 0.5))
+    refused(call(load_timm), [], "timm:net", "(0.5, 0.5, 0.5)", "(0.485, 0.456, 0.406)")
+    timm_net(std=(1.0, 1.0, 1.0))
+    refused(call(load_timm), [], "std (1.0, 1.0, 1.0)")
+    timm_net(classes=21_841)
+    refused(call(load_timm), [], "21841 classes", "1000")
+
+
+# ---- a folder of train_teacher
+
+
+def test_a_teachers_folder_is_checked(teacher, tmp_path, refused):
+    folder = copy(teacher, tmp_path)
+
+    def load_folder(name="convnet_mini", dataset="digits", folders=("0", "1", "2"), size=32):
+        return models.load_teacher(name, folder, dataset, folders, size)
+
+    _, facts = load_folder()
+    assert facts["weights"] == "train_teacher" and facts["columns"] is None
+    assert (facts["arguments"]["arch"], facts["arguments"]["epochs"]) == ("convnet_mini", 1)
+    assert load_folder(folders=("0", "2"))[0](torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+    refused(call(load_folder, folders=("2", "0")), [], "class order", "column 2", "column 0")
+    refused(call(load_folder, folders=("0", "7")), [], "'7'", "not among")
+    refused(call(load_folder, "convnet_w128"), [], "architecture", "convnet_mini", "convnet_w128")
+    refused(call(load_folder, size=64), [], "input size", "32", "64")
+    refused(call(load_folder, dataset="cifar10"), [], "data set", "digits", "cifar10")
+    classes = [{"index": c, "folder": str(c)} for c in (0, 1)]
+    reseal(folder, mean=[0.1, 0.2, 0.3])
+    refused(call(load_folder), [], "normalisation", "0.1", "0.5")
+    reseal(folder, mean=[0.5, 0.5, 0.5], classes=classes)
+    refused(call(load_folder, folders=("0", "1")), [], "3 classes", "expected 2")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    refused(call(load_folder), [], "model.safetensors", "changed")

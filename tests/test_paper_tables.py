@@ -1,0 +1,333 @@
+"""The right cell gets the right number; what is no cell's number stands aside, and says why."""
+
+import json
+import re
+
+import pytest
+
+from distillation.datasets import ALL, known_prompts
+from matching import batches, models, train_teacher
+from scripts import files, output
+from scripts.generators import DEFAULT_CHECKPOINT
+from validate import paper_tables
+from validate.paper_tables import DATASET_TITLES, PAPER, WHICH, cells, paper_rows, table_of
+
+OWN = {"imagenet": "", "tiny_imagenet": "_tnimgnt", "cifar10": "_cf10", "cifar100": "_cf100"}
+OWN |= {"digits": "_digits", "imagenette": "_nette"}
+NETWORK = "convnet_w128"
+CIFAR10 = ("cifar10", 10, "d4m", "cifar10_ipc10_s0.7_g8_kmexpand1", NETWORK, NETWORK)
+
+
+def teacher_arguments(dataset, arch, **changed):
+    """What train_teacher records of a teacher by its own recipe."""
+    settings = train_teacher.get_args(["--dataset", dataset, "--arch", arch]).settings
+    counts = ALL[dataset].train_images, PAPER["test_images"].get(dataset)
+    own = {"bn_batch": settings["batch_size"], "train_images": counts[0], "val_images": counts[1]}
+    return {**settings, **own, **changed}
+
+
+def fake(root, name, dataset, ipc, arm, images, student, teacher, mean, hard=False, n=3, **changed):
+    """A results.json as stage 4 writes it, with top-1 values around `mean`.
+
+    changed   {"images.classes": 7, ...}: other values than those of the paper's run
+    """
+    [args] = paper_tables.students(f"train_FKD{OWN[dataset]}.sh", (("STUDENT", student),))
+    given = {flag: value for flag, value in args.settings.items() if value is not None}
+    arguments = {"use_fp16": True, **batches.PROTOCOL, **given, "hard_label": hard}
+    arguments |= {"dataset": dataset, "test_images": PAPER["test_images"].get(dataset)}
+    classes, source = len(known_prompts(dataset)), "imagenet" if arm == "d4m-g" else dataset
+    model = {"model": DEFAULT_CHECKPOINT, "revision": None, "precision": "fp16"}
+    found = {
+        "arguments": arguments,
+        "images": {
+            "name": images,
+            "arm": arm,
+            "ipc": ipc,
+            "classes": classes,
+            "count": ipc * classes,
+            "generator": None if arm == "random" else {**model, "unet_sha256": "u"},
+            "real_images": ALL[source].train_images,
+        },
+        "teacher": [],
+        "labels": None,
+        "summary": {},
+        "seeds": [],
+    }
+    if not hard:
+        public = f"torchvision {models.TEACHER_WEIGHTS.get(teacher)}"
+        facts = {"arch": teacher, "weights": public, "sha256": "y", "arguments": None}
+        if dataset != "imagenet":
+            facts |= {"weights": "train_teacher", "arguments": teacher_arguments(dataset, teacher)}
+        found |= {"teacher": [facts], "labels": {"amp": "none", "channels_last": False}}
+    values = [mean + i - (n - 1) / 2 for i in range(n)]
+    std = (sum((v - mean) ** 2 for v in values) / (n - 1)) ** 0.5 if n > 1 else None
+    top1 = {"mean": mean, "std": std, "n": n, "values": values}
+    found["summary"] = {"last": {"top1": top1}, "best": {"top1": {**top1, "mean": mean + 0.5}}}
+    for where, value in changed.items():
+        *path, last = where.split(".")
+        part = found
+        for key in path:
+            part = part[int(key) if key.isdigit() else key]
+        part[last] = value
+    folder = root / "students" / name
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(found))
+
+
+# ---- the published numbers and their commands
+
+
+def test_every_published_number_is_there():
+    numbers = [r for r in paper_rows() if r.get("top1", r.get("sec_per_image")) is not None]
+    assert len(numbers) == 127 and numbers[5]["top1"] == 56.2 and numbers[5]["std"] == 0.4
+    own = [row for row in numbers if "make" in row]
+    assert all(row["method"].startswith("D4M") == ("make" in row) for row in numbers)
+    assert [sum(table_of(row) == n for row in own) for n in range(1, 7)] == [4, 24, 18, 12, 15, 2]
+    student = [row for row in own if row["make"].get("STUDENT") == "resnet18"]
+    method = [row for row in student if table_of(row) == 2 and row["method"] == "D4M"]
+    assert [row["top1"] for row in method] == [27.9, 55.2, 59.3, 62.6, 46.2, 51.4]
+
+
+def test_every_cells_command_makes_that_cell_alone(capsys):
+    paper_tables.main(["--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(set(lines)) == 75
+    first = "DATASET=imagenet IPC=10 METHOD=d4m TEACHER=resnet18 STUDENT=resnet18"
+    assert f"{first} sh validate/table2.sh  # table 2, paper 27.9" in lines
+    for row in cells():
+        make = tuple(row["make"].items())
+        assert len(paper_tables.students(f"table{table_of(row)}.sh", make)) == 3
+        needs = paper_tables.needs(table_of(row), make, "x")
+        assert set(needs) == set(WHICH), row
+        assert {facts["student"] for facts, _ in needs.values()} == {row["make"]["STUDENT"]}
+        assert DATASET_TITLES[row["make"]["DATASET"]] == row["dataset"]
+        assert row["make"]["IPC"] == str(row["ipc"])
+
+
+# ---- the right number
+
+
+def value_of(row, which):
+    """A number that no other cell, baseline or decoy has."""
+    key = dict(row["make"])
+    key |= {"METHOD": "random"} if which == "random" else {}
+    key |= {"TEACHER": "hard"} if which == "hard" else {}
+    return VALUES.setdefault(tuple(key.values()), 1 + 0.1 * len(VALUES))
+
+
+VALUES = {}
+MODEL = {"model": "sd15-tuned", "revision": None, "unet_sha256": "u"}
+OTHER_MODEL = {"model": DEFAULT_CHECKPOINT, "revision": None, "unet_sha256": "w"}
+MORE = "another result over as many students or more is shown"
+DECOYS = {  # suffix of its folder -> (what is changed, what it is listed with)
+    "a": ({"arguments.batch_size": 7}, "batch_size 7"),
+    "b": ({"n": 1}, MORE),
+    "c": ({"images.name": "cifar10_ipc10_s0.5_g8_kmexpand1"}, "images cifar10_ipc10_s0.5"),
+    "d": ({"teacher.0.arch": "vgg11"}, "teacher ['vgg11']"),
+    "e": ({"teacher.0.weights": "file"}, "weights ['file']"),
+    "f": ({"images.classes": 7}, "classes 7"),
+    "g": ({"arguments.amp": "bf16"}, "amp bf16"),
+    "h": ({"images.generator": MODEL}, "generator sd15-tuned"),
+    "i": ({"images.generator": OTHER_MODEL}, f"generator {DEFAULT_CHECKPOINT} (another model"),
+    "j": ({"arguments.bn_batch": 1000}, "bn_batch 1000"),
+    "k": ({"arguments.input_size": 128}, "input_size 128"),
+    "l": ({"arguments.test_images": 100}, "test_images 100"),
+    "n": ({"images.real_images": 500}, "real_images 500"),
+    "r": ({"labels.amp": "bf16"}, "labels' amp bf16"),
+    "s": ({"labels.channels_last": True}, "labels' channels_last True"),
+    "t": ({"images.count": 99}, "count 99"),
+    "m": ({"teacher.0.arguments.epochs": 3}, "teacher's ['epochs 3']"),
+    "o": ({"teacher.0.arguments.bn_batch": 16}, "teacher's ['bn_batch 16']"),
+    "p": ({"teacher.0.arguments.min_scale_crops": 0.5}, "teacher's ['min_scale_crops 0.5']"),
+    "q": ({"teacher.0.arguments.train_images": 9}, "teacher's ['train_images 9']"),
+}
+OF_OUR_TEACHERS = ("m", "o", "p", "q")  # torchvision's say nothing of their training
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Results of every cell and baseline, among decoys that differ in one thing each."""
+    root, made, with_decoys = tmp_path_factory.mktemp("output"), set(), set()
+    for row in cells():
+        make, needs = row["make"], paper_tables.needs(table_of(row), (*row["make"].items(),), "x")
+        for which in WHICH:
+            mean, facts = value_of(row, which), needs[which][0]
+            if mean in made:
+                continue
+            made.add(mean)
+            own = (make["DATASET"], int(make["IPC"]), facts["arm"], facts["images"])
+            own += (make["STUDENT"], make["TEACHER"])
+            fake(root, f"{len(made):03d}", *own, mean, which == "hard")
+            if which == "result" and make["DATASET"] not in with_decoys:
+                with_decoys.add(make["DATASET"])
+                for suffix, (changed, _) in DECOYS.items():
+                    if make["DATASET"] != "imagenet" or suffix not in OF_OUR_TEACHERS:
+                        decoy = 90 + len(made) / 100
+                        fake(root, f"{len(made):03d}{suffix}", *own, decoy, **{"n": 9, **changed})
+    return root, paper_tables.find_results(root)
+
+
+@pytest.mark.parametrize("table", (1, 2, 3, 4, 5))
+def test_the_right_cell_gets_the_right_number(results, table):
+    root, found = results
+    rows = paper_tables.table_rows(table, found, {}, root, DEFAULT_CHECKPOINT)
+    for row in rows:
+        if "make" not in row:
+            assert not any(row.get(which) for which in WHICH)
+            continue
+        for which in WHICH:
+            mean = row[which]["last"]["mean"]
+            assert mean == pytest.approx(value_of(row, which)), (row["make"], which)
+            assert row[which]["last"]["n"] == 3 and row[which]["recipe"] == "d4m"
+
+
+def test_what_is_no_cells_number_is_listed_aside(results):
+    root, found = results
+    others = paper_tables.other_results(found, DEFAULT_CHECKPOINT)
+    names = [row["path"].split("/")[-2] for row in others]
+    assert names == sorted(p.name for p in (root / "students").iterdir() if p.name[3:])
+    for name, row in zip(names, others):
+        assert row["why"][0].startswith(DECOYS[name[3:]][1]), (name, row["why"])
+
+
+def test_another_generator_fills_cells_only_where_it_is_named(results, capsys):
+    root, found = results
+    row = next(row for row in cells() if row["make"]["DATASET"] == "cifar10")
+    tuned = paper_tables.match_all(row, found, "sd15-tuned")
+    assert tuned["result"]["generator"] == "sd15-tuned" and tuned["result"]["last"]["mean"] > 90
+    assert tuned["random"]["last"]["mean"] == pytest.approx(value_of(row, "random"))
+    assert tuned["hard"] is None
+    argv = ["--output_root", str(root), "--table", "1", "--dataset", "cifar10"]
+    paper_tables.main([*argv, "--diffusion_checkpoints_path", "sd15-tuned"])
+    assert "Images by sd15-tuned" in capsys.readouterr().out.splitlines()[0]
+    paper_tables.main(argv)
+    text, aside = capsys.readouterr().out.split("### Other results")
+    assert "Images by" not in text and aside.count("| CIFAR-10 ") == len(DECOYS)
+
+
+def test_markdown_latex_and_json_agree(results, tmp_path, capsys):
+    root, _ = results
+    for form in paper_tables.FORMATS:
+        where = ["--output_root", str(root), "--format", form, "--output", str(tmp_path)]
+        paper_tables.main([*where, "--table", "1", "3", "--dataset", "cifar10"])
+    assert "other_results.md" in capsys.readouterr().out
+    text, tex = ((tmp_path / f"table1.{suffix}").read_text() for suffix in ("md", "tex"))
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    body = [line for line in tex.splitlines() if line.endswith("\\\\")]
+    rows = json.loads((tmp_path / "table1.json").read_text())["rows"]
+    assert len(lines) - 2 == len(body) - 1 == len(rows) and not (tmp_path / "table3.md").exists()
+    assert (
+        len({line.count("|") for line in lines}) == len({line.count(" & ") for line in body}) == 1
+    )
+    assert not re.search(r"(?<!\\)[%#_]", tex.replace("% \\usepackage", ""))
+    for row in (row for row in rows if "make" in row):
+        mean = f"{row['result']['last']['mean']:.1f}"
+        assert any(f" {mean} ± 1.0 " in line for line in lines)
+        assert any(f" {mean} $\\pm$ 1.0 " in line for line in body)
+
+
+def test_of_several_teachers_the_table_takes_those_of_its_recipe(tmp_path):
+    def teacher(name, top1, arch="convnet_w128", **changed):
+        scores = {which: {"epoch": 1, "top1": top1} for which in ("last", "best")}
+        found = {"arguments": teacher_arguments("cifar10", arch, **changed), "parameters": 1}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(found | scores))
+
+    def full():
+        teachers = paper_tables.find_teachers(tmp_path)
+        rows = paper_tables.table_rows(1, [], teachers, tmp_path, "x")
+        return next(row for row in rows if row["method"] == "Full dataset").get("result")
+
+    teacher("z", 70.0, epochs=5)
+    found = paper_tables.find_teachers(tmp_path)
+    assert found["cifar10", "convnet_w128"]["differs"] == ["epochs 5"] and full() is None
+    teacher("a", 84.0)
+    teacher("b", 86.0, seed=1)
+    for name, changed in (("c", {"classes": ["0-4"]}), ("y", {"val_images": 100})):
+        teacher(name, 50.0, **changed)
+    teacher("x", 40.0, max_scale_crops=0.9)
+    teacher("d", 95.0, arch="resnet18")
+    assert (full()["last"]["mean"], full()["last"]["n"]) == (85.0, 2)
+
+
+def test_a_baseline_over_other_seeds_says_so(tmp_path, capsys):
+    fake(tmp_path, "d4m", *CIFAR10, 50.0)
+    random = (*CIFAR10[:2], "random", "cifar10_ipc10_random", *CIFAR10[4:])
+    fake(tmp_path, "random", *random, 45.0, n=2)
+    fake(tmp_path, "hard", *CIFAR10, 40.0, hard=True)
+    paper_tables.main(["--output_root", str(tmp_path), "--table", "1"])
+    [line] = [text for text in capsys.readouterr().out.splitlines() if "| 56.2 ± 0.4 |" in text]
+    shown = [word.strip() for word in line.split("|")[9:-1]]
+    assert shown == ["3", "45.0 ± 0.7 (n = 2)", "40.0 ± 1.0"]
+
+
+def test_what_was_not_run_is_blank(tmp_path, capsys):
+    paper_tables.main(["--output_root", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert text.count("### Table") == 6 and "Other results" not in text
+    keys = ("top1", "std", "sec_per_image", "gpu_gb")
+    numbers = {f"{row[key]:.1f}" for row in paper_rows() for key in keys if row.get(key)}
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert set(re.findall(r"\d+\.\d+", "\n".join(lines))) == numbers
+
+
+def test_a_cost_is_the_papers_generators_at_512_pixels(tmp_path, capsys):
+    models = (("sd-tiny", 512), (DEFAULT_CHECKPOINT, 256), (DEFAULT_CHECKPOINT, 512))
+    for name, units, seconds in (("batch1", 100, 200.0), ("batch32", 40, 20.0)):
+        for n, (model, size) in enumerate(models):
+            folder = tmp_path / "cost" / name / "images" / f"imagenet_ipc10_s0.7_{n}"
+            folder.mkdir(parents=True)
+            generator = {"model": model, "revision": None}
+            made = {"generator": generator, "prototype_arguments": {"size": size}}
+            manifest = {"stage": "images", "inputs": made, "count": 100, "files": {}}
+            manifest["checksum"] = files.digest_of(manifest)
+            (folder / output.MANIFEST).write_text(json.dumps(manifest))
+            timing = {"units": units, "process_seconds": seconds * (1 if n == 2 else 9)}
+            (folder / output.TIMING).write_text(json.dumps({**timing, "cuda_mib": 6144}))
+    found = paper_tables.find_costs(tmp_path, "imagenet", DEFAULT_CHECKPOINT)
+    assert found["one"] == {"seconds": 2.0, "gib": 6.0, "resumed": False}
+    assert found["batch"] == {"seconds": 0.5, "gib": 6.0, "resumed": True}
+    assert not any(paper_tables.find_costs(tmp_path, "tiny_imagenet", DEFAULT_CHECKPOINT).values())
+    paper_tables.main(["--output_root", str(tmp_path), "--table", "6", "--dataset", "imagenet"])
+    [line] = [text for text in capsys.readouterr().out.splitlines() if "| D4M " in text]
+    shown = [word.strip() for word in line.split("|")[4:-1]]
+    assert shown == ["2.7", "2.00", "0.50*", "6.1", "6.0", "6.0*"]
+
+
+ODD = ["arguments.hard_label", "images.arm", "summary.last", "teacher", "teacher.0.arch"]
+ODD += ["teacher.0.arguments.dataset", "images.generator.model"]
+
+
+@pytest.mark.parametrize("where", ODD)
+def test_a_result_that_does_not_say_what_it_is_is_one_line(where, tmp_path, refused):
+    fake(tmp_path, "a", *CIFAR10, 50.0)
+    path = tmp_path / "students" / "a" / "results.json"
+    found = part = json.loads(path.read_text())
+    *keys, last = where.split(".")
+    for key in keys:
+        part = part[int(key) if key.isdigit() else key]
+    part.pop(last)
+    path.write_text(json.dumps(found))
+    refused(paper_tables.main, ["--output_root", tmp_path], path)
+
+
+def test_a_missing_root_is_refused(tmp_path, refused):
+    refused(paper_tables.main, ["--output_root", tmp_path / "nowhere"], "--output_root")
+
+
+# ---- recipes
+
+
+@pytest.mark.parametrize("recipe", ["d4m", "cda", "rded", "rd3", "edc", "minimax"])
+def test_a_recipe_is_named_by_its_launcher(recipe):
+    dataset = "imagenette" if recipe == "minimax" else "imagenet"
+    for ipc, student in ((10, "resnet18"), (50, "mobilenet_v2")):
+        chosen = (("DATASET", dataset), ("IPC", str(ipc)), ("STUDENT", student))
+        script = "train_FKD.sh" if recipe == "d4m" else f"train_FKD_{recipe}.sh"
+        [args] = paper_tables.students(script, chosen)
+        wanted = paper_tables.recipe(args, args.hard_label)
+        own = (dataset, ipc, student, args.hard_label)
+        assert paper_tables.recipe_name(*own, wanted) == recipe
+        for name in wanted:
+            other = paper_tables.recipe_name(*own, {**wanted, name: 7.5})
+            assert other != recipe, f"{name} is no part of what tells {recipe}"

@@ -1,0 +1,152 @@
+"""Training a teacher on real images: what it learns, from which images, by which recipe."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from distillation import datasets
+from matching import train_teacher
+from scripts import files, output
+from tests.conftest import ROOT, TEACHER, image_folder, tree
+
+
+def train(root, *more):
+    return train_teacher.main([*TEACHER, "--output_dir", str(root), *map(str, more)])
+
+
+def photos(root):
+    """An `imagefolder` data set of cats and dogs, for training and testing."""
+    for split in ("train", "val"):
+        image_folder(root, ["cat", "dog"], split=split)
+    flags = ["--dataset", "imagefolder", "--data_dir", str(root), "--arch", "convnet_mini"]
+    return [*flags, "--device", "cpu", "--num_workers", "0", "--epochs", "1", "--bn_batch", "2"]
+
+
+def test_digits_are_learnt(tmp_path):
+    """The demo's teacher at 5 of its 15 epochs (in full: 99 %)."""
+    flags = ["--dataset", "digits", "--arch", "convnet_mini", "--epochs", "5", "--device", "cpu"]
+    folder = train_teacher.main([*flags, "--output_dir", str(tmp_path)])
+    results = files.read_json(folder / "results.json")
+    assert folder.name == "digits_convnet_mini_epochs5" and results["last"]["top1"] > 94
+    assert results["parameters"] == 15_402 and len(results["rows"]) == 5
+    assert results["arguments"]["learning_rate"] == 0.02
+    assert results["arguments"]["train_images"] == 1352
+    manifest = output.read_manifest("--output_dir", folder, "teacher")
+    assert manifest["top1"] == results["last"]["top1"]
+    assert [c["folder"] for c in manifest["classes"]] == [str(c) for c in range(10)]
+
+
+def test_large_photographs_are_read_by_workers(tmp_path):
+    """Sets above 64 px are not held in memory; the same bytes for any number of workers."""
+    flags = [*photos(tmp_path / "data"), "--input_size", "64", "--epochs", "2"]
+    flags = [*flags, "--batch_size", "4", "--bn_batch", "4"]
+    folders = [
+        train_teacher.main([*flags, "--output_dir", f"workers{n}", "--num_workers", str(n)])
+        for n in (0, 2)
+    ]
+    assert tree(folders[0]) == tree(folders[1])
+    manifest = output.read_manifest("--output_dir", folders[0], "teacher")
+    assert [c["folder"] for c in manifest["classes"]] == ["cat", "dog"]
+
+
+def test_the_recipe_is_that_of_the_data_set():
+    def recipe(*flags):
+        return vars(train_teacher.get_args(["--arch", "resnet18", *flags]))
+
+    cifar, tiny = recipe("--dataset", "cifar10"), recipe("--dataset", "tiny_imagenet")
+    assert (cifar["epochs"], cifar["batch_size"], cifar["augment"]) == (200, 128, "pad_crop")
+    assert (tiny["learning_rate"], tiny["warmup_epochs"], tiny["augment"]) == (0.2, 5, "rrc")
+    assert recipe("--dataset", "digits")["flip"] == 0
+    for dataset, peak in (("cifar10", 0.01), ("tiny_imagenet", 0.01), ("digits", 0.02)):
+        assert recipe("--dataset", dataset, "--arch", "convnet_w128")["learning_rate"] == peak
+
+
+def test_a_data_set_without_a_recipe_is_an_error(monkeypatch, refused, tmp_path):
+    bare = dataclasses.replace(datasets.ALL["digits"], teacher=None)
+    monkeypatch.setitem(datasets.ALL, "bare", bare)
+    flags = ["--dataset", "bare", "--arch", "convnet_mini", "--output_dir", tmp_path]
+    refused(train_teacher.main, flags, "bare has no teacher's recipe", "--epochs")
+    given = ["--epochs", "1", "--batch_size", "50", "--learning_rate", "0.01", "--flip", "0"]
+    given += ["--weight_decay", "0", "--warmup_epochs", "0", "--augment", "none"]
+    assert train_teacher.get_args([*map(str, flags), *given]).learning_rate == 0.01
+    refused(train_teacher.main, [*flags, *given[:-2]], "--augment")
+
+
+def test_augmented_images_are_shifted_and_flipped_copies():
+    split = datasets.open_split("digits", None, "train", classes=["3"], max_per_class=2)
+    settings = {"input_size": 32, "augment": "pad_crop", "flip": 0.5, "seed": 0}
+    images = train_teacher.RealImages(split, settings, None, 0)
+    images.loader([])
+    for seed in range(8):
+        g = torch.Generator().manual_seed(seed)
+        mirrored = torch.rand((), generator=g).item() < 0.5
+        top, left = torch.randint(9, (2,), generator=g).tolist()
+        padded = torch.nn.functional.pad(torch.tensor(images.arrays[1]), (0, 0, 4, 4, 4, 4))
+        expected = padded[top : top + 32, left : left + 32]
+        found = images.augmented(1, torch.Generator().manual_seed(seed))
+        assert (found == (expected.flip(1) if mirrored else expected).numpy()).all()
+
+
+def test_dry_run_says_what_would_be_made(tmp_path, capsys, refused):
+    with pytest.raises(SystemExit) as leaving:
+        train(tmp_path / "out", "--dry_run")
+    assert leaving.value.code == 0 and not (tmp_path / "out").exists()
+    assert (
+        "digits_convnet_mini_epochs1_classes-0-2_max12: 0 done, 2 to do" in capsys.readouterr().out
+    )
+    flags = ["--dataset", "cifar10", "--data_dir", tmp_path / "none", "--dry_run"]
+    refused(train_teacher.main, flags, "--data_dir", "no such folder")
+
+
+def test_flags_that_make_no_sense_are_refused(tmp_path, refused):
+    main = train_teacher.main
+    refused(main, ["--dataset", "cifar10", "--output_dir", tmp_path], "--data_dir", "cifar10")
+    refused(main, [*TEACHER, "--shard", "0/2"], "torchrun")
+    refused(main, [*TEACHER, "--arch", "resnet19"], "resnet19")
+    refused(main, [*TEACHER, "--flip", "2"], "--flip")
+    refused(main, [*TEACHER, "--weight_decay=-1"], "--weight_decay")
+    refused(main, [*TEACHER, "--warmup_epochs", "3"], "--warmup_epochs 3")
+    scales = ["--min_scale_crops", "0.9", "--max_scale_crops", "0.1"]
+    refused(main, [*TEACHER, *scales], "--min_scale_crops 0.9", "0.1")
+
+
+@pytest.mark.parametrize("split, flag", [("train", "--data_dir"), ("val", "--val_dir")])
+def test_a_class_without_images_is_named(split, flag, tmp_path, refused):
+    flags = [*photos(tmp_path / "data"), "--val_dir", tmp_path / "data"]
+    for path in (tmp_path / "data" / split / "dog").iterdir():
+        path.unlink()
+    refused(train_teacher.main, flags, flag, "class dog has no images")
+
+
+def test_other_test_images_are_not_taken_for_those_of_a_finished_run(tmp_path, refused):
+    """As many, in the same classes: a --val_dir that was repaired."""
+    flags = [*photos(tmp_path / "data"), "--output_dir", str(tmp_path)]
+    train_teacher.main(flags)
+    train_teacher.main(flags)
+    image_folder(tmp_path / "other", ["dog", "cat"], split="val")
+    refused(train_teacher.main, [*flags, "--val_dir", tmp_path / "other"], "val_sha256")
+
+
+def test_a_finished_folder_that_changed_is_refused(tmp_path, refused):
+    folder = train(tmp_path)
+    (folder / "model.safetensors").write_bytes(b"changed")
+    refused(lambda argv: train(tmp_path), [], "model.safetensors")
+
+
+@pytest.mark.parametrize("variable, bars", [({}, True), ({"TQDM_DISABLE": "1"}, False)])
+def test_tqdms_own_variable_turns_the_bar_off(variable, bars, tmp_path):
+    command = [sys.executable, "-m", "matching.train_teacher", *TEACHER]
+    environment = {name: v for name, v in os.environ.items() if name != "TQDM_DISABLE"}
+    ended = subprocess.run(
+        [*command, "--output_dir", str(tmp_path)],
+        cwd=ROOT,
+        env={**environment, **variable},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert ("image/s]" in ended.stderr) == bars and "top-1" in ended.stdout

@@ -104,12 +104,11 @@ class Synthesizer:
     def _part(self, jobs, at_hand, attempt):
         starts = torch.stack([self.start(job, at_hand, attempt) for job in jobs])  # (B, c, h, w)
         images = self._images(jobs, starts, attempt)  # (B, 3, H, W)
-        generators.mend(
-            self.model,
-            images,
-            lambda n: self._images([jobs[n]], starts[n : n + 1], attempt),
-            [job.file for job in jobs],
-        )
+
+        def again(n):
+            return self._images([jobs[n]], starts[n : n + 1], attempt)
+
+        generators.mend(self.model, images, again, [job.file for job in jobs])
         return (images.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu().numpy()
 
     def start(self, job, at_hand, attempt):
@@ -145,9 +144,8 @@ def make_images(out, batches, synthesizer, stream):
     arm, total = synthesizer.settings["arm"], sum(map(len, batches))
     with out.progress(total=total, desc=arm, unit="image") as bar:
         for batch in batches:
-            at_hand = {
-                position: p for position, p in at_hand.items() if position >= batch[0].position
-            }
+            for position in [p for p in at_hand if p < batch[0].position]:
+                del at_hand[position]
             while batch[-1].position not in at_hand:
                 position, found = next(classes)
                 at_hand[position] = found
@@ -218,8 +216,8 @@ def synthesize(model, settings, classes, stream, inputs, parts, root, process, w
         synthesizer = Synthesizer(model, out.settings)
         make_images(out, todo, synthesizer, lambda positions: stream(positions, out))
         rows = output.log_rows(out.folder)
-        attempts = {r["file"]: r["attempt"] for r in rows if r.get("event") == "redrawn"}
-        sizes = {r["position"]: r["sizes"] for r in rows if r.get("event") == "prototypes"}
+        attempts = {r.get("file"): r.get("attempt") for r in rows if r.get("event") == "redrawn"}
+        sizes = {r.get("position"): r.get("sizes") for r in rows if r.get("event") == "prototypes"}
 
         def row_of(job):
             attempt = attempts.get(job.file, 0)
@@ -282,11 +280,14 @@ def data_card(facts, details):
 
 
 def read_images(flag, folder):
-    """The manifest of a finished image folder; refuses names that could leave a folder."""
+    """The manifest of a finished image folder, whose names cannot leave the folder."""
     manifest = output.read_manifest(flag, folder, "images")
     for name in (manifest["arm"], *(c["folder"] for c in manifest["classes"])):
         if not files.safe_name(name):
             refuse(f"{flag} {folder}: its manifest holds {name!r}, which is not a plain name")
+    for job in list_jobs(manifest["classes"], manifest["ipc"], 1):
+        if job.file not in manifest["files"]:
+            refuse(f"{flag} {folder}: its manifest does not list {job.file}")
     if manifest["dataset"] not in datasets.ALL:
         refuse(f"{flag} {folder}: its manifest names an unknown data set {manifest['dataset']!r}")
     return manifest

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from distillation import datasets, gen_syn_image
-from scripts import output, runtime
+from scripts import files, output, runtime
 from scripts.runtime import Parser, entry_point, number, refuse
 
 
@@ -29,17 +29,9 @@ def centre_square(image, size):
 def get_args(argv=None):
     parser = Parser("distillation.random_real", __doc__)
     parser.setting("--ipc", type=number(int, 1), default=1, help="images per class")
-    parser.setting("--seed", type=number(int, 0), default=0, short="seed", help="of the choice")
-    parser.setting(
-        "--image_size",
-        type=number(int, 1),
-        default=lambda args: datasets.ALL[args.dataset].image_size,
-        short="imagesize",
-        help="pixels of the saved PNGs [by data set]",
-    )
-    parser.flag(
-        "--save_init_image_path", default="output/images", help="the folder is made below this one"
-    )
+    whole = number(int, 0)
+    parser.setting("--seed", type=whole, default=0, short="seed", help="of the choice")
+    gen_syn_image.add_size_flags(parser)
     datasets.add_dataset_flags(parser)
     runtime.add_process_flags(parser)
     return parser.parse_args(argv)
@@ -49,20 +41,14 @@ def get_args(argv=None):
 def main(argv=None):
     args = get_args(argv)
     process = runtime.this_process(args.device, args.shard, args.dry_run, args.wait)
-    split = datasets.open_split(
-        args.dataset,
-        args.data_dir,
-        "train",
-        args.label_file_path,
-        args.classes,
-        args.max_images_per_class,
-        args.download,
-    )
+    part = (args.label_file_path, args.classes, args.max_images_per_class, args.download)
+    split = datasets.open_split(args.dataset, args.data_dir, "train", *part)
     datasets.check_class_sizes(split, args.ipc)
     items = datasets.choose_images(split, args.ipc, args.seed).items
     name = output.folder_name(f"{args.dataset}_ipc{args.ipc}_random", *args.settings.parts())
     where = ("--save_init_image_path", args.save_init_image_path, name, "images")
     inputs = {"images": split.fingerprint(), "real_images": split.count}
+    inputs["prompts"] = files.digest_of(split.prompts)
     classes = datasets.class_table(split)
     jobs = gen_syn_image.list_jobs(classes, args.ipc, args.ipc)
 
@@ -79,9 +65,11 @@ def main(argv=None):
                     refuse(error)
                 gen_syn_image.save_png(out, job.file, np.array(picture), args.image_size)
                 bar.update()
-        gen_syn_image.finish_images(
-            out, jobs, classes, lambda job: {"source": Path(str(source(job))).name}
-        )
+
+        def row_of(job):
+            return {"source": Path(str(source(job))).name}
+
+        gen_syn_image.finish_images(out, jobs, classes, row_of)
     return out.folder
 
 

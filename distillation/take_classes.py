@@ -9,13 +9,14 @@ decides. The result has the form of stage 2, so that stages 3 and 4 treat it lik
 from the smaller set itself.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
 
 from distillation import datasets, gen_syn_image
 from scripts import output, runtime
-from scripts.runtime import Parser, entry_point, number, refuse
+from scripts.runtime import Parser, entry_point, refuse
 
 
 def taken_classes(dataset, manifest, where):
@@ -32,22 +33,11 @@ def taken_classes(dataset, manifest, where):
 
 def get_args(argv=None):
     parser = Parser("distillation.take_classes", __doc__)
-    parser.flag(
-        "--image_path", required=True, metavar="DIR", help="finished images of the larger data set"
-    )
-    parser.setting(
-        "--dataset", type=datasets.name, default="tiny_imagenet", help="whose classes are taken"
-    )
-    parser.setting(
-        "--image_size",
-        type=number(int, 1),
-        default=lambda args: datasets.ALL[args.dataset].image_size,
-        short="imagesize",
-        help="pixels of the saved PNGs [by data set]",
-    )
-    parser.flag(
-        "--save_init_image_path", default="output/images", help="the folder is made below this one"
-    )
+    source = "finished images of the larger data set"
+    parser.flag("--image_path", required=True, metavar="DIR", help=source)
+    whose = "whose classes are taken"
+    parser.setting("--dataset", type=datasets.name, default="tiny_imagenet", help=whose)
+    gen_syn_image.add_size_flags(parser)
     runtime.add_process_flags(parser)
     return parser.parse_args(argv)
 
@@ -56,18 +46,28 @@ def get_args(argv=None):
 def main(argv=None):
     args = get_args(argv)
     process = runtime.this_process(args.device, args.shard, args.dry_run, args.wait)
-    source = Path(args.image_path)
+    source, each = Path(args.image_path), args.image_size**2 * 2
+
+    def name(ipc):
+        stem = f"{args.dataset}_ipc{ipc}_from_{source.resolve().name}"
+        return output.folder_name(stem, *args.settings.parts())
+
+    if args.dry_run and not output.is_complete(source):
+        ipc = int((re.findall(r"_ipc(\d+)", source.name) or [0])[0])
+        count = len(datasets.known_prompts(args.dataset)) * ipc
+        waits_for = f"{source}: python -m distillation.gen_syn_image makes it"
+        folder = Path(args.save_init_image_path) / name(ipc)
+        output.plan(folder, 0, count, count * each, waits_for)
     manifest = gen_syn_image.read_images("--image_path", source)
     classes = taken_classes(args.dataset, manifest, f"--image_path {source}")
-    jobs = gen_syn_image.list_jobs(classes, manifest["ipc"], manifest["ipc"])
-    stem = f"{args.dataset}_ipc{manifest['ipc']}_from_{source.resolve().name}"
-    name = output.folder_name(stem, *args.settings.parts())
-    where = ("--save_init_image_path", args.save_init_image_path, name, "images")
-    settings = {"arm": f"{manifest['arm']}-g", "ipc": manifest["ipc"], **args.settings}
+    ipc = manifest["ipc"]
+    jobs = gen_syn_image.list_jobs(classes, ipc, ipc)
+    where = ("--save_init_image_path", args.save_init_image_path, name(ipc), "images")
+    settings = {"arm": f"{manifest['arm']}-g", "ipc": ipc, **args.settings}
     made_by = {part: manifest[part] for part in ("arguments", "inputs")}
     inputs = {"source": manifest["content"], "source_manifest": made_by}
     with output.Output(*where, settings, inputs, process) as out:
-        todo = out.todo(jobs, lambda job: [job.file], args.image_size**2 * 2)
+        todo = out.todo(jobs, lambda job: [job.file], each)
         with out.progress(total=len(todo), desc="take", unit="image") as bar:
             for job in out.steps(todo):
                 output.check_file("--image_path", source, job.file, manifest)

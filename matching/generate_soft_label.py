@@ -48,8 +48,10 @@ def add_teacher_flags(parser, default_arch):
     weights = "one per --arch: a folder of train_teacher, or a file [torchvision's weights]"
     parser.flag("--teacher_checkpoint", nargs="+", metavar="PATH", help=weights)
     half = {"dest": "use_fp16", "default": True if default_arch else None}
-    parser.setting("--use_fp16", **half, action="store_true", short="fp16", help="logits [fp16]")
-    parser.flag("--no_use_fp16", **half, action="store_false", help="logits in fp32 [fp16]")
+    parser.setting(
+        "--use_fp16", **half, action="store_true", short="fp16", help="store logits in fp16 [yes]"
+    )
+    parser.flag("--no_use_fp16", **half, action="store_false", help="in fp32 [no]")
 
 
 def load_teachers(archs, checkpoints, dataset, folders, image_size, device, channels_last=False):
@@ -84,13 +86,13 @@ def teacher_logits(teachers, x, amp="none", half=True):
 # ---- epochs
 
 
-def label_epoch(feed, items, number, teachers, settings, bar):
-    """([Batch], logits (N, classes) on the CPU) of the next `number` items of the feed.
+def label_epoch(feed, items, steps, teachers, settings, bar):
+    """([Batch], logits (N, classes) on the CPU) of the next `steps` items of the feed.
 
     settings   "amp", "channels_last", "use_fp16";   bar: moves by the images that are labelled
     """
     drawn, logits = [], []
-    for item in islice(items, number):
+    for item in islice(items, steps):
         x = feed.mixed(item)
         if settings["channels_last"]:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -113,15 +115,15 @@ def write_checked(out, epoch, drawn, logits):
 def label_images(out, images, arrays, teachers, num_workers):
     """Make every epoch that is not there yet; one is checked and written beside the next."""
     settings, count = out.settings, len(images.files)
-    number = batches.batches_of(count, settings["batch_size"])
-    size = labels.label_bytes(count, len(images.folders), number, settings["use_fp16"])
+    steps = batches.batches_of(count, settings["batch_size"])
+    size = labels.label_bytes(count, len(images.folders), steps, settings["use_fp16"])
     todo = out.todo(range(settings["epochs"]), lambda e: [labels.label_file(e)], size)
     feed = Feed(arrays, images, settings, out.process.device)
-    items = feed.loader([(epoch, b) for epoch in todo for b in range(number)], num_workers)
+    items = feed.loader([(epoch, b) for epoch in todo for b in range(steps)], num_workers)
     with out.progress(total=len(todo) * count, desc="soft labels", unit="image") as bar:
         for epoch in out.steps(todo):
             with runtime.memory_for("in labelling", "use --amp bf16, or fewer teachers at once"):
-                drawn, logits = label_epoch(feed, items, number, teachers, settings, bar)
+                drawn, logits = label_epoch(feed, items, steps, teachers, settings, bar)
             out.later(write_checked, out, epoch, drawn, logits)
 
 
@@ -160,8 +162,8 @@ def plan_labels(data, dataset, settings, root, waits_for):
     name, size, classes, count = image_sets.outlook("--data", data, dataset)
     settings = settings.filled(input_size=size)
     folder = Path(root) / labels.labels_name(name, settings["arch"], settings)
-    epochs, number = settings["epochs"], batches.batches_of(count, settings["batch_size"])
-    size = labels.label_bytes(count, classes, number, settings["use_fp16"])
+    epochs, steps = settings["epochs"], batches.batches_of(count, settings["batch_size"])
+    size = labels.label_bytes(count, classes, steps, settings["use_fp16"])
     output.plan(folder, 0, epochs, epochs * size * bool(count), waits_for)
 
 

@@ -61,9 +61,9 @@ def label_file(epoch):
     return f"epoch_{epoch:04d}.safetensors"
 
 
-def label_bytes(count, classes, number, half):
-    """Bytes of one epoch's file: of `count` images in `number` batches."""
-    return count * (4 + 16 + 1 + 4 + classes * (2 if half else 4)) + number * 32 + 1500
+def label_bytes(count, classes, steps, half):
+    """Bytes of one epoch's file: of `count` images in `steps` batches."""
+    return count * (4 + 16 + 1 + 4 + classes * (2 if half else 4)) + steps * 32 + 1500
 
 
 def write_epoch(out, epoch, drawn, logits):
@@ -121,10 +121,10 @@ class EpochLabels:
 
     def _problems(self, sizes, classes, input_size):
         """(whether it is so, what is wrong) in turn: each relies on those before it."""
-        draws, start, count, number = self.draws, self.start, len(sizes), len(self.start) - 1
+        draws, start, count, steps = self.draws, self.start, len(sizes), len(self.start) - 1
         yield draws.keys() != FORM.keys(), f"holds {sorted(draws)}, expected {sorted(FORM)}"
-        shapes = {"epoch": [1], "start": [number + 1], "crop": [count, 4], "box": [number, 4]}
-        shapes |= {"lam": [number], **{name: [count] for name in ("index", "flip", "partner")}}
+        shapes = {"epoch": [1], "start": [steps + 1], "crop": [count, 4], "box": [steps, 4]}
+        shapes |= {"lam": [steps], **{name: [count] for name in ("index", "flip", "partner")}}
         for name, dtype in FORM.items():
             found, right = (list(draws[name].shape), draws[name].dtype), (shapes[name], dtype)
             yield found != right, f"holds {name} of {found}, expected {right}"

@@ -42,11 +42,6 @@ TEACHER_WEIGHTS = {
 # ---- networks
 
 
-def instance_norm(channels):
-    """Instance norm with scale and shift, as the field's ConvNets have it."""
-    return nn.GroupNorm(channels, channels)
-
-
 class ConvNet(nn.Sequential):
     """`depth` blocks of 3x3 convolution, instance norm, ReLU, 2x2 average pool; one linear layer.
 
@@ -62,7 +57,7 @@ class ConvNet(nn.Sequential):
         for _ in range(depth):  # (B, 3, S, S) -> (B, width, S >> depth, S >> depth)
             blocks += [
                 nn.Conv2d(channels, width, 3, padding=1),
-                instance_norm(width),
+                nn.GroupNorm(width, width),  # instance norm with scale and shift
                 nn.ReLU(inplace=True),
                 nn.AvgPool2d(2),
             ]
@@ -82,17 +77,15 @@ class BlockAP(nn.Module):
     def __init__(self, channels_in, channels, halve):
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
-        self.norm1 = instance_norm(channels)
+        self.norm1 = nn.GroupNorm(channels, channels)
         self.pool = nn.AvgPool2d(2) if halve else nn.Identity()
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = instance_norm(channels)
+        self.norm2 = nn.GroupNorm(channels, channels)
         self.shortcut = nn.Identity()
-        if halve or channels_in != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels, 1, bias=False),
-                nn.AvgPool2d(2) if halve else nn.Identity(),
-                instance_norm(channels),
-            )
+        if halve:
+            conv = nn.Conv2d(channels_in, channels, 1, bias=False)
+            norm = nn.GroupNorm(channels, channels)
+            self.shortcut = nn.Sequential(conv, nn.AvgPool2d(2), norm)
 
     def forward(self, x):
         y = self.pool(F.relu(self.norm1(self.conv1(x))))
@@ -108,7 +101,7 @@ def _resnet_ap10(num_classes, image_size):
     widths = (64, 128, 256, 512)
     model = nn.Sequential(
         nn.Conv2d(3, 64, kernel, padding=kernel // 2, bias=False),
-        instance_norm(64),
+        nn.GroupNorm(64, 64),
         nn.ReLU(inplace=True),
         nn.AvgPool2d(pool),
         *[BlockAP(widths[max(i - 1, 0)], width, halve=i > 0) for i, width in enumerate(widths)],
@@ -185,6 +178,12 @@ def count_parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
+def parameters_of(build):
+    """Number of parameters of what `build()` makes, without drawing them."""
+    with torch.device("meta"):
+        return count_parameters(build())
+
+
 # ---- weights
 
 
@@ -257,7 +256,7 @@ def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher
     checkpoint   None or "torchvision": its pinned ImageNet weights (timm's own for timm:NAME); a
                  folder made by train_teacher; or a file that `read_state_dict` takes
     Returns (model, facts); facts = {"arch", "weights", "sha256", "classes", "columns",
-    "arguments"}, without any path; arguments are train_teacher's, None for other weights.
+    "arguments"}, without any path; arguments: train_teacher's flags and images, else None.
     """
     folders, where, arguments, owned = list(folders), f"{flag} {checkpoint}", None, None
     if checkpoint in (None, PUBLIC):
@@ -268,7 +267,8 @@ def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher
         manifest = _teacher_manifest(name, Path(checkpoint), dataset, image_size, flag)
         state = read_state_dict(Path(checkpoint) / "model.safetensors", flag)
         weights, digest = "train_teacher", manifest["files"]["model.safetensors"]["sha256"]
-        owned, arguments = [c["folder"] for c in manifest["classes"]], manifest["arguments"]
+        owned = [c["folder"] for c in manifest["classes"]]
+        arguments = manifest["arguments"] | manifest["inputs"]
     else:
         state, weights, digest = read_state_dict(checkpoint, flag), "file", files.sha256(checkpoint)
     count = _head_size(name, state, image_size, where)

@@ -115,3 +115,17 @@ def average_buffers(model, chunks, world):
         b.div_(seen.to(b.dtype)[0])
     for b in counters:
         b.div_(world, rounding_mode="floor")
+
+
+def stop_asked(out):
+    """Whether a stop signal has reached any of the processes: all leave, or none."""
+    asked = torch.tensor([float(out.signals.name is not None)], device=out.process.device)
+    sum_over_ranks([asked], out.process.world)
+    return bool(asked)
+
+
+def leave_together(out):
+    """Exit with status 75 once all are here: who leaves while rank 0 saves may get it killed."""
+    sum_over_ranks([torch.zeros(1, device=out.process.device)], out.process.world)
+    out.signals.name = out.signals.name or "SIGTERM"
+    out.leave_if_asked()

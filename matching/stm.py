@@ -5,12 +5,11 @@
 The recover step of SRe2L (arXiv 2306.13092) by its published numbers, started from the D4M images
 instead of noise:
 
-    min over x of   CE(f(a(x)), y) + r_bn sum_l w_l (|mean_l - running mean_l| + |var_l - running
-                    var_l|)
+    min over x of   CE(f(a(x)), y) + r_bn sum_l w_l (|m_l - running m_l| + |v_l - running v_l|)
 
-of the input a(x) makes to each BatchNorm l, with w = first_bn_multiplier for the first BatchNorm
-and 1 for the others, and one random crop, flip and shift a() for the whole batch in each of 4000
-Adam steps. A batch holds image i of `batch_size` classes. It is the unit of work: its PNGs are
+with m_l and v_l the mean and variance of the input of BatchNorm l, w = first_bn_multiplier for the
+first and 1 for the others, and one random crop, flip and shift a() for the whole batch in each of
+4000 Adam steps. A batch holds image i of `batch_size` classes. It is the unit of work: its PNGs are
 written when it is finished.
 """
 
@@ -25,17 +24,8 @@ from distillation import datasets, gen_syn_image
 from matching import batches, models
 from matching import images as image_sets
 from matching.generate_soft_label import awaited
-from scripts import output
-from scripts.runtime import (
-    STM,
-    Parser,
-    add_process_flags,
-    entry_point,
-    generator,
-    number,
-    refuse,
-    this_process,
-)
+from scripts import output, runtime
+from scripts.runtime import Parser, entry_point, number, refuse
 
 CROP_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop as SRe2L calls it
 ADAM = {"betas": (0.5, 0.9), "eps": 1e-8}
@@ -95,15 +85,16 @@ def cosine_lr(lr, iteration, iterations):
     return lr * (1 + math.cos(math.pi * iteration / iterations)) / 2
 
 
-def match_batch(teacher, x, targets, g, settings, mean, std, bar):
+def match_batch(teacher, x, targets, g, settings, facts, bar):
     """Optimise a batch of normalised images; returns it and its last losses {"ce", "bn"}.
 
     teacher   frozen, in eval mode;   x (B, 3, S, S);   targets (B,);   g: the batch's own generator
-    settings  "iterations", "lr", "r_bn", "first_bn_multiplier", "jitter"
+    settings  "iterations", "lr", "r_bn", "first_bn_multiplier", "jitter";   facts: "mean", "std"
     """
     lr, iterations = settings["lr"], settings["iterations"]
     x = x.clone().requires_grad_(True)
-    black, white = (_channels([(v - m) / s for m, s in zip(mean, std)], x) for v in (0.0, 1.0))
+    scales = list(zip(facts.mean, facts.std))
+    black, white = (_channels([(v - m) / s for m, s in scales], x) for v in (0.0, 1.0))
     optimizer = torch.optim.Adam([x], lr=lr, **ADAM)
     with BatchNormStatistics(teacher, settings["first_bn_multiplier"]) as statistics:
         for iteration in range(iterations):
@@ -123,9 +114,9 @@ def _channels(values, x):
     return torch.tensor(values, device=x.device).view(1, 3, 1, 1)
 
 
-def to_pictures(x, mean, std):
+def to_pictures(x, facts):
     """(B, 3, S, S) normalised -> (B, S, S, 3) uint8 numpy array."""
-    x = (x * _channels(std, x) + _channels(mean, x)).clamp(0, 1)
+    x = (x * _channels(facts.std, x) + _channels(facts.mean, x)).clamp(0, 1)
     return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -142,27 +133,22 @@ def class_batches(jobs, ipc, batch_size):
 
 def match_images(out, units, images, teacher, num_workers):
     """Optimise and write every batch of `units` that is not on disk yet."""
-    settings, facts, size = out.settings, datasets.ALL[images.dataset], images.image_size
-    todo = out.todo(
-        enumerate(units),
-        lambda unit: [job.file for job in unit[1]],
-        bytes_each=len(units[0]) * size**2 * 3,
-    )
+    settings, size, facts = out.settings, images.image_size, datasets.ALL[images.dataset]
+    needed = len(units[0]) * size**2 * 3
+    todo = out.todo(enumerate(units), lambda unit: [job.file for job in unit[1]], needed)
     arrays = image_sets.load_pixels("--image_path", images, num_workers)[0] if todo else []
-    arrays = dict(zip(images.files, arrays))
-    steps = len(todo) * settings["iterations"]
+    arrays, steps = dict(zip(images.files, arrays)), len(todo) * settings["iterations"]
     with out.progress(total=steps, desc="stm", unit="step") as bar:
         for nth, jobs in todo:
             pixels = torch.stack([torch.tensor(arrays[job.file]) for job in jobs])
             x = batches.normalise(pixels.to(out.process.device), facts.mean, facts.std)
             targets = torch.tensor([job.position for job in jobs], device=x.device)
-            g = generator(settings["seed"], STM, nth)
-            statistics = (facts.mean, facts.std)
-            x, losses = match_batch(teacher, x, targets, g, settings, *statistics, bar)
+            g = runtime.generator(settings["seed"], runtime.STM, nth)
+            x, losses = match_batch(teacher, x, targets, g, settings, facts, bar)
             if not x.isfinite().all():
-                wrong = f"batch {nth} became NaN or infinite"
-                refuse(f"--lr {settings['lr']}: {wrong}; use a smaller one")
-            for job, picture in zip(jobs, to_pictures(x, *statistics)):
+                lr = f"--lr {settings['lr']}"
+                refuse(f"{lr}: batch {nth} became NaN or infinite; use a smaller one")
+            for job, picture in zip(jobs, to_pictures(x, facts)):
                 gen_syn_image.save_png(out, job.file, picture, size)
             out.log(event="batch", batch=nth, **losses)
             bar.set_postfix(losses)
@@ -198,7 +184,7 @@ def get_args(argv=None):
     parser.setting("--seed", type=number(int, 0), default=0, short="stmseed", help=seed)
     where = "the folder is made below this one"
     parser.flag("--save_init_image_path", default="output/images", help=where)
-    add_process_flags(parser)
+    runtime.add_process_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -213,7 +199,7 @@ def plan_images(source, settings, root, waits_for):
 @entry_point
 def main(argv=None):
     args = get_args(argv)
-    process = this_process(args.device, args.shard, args.dry_run, args.wait)
+    process = runtime.this_process(args.device, args.shard, args.dry_run, args.wait)
     root, checkpoint = args.save_init_image_path, args.teacher_checkpoint
     waits_for = args.dry_run and awaited(args.image_path, checkpoint and [checkpoint])
     if waits_for:
@@ -222,8 +208,6 @@ def main(argv=None):
     images = image_sets.open_images("--image_path", args.image_path)
     ipc, size, classes = images.ipc, images.image_size, manifest["classes"]
     jobs = gen_syn_image.list_jobs(classes, ipc, ipc)
-    if sorted(images.files) != sorted(job.file for job in jobs):
-        refuse(f"--image_path {args.image_path}: holds other files than {ipc} images of each class")
     known = (images.dataset, images.folders, size)
     teacher, teacher_facts = models.load_teacher(args.arch, checkpoint, *known)
     if not any(isinstance(m, nn.BatchNorm2d) for m in teacher.modules()):
@@ -235,8 +219,8 @@ def main(argv=None):
     name = output.folder_name(f"{images.name}_stm", *settings.parts())
     where = ("--save_init_image_path", root, name)
     with output.Output(*where, "images", settings, inputs, process) as out:
-        batches_of_jobs = class_batches(jobs, ipc, args.batch_size)
-        match_images(out, batches_of_jobs, images, teacher.to(process.device), args.num_workers)
+        units = class_batches(jobs, ipc, args.batch_size)
+        match_images(out, units, images, teacher.to(process.device), args.num_workers)
         facts = {"dataset": images.dataset, "arm": "stm", "ipc": ipc, "image_size": size}
 
         def row_of(job):

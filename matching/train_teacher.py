@@ -217,8 +217,7 @@ def finish(out, lessons):
     split, facts = lessons.split, lessons.facts
     rows = lessons.files_of(out.settings["seed"])[1]
     result = training.read_rows(out, rows, out.settings["epochs"])
-    with torch.device("meta"):
-        parameters = models.count_parameters(lessons.network())
+    parameters = models.parameters_of(lessons.network)
     results = {"arguments": out.settings | out.inputs, "parameters": parameters, **result}
     top1, top5 = result["last"]["top1"], result["last"]["top5"]
     made_of = {"dataset": split.dataset, "arch": out.settings["arch"], "image_size": lessons.size}

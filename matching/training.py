@@ -221,6 +221,11 @@ def seeded(*key, device="cpu"):
         yield
 
 
+def seeds(key, *more, device):
+    """`seeded` for a network with dropout; nothing for one without, which has no key."""
+    return seeded(*key, *more, device=device) if key else contextlib.nullcontext()
+
+
 def train_step(model, optimizer, chunks, count, loss_of, world, key=None):
     """One optimiser step on a batch of `count` images; returns this process's share of the loss.
 
@@ -232,22 +237,13 @@ def train_step(model, optimizer, chunks, count, loss_of, world, key=None):
     total = torch.zeros((), device=device)
     for first, rows in chunks:
         # differs from the release: divided by the batch as it is, so a short one counts in full
-        with seeded(*key, first, device=device) if key else contextlib.nullcontext():
+        with seeds(key, first, device=device):
             loss = loss_of(rows) / count
         loss.backward()
         total += loss.detach().float()
     ranks.sum_gradients(model, world)
     optimizer.step()
     return total
-
-
-@torch.no_grad()
-def refresh_batch_norm(model, forward, x, chunks, key):
-    """RDED: one more forward in train mode, on un-mixed images, for BatchNorm's statistics."""
-    x = forward.lay_out(x)
-    for first, rows in chunks:
-        with seeded(*key, first, 1, device=x.device) if key else contextlib.nullcontext():
-            forward(model, x[rows])
 
 
 # ---- tests
@@ -417,13 +413,16 @@ class Learner:
 
     def step(self, part, chunks, world, key):
         """One step on this process's part of a batch; returns its share of the loss."""
-        model, forward, x = self.model, self.forward, self.forward.lay_out(part.x)
-        if part.unmixed is not None:
-            refresh_batch_norm(model, forward, part.unmixed, chunks, key)
+        model, forward, settings = self.model, self.forward, self.lessons.settings
+        x = forward.lay_out(part.x)
+        if part.unmixed is not None:  # RDED: un-mixed images refresh BatchNorm's statistics
+            unmixed = forward.lay_out(part.unmixed)
+            for first, rows in chunks:
+                with torch.no_grad(), seeds(key, first, 1, device=x.device):
+                    forward(model, unmixed[rows])
 
         def loss_of(rows):
-            outputs = forward(model, x[rows])
-            return self.lessons.loss(outputs, part.goal.of(rows), **self.lessons.settings)
+            return self.lessons.loss(forward(model, x[rows]), part.goal.of(rows), **settings)
 
         loss = train_step(model, self.optimizer, chunks, part.count, loss_of, world, key)
         if self.average is not None:
@@ -439,8 +438,7 @@ def open_seeds(out, seeds, lessons):
     apart, before any gradient is summed.
     """
     epochs, states = lessons.settings["epochs"], {}
-    with torch.device("meta"):
-        weights = 4 * models.count_parameters(lessons.network())
+    weights = 4 * models.parameters_of(lessons.network)
     todo = out.todo(seeds, lessons.files_of, weights)
     out.units = len(seeds) * epochs  # what the closing line counts
     for seed in seeds:
@@ -480,20 +478,19 @@ def train(out, states, lessons, forward, test, checkpoint_every, track=None):
               loader(keys): iterator over [(epoch, number)];   part: its item -> Part
               files_of: seed -> names of its weights (safetensors) and rows (JSON)
     """
-    process, settings, world = out.process, lessons.settings, out.process.world
-    epochs, numbers = (
-        settings["epochs"],
-        range(batches.batches_of(lessons.count, settings["batch_size"])),
-    )
+    settings, epochs = lessons.settings, lessons.settings["epochs"]
+    numbers = range(batches.batches_of(lessons.count, settings["batch_size"]))
     left = [epoch for _, state in states.values() for epoch in range(len(state["rows"]), epochs)]
     items = lessons.loader([(epoch, number) for epoch in left for number in numbers])
     bar = out.progress(total=len(left) * lessons.count, desc="training", unit="image")
+    if ranks.stop_asked(out):  # while images were read
+        ranks.leave_together(out)
     with bar, memory_for("in training", "lower --bn_batch, or raise --gradient_accumulation_steps"):
         for seed, (path, state) in states.items():
             learner = Learner(lessons, seed, forward)
             learner.restore(path, state)
             for done in range(len(learner.rows) + 1, epochs + 1):
-                row = learner.train_epoch(islice(items, len(numbers)), process, bar)
+                row = learner.train_epoch(islice(items, len(numbers)), out.process, bar)
                 if done % settings["eval_every"] == 0 or done == epochs:
                     row |= test(learner.tested)
                     bar.set_postfix(seed=seed, top1=f"{row['top1']:.2f}")
@@ -501,16 +498,13 @@ def train(out, states, lessons, forward, test, checkpoint_every, track=None):
                 out.made += 1
                 if track:
                     track(seed, row)
-                asked = torch.tensor([float(out.signals.name is not None)], device=process.device)
-                ranks.sum_over_ranks([asked], world)  # all leave, or none
-                if process.is_main and done == epochs:
+                asked = ranks.stop_asked(out)
+                if out.process.is_main and done == epochs:
                     learner.finish(out, path)
-                elif process.is_main and (done % checkpoint_every == 0 or asked):
+                elif out.process.is_main and (done % checkpoint_every == 0 or asked):
                     learner.save(out, path)
                 if asked:
-                    ranks.sum_over_ranks([asked], world)  # nobody leaves while rank 0 saves
-                    out.signals.name = out.signals.name or "SIGTERM"
-                    out.leave_if_asked()
+                    ranks.leave_together(out)
 
 
 def read_rows(out, name, epochs):

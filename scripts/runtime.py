@@ -111,14 +111,12 @@ class Settings(dict):
         return Settings({name: self[name] for name in names}, self.defaults, self.shorts)
 
     def filled(self, **values):
-        """A copy in which settings that were left open (None) take these values, which become the
-        defaults."""
+        """A copy in which settings left open (None) take these values, as their new defaults."""
         changed = {name: value for name, value in values.items() if self[name] is None}
         return Settings({**self, **changed}, {**self.defaults, **values}, self.shorts)
 
     def parts(self):
-        """What a folder's name says of them: `steps25`, `kmeans-full`, one part per value that is
-        not the default.
+        """One part of the folder's name per value that is not the default: ["steps25", ...].
 
         A text that is not a plain word enters as a hash: no path is made from a prompt.
         """
@@ -133,27 +131,20 @@ class Settings(dict):
                 parts.append(f"{short}{value:g}" if isinstance(value, float) else f"{short}{value}")
             else:
                 text = "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-                plain = re.fullmatch(r"[A-Za-z0-9+.-]{1,40}", text)
-                parts.append(
-                    f"{short}-{text if plain else hashlib.sha256(text.encode()).hexdigest()[:8]}"
-                )
+                if not re.fullmatch(r"[A-Za-z0-9+.-]{1,40}", text):
+                    text = hashlib.sha256(text.encode()).hexdigest()[:8]
+                parts.append(f"{short}-{text}")
         return parts
 
 
-class _Help(argparse.HelpFormatter):
-    """Adds the default to a flag's help unless the text says it already, as [...]."""
-
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        says = action.help and "[" in action.help
-        bare = action.default in (None, False, argparse.SUPPRESS) or not action.option_strings
-        return (
-            action.help if says or bare else f"{action.help or ''} (default: %(default)s)".lstrip()
-        )
+        silent = action.default in (None, False) or "[" in (action.help or "[")
+        return action.help if silent else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags of a stage script. `setting` declares one that decides bytes, `flag` one that does
-    not.
+    """The flags of a stage: `setting` declares one that decides bytes, `flag` one that does not.
 
         parser.setting("--size", type=number(int, 1), default=512, short="size", help="pixels")
 
@@ -165,9 +156,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, prog, doc, retired=None):
-        super().__init__(
-            prog=prog, description=doc.split("\n")[0], formatter_class=_Help, allow_abbrev=False
-        )
+        super().__init__(prog, description=doc.split("\n")[0], formatter_class=_Help)
+        self.allow_abbrev = False
         self.retired, self.shorts, self.computed, self._into = retired or {}, {}, {}, self
 
     def heading(self, title):
@@ -200,9 +190,8 @@ class Parser(argparse.ArgumentParser):
             defaults[name] = default(args)
             if getattr(args, name) is None:
                 setattr(args, name, defaults[name])
-        args.settings = Settings(
-            {name: getattr(args, name) for name in self.shorts}, defaults, self.shorts
-        )
+        values = {name: getattr(args, name) for name in self.shorts}
+        args.settings = Settings(values, defaults, self.shorts)
         return args, rest
 
     def error(self, message):
@@ -218,18 +207,16 @@ def _underscored(word):
 def number(kind, least=None, most=None, above=None, below=None):
     """argparse type: an int or a finite float with least <= x <= most and above < x < below."""
     limit = 2**63 - 1 if kind is int else 3e38  # more fits no tensor, or is infinite in float32
+    least, most = (-limit if least is None else least), (limit if most is None else most)
 
     def parse(text):
         value = kind(text)
-        for fits, words in (
-            (abs(value) <= limit, "out of range"),  # NaN is not at most anything
-            (least is None or value >= least, f"below {least}"),
-            (most is None or value <= most, f"above {most}"),
-            (above is None or value > above, f"not above {above}"),
-            (below is None or value < below, f"not below {below}"),
-        ):
-            if not fits:
-                raise argparse.ArgumentTypeError(f"{text[:40]} is {words}")
+        fits = least <= value <= most  # NaN does not
+        fits = fits and (above is None or value > above) and (below is None or value < below)
+        if not fits:
+            low = f"above {above}" if above is not None else f"at least {least}"
+            high = f"below {below}" if below is not None else f"at most {most}"
+            raise argparse.ArgumentTypeError(f"{text[:40]}: expected {low} and {high}")
         return value
 
     parse.__name__ = kind.__name__  # argparse: "invalid int value: ..."
@@ -240,29 +227,21 @@ def add_process_flags(parser):
     """The flags that say where and how a stage runs."""
     parser.heading("where it runs (changes no result)")
     parser.flag("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
-    parser.flag(
-        "--shard",
-        default="0/1",
-        metavar="I/N",
-        help="make only part I of N, on a shared file system",
-    )
-    parser.flag(
-        "--num_workers", type=number(int, 0), default=4, help="image-reading processes; 0: none"
-    )
-    parser.flag(
-        "--dry_run", action="store_true", help="check everything, say what would be made, and stop"
-    )
-    parser.flag(
-        "--wait", action="store_true", help="wait for a folder that another process is writing"
-    )
+    part = "make only part I of N, on a shared file system"
+    parser.flag("--shard", default="0/1", metavar="I/N", help=part)
+    readers = "image-reading processes; 0: none"
+    parser.flag("--num_workers", type=number(int, 0), default=4, help=readers)
+    dry = "check everything, say what would be made, and stop"
+    parser.flag("--dry_run", action="store_true", help=dry)
+    wait = "wait for a folder that another process is writing"
+    parser.flag("--wait", action="store_true", help=wait)
 
 
 # ---- processes
 
 
 class Process(NamedTuple):
-    """This process among all that make one output: `rank` of `world`, on `device`; --dry_run and
-    --wait."""
+    """This process, `rank` of `world`, on `device`; with --dry_run and --wait."""
 
     rank: int
     world: int
@@ -282,13 +261,14 @@ def this_process(device="auto", shard="0/1", dry_run=False, wait=False) -> Proce
     compose. Refuses a WORLD_SIZE without a rank, which would do all the work in every process.
     """
     _stop_at_once()
-    world, rank, local_rank = (
-        _environment(*pair) for pair in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
-    )
-    if world > 1 and not ("RANK" in os.environ and "MASTER_ADDR" in os.environ):
-        refuse(
-            f"WORLD_SIZE={world} without RANK and MASTER_ADDR: start it with torchrun, or unset it"
-        )
+    found = [(n, os.environ.get(n, d)) for n, d in (("WORLD_SIZE", "1"), ("RANK", "0"))]
+    found.append(("LOCAL_RANK", os.environ.get("LOCAL_RANK", "0")))
+    for name, text in found:
+        if not re.fullmatch("[0-9]{1,9}", text):
+            refuse(f"{name}={text}: expected a number, as torchrun sets it")
+    world, rank, local_rank = (int(text) for _, text in found)
+    if world > 1 and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+        refuse(f"WORLD_SIZE={world} without RANK and MASTER_ADDR: use torchrun, or unset it")
     if not 0 <= rank < world:
         refuse(f"RANK={rank} is outside WORLD_SIZE={world}")
     found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", shard)
@@ -298,24 +278,11 @@ def this_process(device="auto", shard="0/1", dry_run=False, wait=False) -> Proce
     return Process(index * world + rank, count * world, _device(device, local_rank), dry_run, wait)
 
 
-def _environment(name, default):
-    """A count that torchrun left in the environment."""
-    text = os.environ.get(name, str(default))
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        refuse(f"{name}={text}: expected a number, as torchrun sets it")
-    return int(text)
-
-
 def _device(name, local_rank) -> torch.device:
     """`auto` -> cuda, else mps, else cpu; one CUDA device per local process."""
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next((kind for kind, available in there.items() if available), "cpu")
     found = re.fullmatch(r"(cpu|mps|cuda)(?::([0-9]{1,3}))?", name)
     if not found:
         refuse(f"--device {name}: expected auto, cpu, mps, cuda or cuda:N")

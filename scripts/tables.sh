@@ -32,10 +32,12 @@ FLAGS="$(quoted "$@")" GIVEN_DIR="${DATA_DIR:-}" COMMANDS= PLANS= CHECK=
 NEWLINE='
 '
 case " $* " in *" --dry_run "* | *" --dry-run "*) CHECK=1 ;; esac
-if [ "${DRY_RUN:-0}" != 0 ]; then
-    CHECK=
-elif [ -n "${SMOKE:-}" ]; then
-    echo "A rehearsal (SMOKE=1), on digits with a tiny model: no number of it is the paper's."
+[ "${DRY_RUN:-0}" = 0 ] || CHECK=
+if [ -n "${SMOKE:-}" ]; then
+    EPOCHS="${EPOCHS:-20}" SEEDS="${SEEDS:-0 1}" HF_HUB_OFFLINE=1
+    export EPOCHS SEEDS HF_HUB_OFFLINE
+    [ "${DRY_RUN:-0}" != 0 ] ||
+        echo "A rehearsal (SMOKE=1): digits, a tiny model, 20 epochs; no number of it is the paper's."
 fi
 for baseline in ${BASELINES-random hard}; do
     case "$baseline" in

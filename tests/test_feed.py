@@ -61,9 +61,10 @@ def test_draw_store_replay_gives_the_same_pixels(tmp_path, workers):
 
 @pytest.mark.parametrize("mix_type", ["none", "mixup", "cutmix"])
 @pytest.mark.parametrize("resident", [False, True])
-def test_rows_of_a_process_are_rows_of_the_batch(mix_type, resident):
+@pytest.mark.parametrize("which", [[1, 3], []])
+def test_rows_of_a_process_are_rows_of_the_batch(mix_type, resident, which):
     """Where the device crops, each process crops the whole batch; else only what its rows take."""
-    rows, seen = torch.tensor([1, 3]), []
+    rows, seen = torch.tensor(which, dtype=torch.int64), []
     whole, part = fed(mix_type=mix_type), fed(rows_of=lambda count: rows, mix_type=mix_type)
     if resident:  # as on a CUDA device with room for the images
         part.resident = torch.from_numpy(np.stack(part.arrays))
@@ -72,9 +73,9 @@ def test_rows_of_a_process_are_rows_of_the_batch(mix_type, resident):
         assert torch.equal(part.mixed(b), whole.mixed(a)[rows])
         assert torch.equal(part.unmixed(b), whole.unmixed(a)[rows])
 
-        def shifted(x, which, count):
+        def shifted(x, held, count):
             seen.append(count)
-            return x + which.view(-1, 1, 1, 1)
+            return x + held.view(-1, 1, 1, 1)
 
         assert torch.equal(part.mixed(b, shifted), whole.mixed(a, shifted)[rows])
     assert seen == [8, 8, 8, 8, 5, 5]

@@ -190,7 +190,9 @@ def test_a_dry_run_names_folder_epochs_and_bytes(random, teacher, tmp_path, caps
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith(f"plan: labels/{NAME}: 0 done, 3 to do, 0.0 MiB")
     main = generate_soft_label.main
-    refused(main, ["--data", random, "--arch", "convnet_mini", "--dry_run"], "nobody publishes")
+    nobody = ["--data", random, "--arch", "convnet_mini", "--dry_run"]
+    refused(main, nobody, "nobody publishes")
+    refused(main, [*nobody, "--teacher_checkpoint", "torchvision"], "nobody publishes")
     assert everything(tmp_path) == set()
 
 

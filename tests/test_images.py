@@ -9,7 +9,7 @@ from PIL import Image
 
 from distillation import datasets
 from matching.images import fits_gpu, in_threads, load_pixels, open_images
-from scripts.runtime import refuse
+from scripts.runtime import entry_point, refuse
 from tests.conftest import copy, picture, reseal
 
 
@@ -146,8 +146,11 @@ def test_an_image_that_vanishes_or_breaks_is_one_line(random, tmp_path, refused)
     path = folder / images.files[7]
     path.write_bytes(path.read_bytes()[:-40])
     refused(lambda argv: load_pixels("--data", images), [], images.files[7], "changed since")
-    foreign = images._replace(digests={}, foreign=True)
+    foreign = images._replace(digests={}, foreign=True)  # whose manifest says nothing
     refused(lambda argv: load_pixels("--data", foreign), [], images.files[7], "decoded")
+    path.unlink()
+    gone = entry_point(lambda argv: load_pixels("--data", images))
+    refused(gone, [], images.files[7], "No such file")
 
 
 def test_threads_keep_the_order_and_refuse_the_first(refused):

@@ -199,20 +199,21 @@ def test_a_batch_of_1024_is_cut_as_on_the_seven_gpus_of_the_release():
 
 def test_a_step_waits_for_no_device():
     """On the meta device, which has no values: whatever would wait for a GPU's fails here."""
-    with torch.device("meta"):
-        model, x = models.create_model("convnet_mini", 3, 32), torch.empty(8, 3, 32, 32)
-        goal = training.Goal(torch.empty(8, 3), *torch.empty(2, 8, dtype=torch.int64))
-    optimizer = training.make_optimizer(model, False, 1e-3, 0.01)
+    device = torch.device("meta")
+    settings = {**LEARNT, "sgd": False, "adamw_lr": 1e-3, "adamw_weight_decay": 0.01}
+    settings["temperature"] = 20.0
+    lessons = SimpleNamespace(settings=settings, loss=training.kl_loss)
+    lessons.network = lambda: models.create_model("convnet_mini", 3, 32).to(device)
+    forward = training.Forward(torch.device("cpu"))
+    forward.place = lambda model: model
+    learner = training.Learner(lessons, 0, forward)
+    with device:
+        classes = torch.empty(8, dtype=torch.int64)
+        goal = training.Goal(torch.empty(8, 3), classes, classes)
+        part = training.Part(8, torch.empty(8, 3, 32, 32), goal, torch.empty(8, 3, 32, 32))
     for _ in range(2):
-        loss = training.train_step(
-            model,
-            optimizer,
-            [(0, slice(0, 4)), (4, slice(4, 8))],
-            8,
-            lambda rows: training.kl_loss(model(x[rows]), goal.of(rows), 20.0),
-            1,
-        )
-    assert loss.device.type == "meta"
+        loss = learner.step(part, [(0, slice(0, 4)), (4, slice(4, 8))], 1, None)
+    assert loss.device == device and learner.average is not None
 
 
 # ---- tests
@@ -271,6 +272,21 @@ def test_interrupted_and_resumed_is_straight_through(
     stopped = run(flags[kind], tmp_path / "stopped", *more)
     assert epochs == expected and tree(straight) == tree(stopped)
     assert not list(stopped.glob("checkpoint*"))
+
+
+def test_a_signal_while_images_are_read_ends_the_run_before_the_first_epoch(
+    flags, tmp_path, epochs, monkeypatch
+):
+    original = training.validation_pixels
+
+    def signalled(*args, **options):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return original(*args, **options)
+
+    monkeypatch.setattr(training, "validation_pixels", signalled)
+    with exits(75):
+        run(flags["student"], tmp_path)
+    assert epochs == [] and not list(tmp_path.rglob("checkpoint*"))
 
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])

@@ -316,9 +316,13 @@ def main(argv=None):
     forward = training.Forward(process.device, args.amp, args.channels_last, args.compile)
     where = args.train_dir, args.val_dir
     if args.evaluate:
-        return evaluate_weights(args.evaluate, args.settings, *where, forward, process)
-    if process.dry_run:
-        plan_ahead(args.settings, *where, args.fkd_path, args.teacher_checkpoint, args.output_dir)
+        how = args.num_workers, forward, process
+        return evaluate_weights(args.evaluate, args.settings, *where, *how)
+    sources = [generate_soft_label.awaited(args.train_dir, args.teacher_checkpoint)]
+    sources += image_sets.awaited(filter(None, [args.fkd_path]), "matching.generate_soft_label")
+    missing = "; ".join(filter(None, sources))
+    if process.dry_run and missing:
+        plan_student(args.settings, *where, args.fkd_path, args.output_dir, missing)
     images = image_sets.open_images("--train_dir", args.train_dir, args.dataset)
     lessons = Lessons(images, args.settings, process, args.num_workers)
     if args.fkd_path:
@@ -384,7 +388,7 @@ def finish(out, lessons):
     print(f"{out.folder}: top-1 {top1['mean']:.2f}{spread} (n = {top1['n']})")
 
 
-def evaluate_weights(path, settings, train_dir, val_dir, forward, process):
+def evaluate_weights(path, settings, train_dir, val_dir, num_workers, forward, process):
     """--evaluate: prints and returns {"top1", "top5"} of a file of weights on the test images."""
     dataset, size, name = settings["dataset"], settings["input_size"], settings["model"]
     if train_dir:
@@ -401,44 +405,24 @@ def evaluate_weights(path, settings, train_dir, val_dir, forward, process):
     models.load_state(model, state, f"--evaluate {path}")
     model, test = forward.place(model), open_test(dataset, val_dir, folders)
     with ranks.joined(process):
-        scores = training.tester(test, size, forward, process)(model)
+        scores = training.tester(test, size, forward, process, num_workers)(model)
     if process.is_main:
         found = f"top-1 {scores['top1']:.2f}, top-5 {scores['top5']:.2f}"
         print(f"{path}: {found} on {test.count} images")
     return scores
 
 
-def plan_ahead(settings, train_dir, val_dir, fkd_path, checkpoints, output_dir):
-    """--dry_run where an earlier stage has yet to make an input: check the rest, print the plan."""
-    makers = [(train_dir, "distillation.gen_syn_image"), (fkd_path, "matching.generate_soft_label")]
-    checkpoints = set(checkpoints or ()) - {models.PUBLIC}
-    makers += [(path, "matching.train_teacher") for path in sorted(checkpoints)]
-    makers = [f"{path}: python -m {module} makes it" for path, module in makers if unmade(path)]
-    if not makers:
-        return
-    dataset, weights = settings["dataset"], 0
-    known = (name for name in datasets.ALL if Path(train_dir).name.startswith(f"{name}_"))
-    dataset, folders = dataset or next(known, None), ()
-    if not unmade(train_dir):
-        images = image_sets.open_images("--train_dir", train_dir, dataset)
-        dataset, folders = images.dataset, images.folders
-    if dataset:
-        folders = folders or list(datasets.known_prompts(dataset))
-        open_test(dataset, val_dir, folders)
-        size = settings["input_size"] or datasets.ALL[dataset].image_size
-        with torch.device("meta"):
-            network = models.create_model(settings["model"], len(folders) or 1, size)
-        weights = 4 * models.count_parameters(network)
-    seeds, stem = len(settings["seeds"]), Path(fkd_path or train_dir).name
-    folder = Path(output_dir) / student_name(stem, settings)
-    output.plan(folder, 0, 2 * seeds, seeds * weights, makers[0])
-
-
-def unmade(path):
-    """Whether a stage has yet to make this folder, or to finish it."""
-    path = Path(path or ".")
-    begun = (path / output.ARGS).exists() and not output.is_complete(path)
-    return begun or not path.exists()
+def plan_student(settings, train_dir, val_dir, fkd_path, root, waits_for):
+    """--dry_run where the images, the labels or the teacher have yet to be made."""
+    name, size, classes, _ = image_sets.outlook("--train_dir", train_dir, settings["dataset"])
+    dataset, seeds = settings["dataset"] or name.split("_ipc")[0], len(settings["seeds"])
+    if dataset in datasets.ALL:  # the rest is checked all the same
+        datasets.open_split(dataset, val_dir, "val", flag="--val_dir")
+    network = settings["model"], classes, settings["input_size"] or size
+    build = partial(models.create_model, *network)
+    needed = 4 * seeds * models.parameters_of(build) if all(network) else 0
+    folder = Path(root) / student_name(Path(fkd_path or name).name, settings)
+    output.plan(folder, 0, 2 * seeds, needed, waits_for)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,70 @@
+"""Stages 1 and 2 in one process: the same PNGs, no prototype file."""
+
+import pytest
+
+from distillation import distill, gen_syn_image
+from scripts import files
+from tests.conftest import STAGE_1, copy, exits, tree
+
+STEPS = ["--num_inference_steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def argv(model):
+    return [*STAGE_1, *STEPS, "--batch_size", "2", *model]
+
+
+@pytest.fixture(scope="module")
+def distilled(argv, tmp_path_factory):
+    root = str(tmp_path_factory.mktemp("distilled"))
+    return distill.main([*argv, "--save_init_image_path", root])[0]
+
+
+def pngs(folder):
+    return {name: data for name, data in tree(folder).items() if name.endswith(".png")}
+
+
+def test_the_images_are_those_of_the_two_stages(argv, model, images, distilled, tmp_path):
+    """With batches of one size: the batch decides the last bits."""
+    from distillation import gen_prototype
+
+    folder = gen_prototype.main([*STAGE_1, *model, "--batch_size", "2"])
+    flags = ["--dataset", "digits", "--ipc", "2", "--km_expand", "2", "--batch_size", "2", *STEPS]
+    [ours] = gen_syn_image.main([*flags, *model, "--prototype_path", str(folder)])
+    assert ours.name == distilled.name == images.name
+    assert pngs(ours) == pngs(distilled) and len(pngs(ours)) == 6
+    rows = [(path / "images.jsonl").read_bytes() for path in (ours, distilled)]
+    assert rows[0] == rows[1]
+    assert not list(distilled.parent.rglob("0000_*"))
+
+
+def test_both_stages_are_in_the_manifest_and_in_the_closing_line(argv, distilled, capsys):
+    manifest = files.read_json(distilled / "manifest.json")
+    assert manifest["inputs"]["prototype_arguments"]["kmeans"] == "minibatch"
+    assert gen_syn_image.origin(manifest)["real_images"] == 36
+    distill.main([*argv, "--save_init_image_path", str(distilled.parent)])
+    assert "0 of 6 images (stages 1 and 2) made" in capsys.readouterr().out
+
+
+def test_a_resume_takes_the_folders_batch_size(argv, distilled, capsys):
+    mine = copy(distilled, "output/images")
+    for name in ("manifest.json", "0/0_0000.png"):
+        (mine / name).unlink()
+    distill.main([*argv, "--batch_size", "1"])
+    assert "was begun with 2" in capsys.readouterr().err
+    assert tree(mine) == tree(distilled)
+
+
+def test_the_latent_cache_serves_it(argv, distilled):
+    for root in ("a", "b"):
+        cached = ["--latent_cache", "cache", "--save_init_image_path", root]
+        [folder] = distill.main([*argv, *cached])
+        assert pngs(folder) == pngs(distilled)
+    assert "cached_seconds" in files.read_json(folder / "timing.json")
+
+
+def test_what_it_cannot_do_is_refused(argv, refused):
+    refused(distill.main, [*argv, "--num_prototypes", "1"], "--num_prototypes 1", "--ipc 2")
+    refused(distill.main, [*argv, "--size", "30"], "--size 30", "multiple of 4")
+    with exits(0):
+        distill.main([*argv, "--dry_run"])

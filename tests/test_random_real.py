@@ -1,0 +1,52 @@
+"""The baseline of real images: the data set's own, chosen by the seed."""
+
+import numpy as np
+from PIL import Image
+
+from distillation import gen_syn_image, random_real
+from distillation.datasets import open_split
+from scripts import output
+from tests.conftest import image_folder, make_random, picture, tree
+
+ARGV = ["--dataset", "digits", "--classes", "0-2", "--ipc", "3", "--image_size", "8"]
+
+
+def test_the_images_are_the_data_sets_own_and_change_with_the_seed():
+    first, second = random_real.main(ARGV), random_real.main([*ARGV, "--seed", "1"])
+    assert first.name == "digits_ipc3_random_imagesize8_classes-0-2"
+    assert second.name == "digits_ipc3_random_seed1_imagesize8_classes-0-2"
+    split = open_split("digits", None)
+    real = {split.arrays[row].tobytes() for row in split.items[1]}
+    chosen, others = (
+        [np.array(Image.open(path)).tobytes() for path in sorted((folder / "1").iterdir())]
+        for folder in (first, second)
+    )
+    assert len(set(chosen)) == 3 and set(chosen) <= real and chosen != others
+    manifest = gen_syn_image.read_images("--data", first)
+    assert manifest["arm"] == "random" and manifest["classes"][1]["prompt"] == "one"
+    rows = (first / "images.jsonl").read_text().splitlines()
+    assert '"prompt": "zero", "source": "' in rows[0]
+    assert gen_syn_image.origin(manifest) == {"generator": None, "real_images": 404}
+
+
+def test_the_aspect_ratio_is_kept():
+    image = Image.fromarray(picture(1, (40, 20)))
+    square = random_real.centre_square(image, 10)
+    theirs = image.resize((20, 10), Image.Resampling.BILINEAR).crop((5, 0, 15, 10))
+    assert np.array_equal(np.array(square), np.array(theirs))
+
+
+def test_shards_make_the_same_bytes(random):
+    for shard in ("1/2", "0/2"):
+        folder = make_random("output", "--shard", shard)
+        assert output.is_complete(folder) == (shard == "0/2")
+    assert tree(folder) == tree(random)
+
+
+def test_fewer_images_than_ipc_and_bad_images_are_refused(refused):
+    refused(random_real.main, [*ARGV, "--max_images_per_class", "2"], "--ipc 3", "only 2 images")
+    cat = image_folder("data", ["cat"]) + "/train/cat"
+    with open(f"{cat}/1.png", "wb") as file:
+        file.write(b"x")
+    argv = ["--dataset", "imagefolder", "--data_dir", "data", "--ipc", "3"]
+    refused(random_real.main, argv, f"{cat}/1.png: not an image")

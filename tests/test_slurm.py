@@ -1,0 +1,158 @@
+"""The sbatch files, run by sh with stand-ins for Slurm: shards, warnings passed on, back into the
+queue."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT, STAGE_1, tree
+
+SBATCH = sorted((ROOT / "scripts/slurm").glob("*.sbatch"))
+ARRAY = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "4"}
+PYTHON = """#!/bin/sh
+echo "$0" "$@" >> "$RECORD"
+[ -n "${SLEEP:-}" ] || exit "${STATUS:-0}"
+trap 'echo TERM >> "$RECORD"; sleep 0.2; exit "${STATUS:-75}"' TERM
+touch "$RECORD.started"
+while :; do sleep 0.05; done
+"""
+SCONTROL = """#!/bin/sh
+echo scontrol "$@" >> "$RECORD"
+[ "$1" != show ] || echo node17
+"""
+# as Slurm's: a SIGTERM to srun itself kills the step
+SRUN = """#!/bin/sh
+shift
+"$@" &
+echo $! > "$RECORD.step"
+trap 'kill -KILL $!; exit 143' TERM HUP
+wait $!
+"""
+SCANCEL = """#!/bin/sh
+echo scancel "$@" >> "$RECORD"
+kill -TERM "$(cat "$RECORD.step")"
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """slurm(file, *flags, **variables) -> a running sbatch script; it records at tmp_path/record"""
+    programs = {"python": PYTHON, "torchrun": PYTHON}
+    programs |= {"scontrol": SCONTROL, "srun": SRUN, "scancel": SCANCEL}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    surroundings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RECORD": str(tmp_path / "record")}
+    surroundings |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "41"}
+    surroundings |= {"SLURM_JOB_NODELIST": "node[17-18]"}
+
+    def start(file, *flags, **variables):
+        command, environment = ["sh", str(file), *flags], {**surroundings, **variables}
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def each_file(test):
+    return pytest.mark.parametrize("file", SBATCH, ids=lambda file: file.stem)(test)
+
+
+def is_array(file):
+    return "#SBATCH --array=0-" in file.read_text()
+
+
+def record(tmp_path):
+    return (tmp_path / "record").read_text().splitlines()
+
+
+@each_file
+def test_a_finished_job_is_not_put_back(file, slurm, tmp_path):
+    job = slurm(file, "--seed", "1", **ARRAY)
+    assert job.wait(20) == 0, job.stderr.read()
+    [line] = [line for line in record(tmp_path) if not line.startswith("scontrol show")]
+    module = {"matching": "matching.generate_soft_label", "train_FKD": "validate.train_FKD"}
+    assert f"-m {module.get(file.stem, f'distillation.{file.stem}')} " in line
+    if is_array(file):
+        assert line.startswith(f"{tmp_path}/python") and line.endswith("--shard 2/4 --seed 1")
+    else:
+        assert f"{tmp_path}/torchrun --nnodes 1 --nproc_per_node 8" in line
+        assert "node17:29500" in line and line.endswith("--seed 1")
+
+
+def warned(slurm, tmp_path, file, number, **variables):
+    """(exit status, what was called after the stage's SIGTERM) of a job that gets a signal."""
+    job = slurm(file, SLEEP="1", **ARRAY, **variables)
+    while not (tmp_path / "record.started").exists() and job.poll() is None:
+        time.sleep(0.02)
+    begun = len(record(tmp_path))
+    job.send_signal(number)
+    status, passed = job.wait(20), [] if is_array(file) else ["scancel --signal=TERM 41"]
+    lines = record(tmp_path)[begun:]
+    assert lines[: len(passed) + 1] == [*passed, "TERM"]
+    return status, lines[len(passed) + 1 :]
+
+
+@each_file
+def test_after_a_warning_the_job_goes_back_into_the_queue(file, slurm, tmp_path):
+    assert warned(slurm, tmp_path, file, signal.SIGUSR1) == (75, ["scontrol requeue 40_2"])
+
+
+@each_file
+def test_a_cancelled_job_stays_out_of_the_queue(file, slurm, tmp_path):
+    assert warned(slurm, tmp_path, file, signal.SIGTERM) == (75, [])
+
+
+def test_a_job_that_is_refused_stays_out_of_the_queue(slurm, tmp_path):
+    assert warned(slurm, tmp_path, SBATCH[0], signal.SIGUSR1, STATUS="2") == (2, [])
+    assert slurm(SBATCH[0], STATUS="2").wait(20) == 2
+    assert not [line for line in record(tmp_path) if "requeue" in line]
+
+
+@pytest.mark.parametrize("count, last", [("1", "2"), ("2", "3")], ids=["2", "2-3"])
+def test_an_array_of_a_part_needs_the_number_of_shards(count, last, slurm, tmp_path):
+    part = {**ARRAY, "SLURM_ARRAY_TASK_MAX": last, "SLURM_ARRAY_TASK_COUNT": count}
+    job = slurm(SBATCH[0], **part)
+    assert job.wait(20) == 2 and "set SHARDS" in job.stderr.read()
+    assert slurm(SBATCH[0], SHARDS="4", **part).wait(20) == 0
+    assert record(tmp_path)[-1].endswith("--shard 2/4")
+
+
+def test_a_requeued_element_makes_the_same_shard(slurm, tmp_path):
+    whole = {**ARRAY, "SLURM_ARRAY_TASK_MAX": "3"}
+    jobs = [slurm(SBATCH[0], SLURM_RESTART_COUNT=n, **whole).wait(20) for n in ("0", "1")]
+    first, second = record(tmp_path)
+    assert jobs == [0, 0] and first == second and first.endswith("--shard 2/4")
+
+
+@each_file
+def test_every_file_asks_to_be_put_back_after_preemption(file):
+    options = re.findall(r"^#SBATCH (--[a-z-]+)", file.read_text(), re.MULTILINE)
+    assert {"--requeue", "--open-mode", "--signal", "--time", "--gres", "--output"} <= set(options)
+
+
+@pytest.mark.slow
+def test_a_warned_stage_leaves_and_its_requeued_job_completes_it(
+    slurm, prototypes, model, tmp_path
+):
+    """A real stage 1 behind a real sbatch file: warned after its first class, and started again."""
+    launcher, out = tmp_path / "stage1.sh", tmp_path / "out"
+    slow = "import sys, time; from scripts.output import Output; write = Output.write\n"
+    slow += "Output.write = lambda *words: (write(*words), time.sleep(1))\n"
+    slow += "from distillation import gen_prototype; gen_prototype.main(sys.argv[1:])"
+    words = " ".join([*STAGE_1, *model, "--save_prototype_path", str(out)])
+    launcher.write_text(f"exec {sys.executable} -c '{slow}' {words} \"$@\"\n")
+    variables = {"LAUNCHER": str(launcher), "PYTHONPATH": str(ROOT)}
+    file = ROOT / "scripts/slurm/gen_prototype.sbatch"
+    job = slurm(file, **variables)
+    while not list(out.rglob("0000_0.json")) and job.poll() is None:
+        time.sleep(0.01)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(120) == 75 and "scontrol requeue 41" in record(tmp_path)
+    assert not list(out.rglob("manifest.json"))
+    assert slurm(file, **variables).wait(120) == 0
+    assert tree(out / prototypes.name) == tree(prototypes)

@@ -1,0 +1,234 @@
+"""The table scripts: what they print, choose, pass on, and make; cells that are made at once."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from matching import models, train_teacher
+from scripts import output
+from tests.conftest import ROOT, everything
+from tests.test_launchers import SHELL, commands, shell
+
+TABLES = range(1, 7)
+
+
+def lines_of(table, *flags, **variables):
+    """[(module, arguments)] of a table's stages, without the command that prints the table."""
+    found = commands(f"validate/table{table}.sh", *flags, **variables)
+    assert found[-1][1] == "validate.paper_tables"
+    return [(module, arguments) for _, module, arguments in found[:-1]]
+
+
+def stub(path, text):
+    """A stand-in for Python that appends its arguments to `path`/calls, then runs `text`."""
+    program = path / "python"
+    program.write_text(f'#!/bin/sh\necho "$*" >> "{path}/calls"\n{text}\n')
+    program.chmod(0o755)
+    return str(program)
+
+
+# ---- DRY_RUN
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_dry_run_prints_each_stage_command_once_and_makes_nothing(table, tmp_path):
+    lines = lines_of(table, cwd=tmp_path)
+    assert len({(module, *words) for module, words in lines}) == len(lines)
+    for module, words in lines:
+        args = importlib.import_module(module).get_args(words)
+        assert args.wait and not args.dry_run
+        if module == "matching.train_teacher":  # the launcher's recipe is the data set's own
+            own = train_teacher.get_args(["--dataset", args.dataset, "--arch", args.arch])
+            odd = {name for name, v in args.settings.items() if own.settings[name] != v}
+            assert odd <= {"eval_every", "bn_batch"} and args.bn_batch == args.batch_size
+    assert not everything(tmp_path)
+
+
+def test_a_cell_is_its_launchers_in_the_order_of_the_method():
+    cell = {"DATASET": "tiny_imagenet", "IPC": "50", "METHOD": "d4m", "STUDENT": "resnet50"}
+    made = lines_of(2, BASELINES="", **cell)
+    names = ["distillation/gen_prototype", "distillation/gen_syn_image", "matching/train_teacher"]
+    names += ["matching/matching", "validate/train_FKD"]
+    for (module, words), name in zip(made, names, strict=True):
+        [(_, own, theirs)] = commands(f"{name}_tnimgnt.sh", IPC="50", STUDENT="resnet50")
+        extra = ["--latent_cache", "output/latents"] if name.endswith("prototype") else []
+        assert (module, words) == (own, [*theirs, *extra, "--wait"])
+
+
+def test_baselines_are_random_real_images_and_hard_labels():
+    cell = {"DATASET": "cifar10", "IPC": "10"}
+    made = [words for module, words in lines_of(1, **cell) if module == "validate.train_FKD"]
+    images = ["cifar10_ipc10_s0.7_g8_kmexpand1", "cifar10_ipc10_random", "cifar10_ipc10_s0.7_g8"]
+    for words, name in zip(made, images, strict=True):
+        assert words[1].startswith(f"output/images/{name}")
+    assert ["--hard_label" in words for words in made] == [False, False, True]
+    assert len(lines_of(1, BASELINES="hard", **cell)) == len(lines_of(1, BASELINES="", **cell)) + 1
+
+
+def test_variables_choose_cells_and_flags_go_to_every_stage():
+    networks = {"TEACHER": "swin_t resnet18", "STUDENT": "vit_b_16"}
+    for module, words in lines_of(5, "--num_workers", "2", IMAGENET_DIR="my data", **networks):
+        args = importlib.import_module(module).get_args(words)
+        assert args.num_workers == 2
+        assert getattr(args, "data_dir", getattr(args, "val_dir", "my data")) == "my data"
+    trained = [w for module, w in lines_of(5, BASELINES="", **networks) if "train_FKD" in module]
+    assert [words[words.index("--model") + 1] for words in trained] == ["vit_b_16"] * 2
+    chosen = {"METHOD": "stm", "TEACHER": "resnet50", "STUDENT": "resnet18", "BASELINES": ""}
+    [stm] = [words for module, words in lines_of(3, **chosen) if module == "matching.stm"]
+    assert stm[stm.index("--arch") + 1] == "resnet18"  # whoever labels the images later
+
+
+def test_online_needs_no_labels():
+    made = lines_of(1, DATASET="cifar10", IPC="10", ONLINE="1", STUDENT_FLAGS="--amp bf16")
+    assert "matching.generate_soft_label" not in [module for module, _ in made]
+    trained = [words for module, words in made if module == "validate.train_FKD"]
+    assert [("--online" in w, "--hard_label" in w) for w in trained] == [(1, 0), (1, 0), (0, 1)]
+    assert all(words[-3:] == ["--amp", "bf16", "--wait"] for words in trained)
+
+
+@pytest.mark.parametrize(
+    "table, variables, word",
+    [
+        (1, {"IPC": "20"}, "IPC=20"),
+        (2, {"DATASET": "cifar10"}, "DATASET=cifar10"),
+        (6, {"STUDENT": "resnet18"}, "STUDENT=resnet18"),
+        (1, {"BASELINES": "rnadom"}, "BASELINES=rnadom"),
+    ],
+)
+def test_cells_that_a_table_does_not_have_are_refused(table, variables, word):
+    ended = shell(f"validate/table{table}.sh", PYTHON="false", **variables)
+    assert ended.returncode == 2 and ended.stderr.startswith("error: ") and word in ended.stderr
+
+
+# ---- running, with a stand-in
+
+
+@pytest.mark.parametrize("status", [2, 75])
+@pytest.mark.parametrize("failing", ["gen_syn_image", "hard_label"])
+def test_a_stage_that_fails_ends_the_table_with_its_status(tmp_path, failing, status):
+    python = stub(tmp_path, f'case "$*" in *{failing}*) exit {status} ;; esac')
+    ended = shell("validate/table1.sh", PYTHON=python, DATASET="cifar10", IPC="10")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert ended.returncode == status and failing in calls[-1]
+
+
+def test_a_finished_table_is_printed(tmp_path):
+    python = stub(tmp_path, "")
+    ended = shell("validate/table1.sh", PYTHON=python, NUM_GPUS="1", OUT="x y")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert ended.returncode == 0 and len(calls) == len(lines_of(1, OUT="x y")) + 1
+    assert calls[-1] == "-m validate.paper_tables --table 1 --output_root x y"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_stop_signal_reaches_the_stage_and_ends_the_table(tmp_path, number):
+    """The stage gets it as SIGTERM and is waited for; no other starts; the status is 75."""
+    leave = f"sleep 0.2; echo > {tmp_path}/left; exit 75"
+    python = stub(
+        tmp_path, f"trap '{leave}' TERM; echo > {tmp_path}/ready; while :; do sleep 0.02; done"
+    )
+    table = subprocess.Popen(
+        [SHELL, ROOT / "validate" / "table2.sh"],
+        env={"PATH": os.environ["PATH"], "PYTHON": python},
+        # a test run in the background ignores Ctrl-C, and so would all that it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    table.send_signal(number)
+    assert table.wait(20) == 75 and (tmp_path / "left").exists()
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1
+
+
+def test_dry_run_reaches_every_stage_and_the_last_line_is_the_sum(tmp_path):
+    plan = 'echo "plan: a: b/$$: 3 done, 10 to do, 1.5 MiB of 900 MiB free; waits for c: d"'
+    python = stub(tmp_path, plan)
+    ended = shell("validate/table1.sh", "--dry_run", PYTHON=python, NUM_GPUS="8", IPC="10")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert ended.returncode == 0 and all(call.endswith("--wait --dry_run") for call in calls)
+    *plans, last = ended.stdout.splitlines()
+    n = len(lines_of(1, IPC="10"))
+    assert len(plans) == len(calls) == n
+    total = f"{3 * n} done, {10 * n} to do, {1.5 * n:.1f} MiB of 900 MiB free"
+    assert last == f"sum: {n} folders: {total}"
+    ended = shell("validate/table1.sh", "--dry_run", PYTHON=stub(tmp_path, "exit 2"))
+    assert ended.returncode == 2
+
+
+# ---- real stages: a rehearsal
+
+
+def rehearsal(tmp_path, **variables):
+    """The environment of a rehearsal that is as short as it can be."""
+    own = {"PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "SMOKE": "1", "IPC": "10"}
+    own |= {"EPOCHS": "2", "SEEDS": "0", "TQDM_DISABLE": "1", "PATH": os.environ["PATH"]}
+    return own | variables
+
+
+def top1_again(folder):
+    """Top-1 in percent of a student on the test digits, from its weights, written out."""
+    from distillation.datasets import ALL, open_split, squash
+
+    split, facts = open_split("digits", None, "val"), ALL["digits"]
+    state = load_file(folder / "student_seed0.safetensors")
+    model = models.create_model("convnet_mini", 10, 32).eval()
+    model.load_state_dict(state)
+    right = count = 0
+    for label, items in enumerate(split.items):
+        images = [squash(split.read(item), 32).tobytes() for item in items]
+        pixels = torch.frombuffer(bytearray(b"".join(images)), dtype=torch.uint8)
+        x = (pixels.view(-1, 32, 32, 3) / 255 - torch.tensor(facts.mean)) / torch.tensor(facts.std)
+        with torch.no_grad():
+            right += int((model(x.permute(0, 3, 1, 2)).argmax(1) == label).sum())
+        count += len(x)
+    return 100 * right / count
+
+
+@pytest.mark.slow
+def test_a_rehearsal_makes_every_number_and_a_second_one_nothing(tmp_path):
+    command = [SHELL, ROOT / "validate" / "table1.sh"]
+    run = {"env": rehearsal(tmp_path), "capture_output": True, "text": True}
+    first = subprocess.run(command, **run)
+    assert first.returncode == 0, first.stderr
+    assert "rehearsal" in first.stdout.splitlines()[0]
+    results = sorted((tmp_path / "out").rglob("students/*/results.json"))
+    assert len(results) == 3 == first.stdout.count("| dataset digits")
+    for path in results:
+        found = json.loads(path.read_text())["summary"]["last"]["top1"]
+        assert found["mean"] == pytest.approx(top1_again(path.parent))
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert subprocess.run(command, **run).returncode == 0
+    written = [p for p, then in kept.items() if p.stat().st_mtime_ns != then]
+    assert {p.name for p in written} <= {output.LOG, output.TIMING}
+
+
+@pytest.mark.slow
+def test_two_cells_at_once_share_their_stages(tmp_path):
+    """The same stages 1-3, two students: the second waits for the first's folders, says so, and
+    goes on."""
+    command = [SHELL, ROOT / "validate" / "table1.sh"]
+    started = [
+        subprocess.Popen(
+            command,
+            env=rehearsal(tmp_path, BASELINES=baselines),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for baselines in ("", "hard")
+    ]
+    printed = [table.communicate(timeout=300)[0] for table in started]
+    assert [table.returncode for table in started] == [0, 0]
+    assert any("waiting for process" in text for text in printed)
+    folders = [path.parent for path in (tmp_path / "out").rglob(output.ARGS)]
+    for folder in folders:
+        runs = [row for row in output.log_rows(folder) if row.get("event") == "run"]
+        assert sum(row["units"] > 0 for row in runs) == 1, folder  # made once, by one of them
+    assert len(folders) == 6

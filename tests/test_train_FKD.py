@@ -1,0 +1,493 @@
+"""Stage 4: stored and online labels train the same student, and what does not fit is refused."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save
+
+from matching import generate_soft_label, train_teacher
+from scripts import files, output
+from tests.conftest import BATCHES, TEACHER, copy, image_folder, reseal, tree
+from tests.test_training import largest_difference, small_net, weights  # noqa: F401
+from validate import train_FKD
+
+STUDENT = ["--model", "convnet_mini", "--cos", "-T", "4", "--num_workers", "0", "--device", "cpu"]
+STUDENT += ["--eval_every", "2"]
+
+
+@pytest.fixture
+def train(random, labels, tmp_path):
+    """train(*flags, images=, labels=, root=): a student's folder."""
+    stored = labels
+
+    def run(*flags, images=random, labels=stored, root=tmp_path / "out"):
+        data = ["--train_dir", images, "--fkd_path", labels, "--output_dir", root]
+        return train_FKD.main([*map(str, [*data, *STUDENT, *flags])])
+
+    return run
+
+
+@pytest.fixture
+def drawn(random, tmp_path):
+    """drawn(*flags, root=): the folder of a student without stored labels."""
+
+    def run(*flags, root=tmp_path / "out"):
+        data = ["--train_dir", random, "--output_dir", root]
+        return train_FKD.main([*map(str, [*data, *BATCHES, *STUDENT, *flags])])
+
+    return run
+
+
+@pytest.fixture
+def online(teacher):
+    return ["--online", "--arch", "convnet_mini", "--teacher_checkpoint", str(teacher)]
+
+
+def results(folder):
+    return files.read_json(folder / "results.json")
+
+
+# ---- the same student
+
+
+def test_stored_and_online_labels_train_the_same_student(train, drawn, online, tmp_path):
+    before = torch.random.get_rng_state()
+    stored, made = train("--seeds", 0, 1), drawn(*online, "--seeds", 0, 1)
+    assert largest_difference(weights(stored), weights(made)) == 0
+    assert results(stored)["seeds"] == results(made)["seeds"]
+    again = train("--seeds", 0, 1, "--num_workers", 2, root=tmp_path / "again")
+    assert tree(stored) == tree(again)  # results.json has no seconds in it
+    alone = train("--seeds", 1, root=tmp_path / "alone")
+    first, second = (load_file(stored / f"student_seed{n}.safetensors") for n in (0, 1))
+    assert largest_difference(second, load_file(alone / "student_seed1.safetensors")) == 0
+    assert largest_difference(first, second) > 0.01
+    assert torch.equal(before, torch.random.get_rng_state())  # nobody drew from it
+
+
+def test_results_say_what_was_trained(train, random, tmp_path):
+    folder = train("--seeds", 0, 1)
+    found = results(folder)
+    top1 = [seed["last"]["top1"] for seed in found["seeds"]]
+    assert found["summary"]["last"]["top1"]["n"] == 2
+    assert found["summary"]["last"]["top1"]["std"] == pytest.approx(np.std(top1, ddof=1))
+    rows = found["seeds"][0]["rows"]
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert ["top1" in row for row in rows] == [False, True, True]
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3, 0.75e-3, 0.25e-3])
+    said = found["arguments"]
+    assert (said["temperature"], said["schedule"], said["mix_type"]) == (4, "cosine", "cutmix")
+    assert (said["bn_batch"], said["test_images"], said["dataset"]) == (5, 133, "digits")
+    assert found["images"]["count"] == 12 and found["teacher"][0]["arch"] == "convnet_mini"
+    assert str(tmp_path) not in json.dumps(found) and str(random.parent) not in json.dumps(found)
+    assert folder.name.endswith("_mix-cutmix_convnet_mini_schedule-cosine_T4_seeds-0+1")
+
+
+def test_dropout_is_the_same_with_stored_and_online_labels(train, drawn, online, small_net):  # noqa: F811
+    flags = ["--model", small_net, "--epochs", 2]
+    assert largest_difference(weights(train(*flags)), weights(drawn(*online, *flags))) == 0
+
+
+def test_labels_are_found_below_a_root(train, labels, random, tmp_path, refused):
+    assert tree(train()) == tree(train(labels=labels.parent, root=tmp_path / "b"))
+    root = tmp_path / "labels"
+    for name in ("x", "y"):
+        shutil.copytree(labels, root / f"{random.name}_{name}")
+    refused(lambda argv: train(labels=root), [], "2 label folders fit")
+    refused(lambda argv: train(labels=tmp_path), [], "no finished labels")
+
+
+def test_every_option_of_the_recipes_runs(train, drawn, small_net):  # noqa: F811
+    flags = ["--loss", "mse_ce", "--ema", 0.9, "--model", small_net, "--epochs", 1]
+    edc, plain = train(*flags, "--bn_refresh"), train(*flags)
+    assert largest_difference(weights(edc), weights(plain)) > 0  # it saw un-mixed images
+    assert results(edc)["arguments"]["bn_refresh"]
+    flags = ["--hard_label", "--sgd", "-lr", 0.01, "--schedule", "step"]
+    hard = drawn(*flags, "--color_jitter", 0.4, "--lighting", 0.1)
+    assert results(hard)["teacher"] == [] and results(hard)["labels"] is None
+    assert largest_difference(weights(hard), weights(drawn(*flags))) > 0
+    train("--amp", "bf16", "--channels_last", "--epochs", 1)
+
+
+def test_color_jitter_of_rows_is_rows_of_the_batch():
+    from distillation import datasets
+
+    x, facts = torch.randn(6, 3, 8, 8), datasets.ALL["cifar10"]
+
+    def jittered(rows, *strength):
+        g = torch.Generator().manual_seed(3)
+        return train_FKD.color_jitter(x[rows], rows, 6, strength, facts, g)
+
+    whole = jittered(torch.arange(6), 0.4, 0.1)
+    torch.testing.assert_close(jittered(torch.tensor([1, 4]), 0.4, 0.1), whole[[1, 4]])
+    torch.testing.assert_close(jittered(torch.arange(6), 0.0, 0.0), x)
+    assert (whole - x).abs().max() > 0.05
+
+
+def test_results_say_in_which_precision_the_labels_were_made(
+    train, drawn, online, random, teacher, tmp_path
+):
+    flags = ["--data", random, "--fkd_path", tmp_path / "labels", *online[1:], *BATCHES]
+    flags += ["--epochs", 1, "--amp", "bf16", "--channels_last"]
+    [made] = generate_soft_label.main(list(map(str, flags)))
+    stored = results(train(labels=made))
+    assert stored["labels"] == {"amp": "bf16", "channels_last": True}
+    assert stored["arguments"]["amp"] == "none"
+    plain = {"amp": "none", "channels_last": False}
+    assert results(train("--amp", "bf16", "--epochs", 1))["labels"] == plain
+    assert results(drawn(*online, "--epochs", 1))["labels"] == plain
+
+
+def test_hard_labels_are_the_images_own_classes(drawn):
+    """Trained a little on class indices, digits are told apart: targets are not permuted."""
+    flags = ["--hard_label", "--epochs", 25, "--mix_type", "none", "--flip", 0]
+    folder = drawn(*flags, "--min_scale_crops", 0.8, "--adamw_lr", 0.005)
+    assert results(folder)["summary"]["last"]["top1"]["mean"] > 70
+
+
+def test_evaluate_gives_the_number_of_the_results(train, random, capsys, refused):
+    folder = train()
+    expected = results(folder)["seeds"][0]["last"]
+    path = folder / "student_seed0.safetensors"
+    flags = ["--evaluate", str(path), "--model", "convnet_mini", "--train_dir", str(random)]
+    assert train_FKD.main(flags) == {name: expected[name] for name in ("top1", "top5")}
+    assert "top-1" in capsys.readouterr().out
+    state = {f"module.{name}": value for name, value in load_file(path).items()}
+    torch.save({"state_dict": state}, "net.pt")
+    assert train_FKD.main([flags[0], "net.pt", *flags[2:]])["top1"] == expected["top1"]
+    other = [*flags[:3], "convnet_w128", *flags[4:]]
+    refused(train_FKD.main, other, "--evaluate", "another architecture")
+    refused(train_FKD.main, flags[:4], "--dataset")
+
+
+def test_the_tracker_is_optional(train, refused):
+    refused(lambda argv: train("--tracker", "nonsense"), [], "--tracker nonsense")
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        refused(lambda argv: train("--tracker", "tensorboard"), [], "not installed")
+    else:
+        assert list(train("--epochs", 1, "--tracker", "tensorboard").parent.rglob("events.out*"))
+
+
+# ---- what does not fit is refused
+
+
+def edit_image(images, name="1/1_0002.png"):
+    with Image.open(images / name) as image:
+        image.load()
+    image.rotate(90).save(images / name)
+
+
+def edit_tensor(labels, name, change):
+    path = labels / "epoch_0001.safetensors"
+    tensors = load_file(path)
+    tensors[name] = change(tensors[name]).contiguous()
+    path.write_bytes(save(tensors))
+    reseal(labels)
+
+
+def swap(a, b):
+    third = a.with_name("third")
+    a.rename(third)
+    b.rename(a)
+    third.rename(b)
+
+
+def rename_class(images, labels):
+    (images / "1").rename(images / "1b")
+    classes = files.read_json(images / "manifest.json")["classes"]
+    renamed = [{**c, "folder": c["folder"].replace("1", "1b")} for c in classes]
+    reseal(images, classes=renamed)
+
+
+def remove_image(images, labels):
+    (images / "2/2_0003.png").unlink()
+    reseal(images, count=11)
+
+
+def other_epoch(images, labels):
+    shutil.copy(labels / "epoch_0000.safetensors", labels / "epoch_0001.safetensors")
+    reseal(labels)
+
+
+def other_size(images, labels):
+    for path in images.glob("*/*.png"):
+        with Image.open(path) as image:
+            image.load()
+        image.resize((48, 48)).save(path)
+    reseal(images, image_size=48)
+
+
+def edited(images, labels):
+    text = (labels / "manifest.json").read_text()
+    (labels / "manifest.json").write_text(text.replace('"cutmix"', '"none"', 1))
+
+
+def flip_bit(images, labels):
+    path = labels / "epoch_0001.safetensors"
+    data, stat = bytearray(path.read_bytes()), path.stat()
+    data[-5] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # also where the clock does not tell
+
+
+def cut_short(images, labels):
+    path = labels / "epoch_0001.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def regenerate(images, labels):
+    edit_image(images)
+    reseal(images)
+
+
+def exchange(images, labels):
+    swap(images / "0/0_0001.png", images / "2/2_0001.png")
+    reseal(images)
+
+
+def lose_an_epoch(images, labels):
+    (labels / "epoch_0002.safetensors").unlink()
+    reseal(labels)
+
+
+def add_image(images, labels):
+    shutil.copy(images / "0/0_0000.png", images / "0/0_0004.png")
+
+
+def billion(images, labels):
+    reseal(
+        labels, arguments={**files.read_json(labels / "args.json")["arguments"], "epochs": 10**9}
+    )
+
+
+# {one change in real outputs of stages 2 and 3: (the change, flags, what the line says)}
+MISMATCHES = {
+    "images made again with another seed": (regenerate, [], "content"),
+    "one image edited, its manifest not": (lambda i, n: edit_image(i), [], "1/1_0002.png"),
+    "two images exchanged between classes": (exchange, [], "content"),
+    "an image removed": (remove_image, [], "2_0003"),
+    "an image added, its manifest not": (add_image, [], "0_0004"),
+    "a class renamed": (rename_class, [], "1b"),
+    "a class folder removed": (lambda i, n: shutil.rmtree(i / "2"), [], "2"),
+    "images of another size": (other_size, [], "48"),
+    "images of another arm": (lambda i, n: reseal(i, arm="d4m"), [], "d4m"),
+    "another data set": (None, ["--dataset", "cifar10"], "cifar10"),
+    "another mix type": (None, ["--mix_type", "mixup"], "cutmix"),
+    "another alpha": (None, ["--cutmix", "0.5"], "--cutmix 0.5"),
+    "another input size": (None, ["--input_size", "64"], "--input_size 64"),
+    "another batch size": (None, ["--batch_size", "4"], "--batch_size 4"),
+    "more epochs than labels": (None, ["--epochs", "4"], "--epochs 4"),
+    "another seed of the draws": (None, ["--fkd_seed", "1"], "--fkd_seed 1"),
+    "other crops": (None, ["--min_scale_crops", "0.5"], "0.08"),
+    "other flips": (None, ["--flip", "0"], "--flip 0"),
+    "another precision": (None, ["--no_use_fp16"], "--use_fp16 False"),
+    "another teacher": (None, ["--arch", "resnet18"], "convnet_mini"),
+    "other weights of the teacher": ("teacher", [], "sha256"),
+    "two epochs' files exchanged": (
+        lambda i, n: swap(n / "epoch_0000.safetensors", n / "epoch_0001.safetensors"),
+        [],
+        "epoch_000",
+    ),
+    "a file of another epoch, manifest and all": (other_epoch, [], "holds epoch 0"),
+    "a bit of the logits flipped": (flip_bit, [], "epoch_0001"),
+    "a label file cut short": (cut_short, [], "epoch_0001"),
+    "a label file missing": (
+        lambda i, n: (n / "epoch_0001.safetensors").unlink(),
+        [],
+        "epoch_0001",
+    ),
+    "an epoch missing, manifest and all": (lose_an_epoch, [], "2 files"),
+    "a billion epochs": (billion, [], "1000000000 epochs"),
+    "logits of another number of classes": (
+        lambda i, n: edit_tensor(n, "logits", lambda t: torch.cat([t, t], 1)),
+        [],
+        "[12, 6]",
+    ),
+    "an image twice in an epoch": (
+        lambda i, n: edit_tensor(n, "index", lambda t: torch.where(t == 3, 4, t)),
+        [],
+        "each once",
+    ),
+    "crops of larger images": (
+        lambda i, n: edit_tensor(n, "crop", lambda t: t * 2),
+        [],
+        "outside the images",
+    ),
+    "logits that are not finite": (
+        lambda i, n: edit_tensor(n, "logits", lambda t: t * torch.inf),
+        [],
+        "not finite",
+    ),
+    "the labels' arguments edited": (edited, [], "edited"),
+    "another normalisation": (lambda i, n: reseal(n, mean=[0.1, 0.2, 0.3]), [], "mean [0.1"),
+    "labels that are not finished": (
+        lambda i, n: (n / "manifest.json").unlink(),
+        [],
+        "not finished",
+    ),
+    "labels of another stage": (lambda i, n: reseal(n, stage="hard_labels"), [], "hard_labels"),
+    "images given as labels": ("images", [], "stage"),
+}
+
+
+@pytest.mark.parametrize("what", MISMATCHES)
+def test_a_mismatch_is_refused_in_one_line(what, train, random, labels, tmp_path, refused):
+    change, flags, word = MISMATCHES[what]
+    images, labels = copy(random, tmp_path), copy(labels, tmp_path)
+    if change == "teacher":
+        flags = ["--output_dir", str(tmp_path / "teachers"), "--seed", "5"]
+        flags = ["--teacher_checkpoint", train_teacher.main([*TEACHER, *flags])]
+    elif change == "images":
+        labels = images
+    elif change:
+        change(images, labels)
+    refused(lambda argv: train(*flags, images=images, labels=labels), [], word)
+    assert not list(tmp_path.glob("out/*/student*")) and not list(tmp_path.glob("out/*/check*"))
+
+
+def test_untouched_copies_are_taken(train, random, labels, tmp_path):
+    assert train(images=copy(random, tmp_path), labels=copy(labels, tmp_path))
+
+
+def test_labels_that_vanish_during_training(train, labels, tmp_path, refused, monkeypatch):
+    from matching import training
+
+    mine, original = copy(labels, tmp_path), training.Learner.train_epoch
+
+    def train_epoch(*args):
+        (mine / "epoch_0001.safetensors").unlink(missing_ok=True)
+        return original(*args)
+
+    monkeypatch.setattr(training.Learner, "train_epoch", train_epoch)
+    refused(lambda argv: train(labels=mine), [], "epoch_0001.safetensors")
+
+
+def test_foreign_images_and_labels_of_them(train, random, online, tmp_path, capsys, refused):
+    theirs = tmp_path / "theirs"
+    for name in ("0", "1", "2"):
+        shutil.copytree(random / name, theirs / name)
+    flags = ["--data", theirs, "--dataset", "digits", "--fkd_path", tmp_path / "labels"]
+    [labels] = generate_soft_label.main([*map(str, [*flags, *online[1:], *BATCHES])])
+    folder = train("--dataset", "digits", images=theirs, labels=labels)
+    assert (
+        results(folder)["images"]["foreign"] and capsys.readouterr().err.count("no manifest") == 2
+    )
+    assert largest_difference(weights(folder), weights(train())) == 0  # the same pixels
+    edit_image(theirs)
+    refused(lambda argv: train("--dataset", "digits", images=theirs, labels=labels), [], "content")
+
+
+# ---- the folder
+
+
+def test_a_folder_begun_with_other_values_is_not_continued(train, refused):
+    folder = train()
+    (folder / "manifest.json").unlink()
+    refused(lambda argv: train("--eval_every", 7), [], "eval_every 2", "7")
+
+
+def test_other_test_images_are_not_taken_for_those_of_a_finished_run(tmp_path, refused):
+    """As many, in the same classes: a --val_dir that was repaired."""
+    for split, root in (("train", "data"), ("val", "data"), ("val", "other")):
+        image_folder(tmp_path / root, ["dog", "cat"][:: 1 if root == "other" else -1], split=split)
+    flags = ["--dataset", "imagefolder", "--train_dir", tmp_path / "data/train", "--hard_label"]
+    flags += ["--model", "convnet_mini", "--epochs", "1", "--device", "cpu", "--num_workers", "0"]
+    argv = [*map(str, flags), "--output_dir", str(tmp_path), "--val_dir"]
+    train_FKD.main([*argv, str(tmp_path / "data")])
+    refused(train_FKD.main, [*argv, tmp_path / "other"], "test_sha256")
+
+
+def test_rows_without_their_weights_are_not_a_finished_seed(train):
+    folder = train()
+    before = (folder / "manifest.json").read_bytes()
+    for name in ("manifest.json", "student_seed0.safetensors"):
+        (folder / name).unlink()
+    assert (train() / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["{}", '{"seed": 0, "rows": [1, 2, 3]}', "[]", "top9"])
+def test_rows_that_no_run_wrote_are_refused(text, train, refused):
+    folder = train()
+    (folder / "manifest.json").unlink()
+    rows = (folder / "seed0.json").read_text()
+    (folder / "seed0.json").write_text(text if text[0] in "{[" else rows.replace("top5", text))
+    refused(lambda argv: train(), [], "seed0.json", "remove it to train this seed again")
+
+
+def test_a_finished_folder_that_changed_is_refused(train, refused):
+    folder = train()
+    (folder / "student_seed0.safetensors").write_bytes(b"changed")
+    refused(lambda argv: train(), [], "student_seed0", "7 bytes")
+
+
+# ---- --dry_run and flags
+
+
+def dry_run(train, capsys, *flags, **options):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as leaving:
+        train("--dry_run", *flags, **options)
+    assert leaving.value.code == 0
+    [line] = [text for text in capsys.readouterr().out.splitlines() if text.startswith("plan: ")]
+    return line
+
+
+def test_dry_run_says_what_would_be_trained(train, labels, tmp_path, capsys, refused):
+    line = dry_run(train, capsys, "--seeds", 0, 1)
+    assert "_convnet_mini_schedule-cosine_T4_seeds-0+1: 0 done, 4 to do" in line
+    assert not (tmp_path / "out").exists()
+    refused(lambda argv: train("--dry_run", "--batch_size", 4), [], "--batch_size 4")
+    train()
+    assert "2 done, 0 to do" in dry_run(train, capsys)
+
+
+def test_dry_run_names_the_stage_that_has_yet_to_run(
+    train, random, labels, tmp_path, capsys, refused
+):
+    absent = tmp_path / "labels" / labels.name
+    line = dry_run(train, capsys, labels=absent)
+    assert f"waits for {absent}: python -m matching.generate_soft_label" in line
+    assert f"{labels.name}_convnet_mini_schedule-cosine_T4: 0 done, 2 to do, 0.0 MiB" in line
+    begun = copy(labels, tmp_path)
+    (begun / output.MANIFEST).unlink()
+    assert f"waits for {begun}" in dry_run(train, capsys, labels=begun)
+    line = dry_run(train, capsys, images=tmp_path / "digits_ipc4_random", labels=absent)
+    assert "python -m distillation.gen_syn_image" in line
+    flags = ["--dry_run", "--seeds", "1", "1"]  # the rest is checked all the same
+    refused(lambda argv: train(*flags, labels=absent), [], "--seeds 1 1")
+    nette = {"images": tmp_path / "imagenette_ipc1_random", "labels": absent}
+    refused(lambda argv: train("--dry_run", **nette), [], "--val_dir: missing")
+
+
+def test_flags_that_make_no_sense_are_refused(random, labels, tmp_path, refused):
+    data = ["--train_dir", random]
+    stored = [*data, "--fkd_path", labels, "--output_dir", tmp_path]
+    for argv, *words in (
+        ([], "--train_dir"),
+        (data, "--fkd_path: missing", "--online"),
+        ([*stored, "--online"], "not with --online"),
+        ([*data, "--online", "--hard_label"], "only one"),
+        ([*data, "--hard_label", "--arch", "resnet18"], "no teacher"),
+        ([*stored, "--color_jitter", "0.4"], "--hard_label"),
+        ([*stored, "--seeds", "1", "1"], "--seeds 1 1"),
+        ([*stored, "--seeds", str(2**63)], "--seeds"),
+        ([*stored, "--shard", "0/2"], "torchrun"),
+        ([*stored, "--wandb_api_key", "x"], "--wandb_api_key", "--tracker"),
+        ([*stored, "--keep-topk", "1000"], "--keep_topk"),
+        ([*stored, "--start-epoch", "5"], "resumes"),
+        ([*stored, "--model", "resnet19"], "resnet19"),
+        ([*stored, "--temperature", "nan"], "nan"),
+        ([*stored, "--temperature", "1e39"], "1e39"),  # infinite in float32
+        ([*stored, "--adamw_lr", "0"], "--adamw_lr"),
+        ([*stored, "--sgd", "--momentum", "1"], "--momentum"),
+        ([*stored, "--ce_weight=-1"], "--ce_weight"),
+        ([*stored, "--warmup_epochs", "3"], "--warmup_epochs 3"),
+        ([*data, "--fkd_path", tmp_path / "none"], "none", "no such folder"),
+    ):
+        refused(train_FKD.main, argv, *words)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from distillation import datasets, gen_syn_image
+from distillation import datasets, image_folder
 from scripts import files, output, runtime
 from scripts.runtime import Parser, entry_point, number, refuse
 
@@ -31,7 +31,7 @@ def get_args(argv=None):
     parser.setting("--ipc", type=number(int, 1), default=1, help="images per class")
     whole = number(int, 0)
     parser.setting("--seed", type=whole, default=0, short="seed", help="of the choice")
-    gen_syn_image.add_size_flags(parser)
+    image_folder.add_size_flags(parser)
     datasets.add_dataset_flags(parser)
     runtime.add_process_flags(parser)
     return parser.parse_args(argv)
@@ -50,7 +50,7 @@ def main(argv=None):
     inputs = {"images": split.fingerprint(), "real_images": split.count}
     inputs["prompts"] = files.digest_of(split.prompts)
     classes = datasets.class_table(split)
-    jobs = gen_syn_image.list_jobs(classes, args.ipc, args.ipc)
+    jobs = image_folder.list_jobs(classes, args.ipc, args.ipc)
 
     def source(job):
         return items[job.position][job.i]
@@ -63,13 +63,13 @@ def main(argv=None):
                     picture = centre_square(split.read(source(job)), args.image_size)
                 except datasets.BadImage as error:
                     refuse(error)
-                gen_syn_image.save_png(out, job.file, np.array(picture), args.image_size)
+                image_folder.save_png(out, job.file, np.array(picture), args.image_size)
                 bar.update()
 
         def row_of(job):
             return {"source": Path(str(source(job))).name}
 
-        gen_syn_image.finish_images(out, jobs, classes, row_of)
+        image_folder.finish_images(out, jobs, classes, row_of)
     return out.folder
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distillation import datasets, gen_syn_image
+from distillation import datasets, image_folder
 from scripts import output, runtime
 from scripts.runtime import Parser, entry_point, refuse
 
@@ -37,7 +37,7 @@ def get_args(argv=None):
     parser.flag("--image_path", required=True, metavar="DIR", help=source)
     whose = "whose classes are taken"
     parser.setting("--dataset", type=datasets.name, default="tiny_imagenet", help=whose)
-    gen_syn_image.add_size_flags(parser)
+    image_folder.add_size_flags(parser)
     runtime.add_process_flags(parser)
     return parser.parse_args(argv)
 
@@ -57,11 +57,11 @@ def main(argv=None):
         count = len(datasets.known_prompts(args.dataset)) * ipc
         waits_for = f"{source}: python -m distillation.gen_syn_image makes it"
         folder = Path(args.save_init_image_path) / name(ipc)
-        output.plan(folder, 0, count, count * each, waits_for)
-    manifest = gen_syn_image.read_images("--image_path", source)
+        return output.plan(folder, 0, count, count * each, waits_for)
+    manifest = image_folder.read_images("--image_path", source)
     classes = taken_classes(args.dataset, manifest, f"--image_path {source}")
     ipc = manifest["ipc"]
-    jobs = gen_syn_image.list_jobs(classes, ipc, ipc)
+    jobs = image_folder.list_jobs(classes, ipc, ipc)
     where = ("--save_init_image_path", args.save_init_image_path, name(ipc), "images")
     settings = {"arm": f"{manifest['arm']}-g", "ipc": ipc, **args.settings}
     made_by = {part: manifest[part] for part in ("arguments", "inputs")}
@@ -75,9 +75,9 @@ def main(argv=None):
                     picture = datasets.read_rgb(source / job.file)
                 except datasets.BadImage as error:
                     refuse(error)
-                gen_syn_image.save_png(out, job.file, np.array(picture), args.image_size)
+                image_folder.save_png(out, job.file, np.array(picture), args.image_size)
                 bar.update()
-        gen_syn_image.finish_images(out, jobs, classes, lambda job: {"source": job.file})
+        image_folder.finish_images(out, jobs, classes, lambda job: {"source": job.file})
     return out.folder
 
 

@@ -1,8 +1,8 @@
 """One training batch: drawn from a seed, and replayed with the same pixels (paper, 3.3; FKD).
 
-    batch = draw_batch(protocol, epoch, nth, index, sizes)                     # every draw
-    pixels = crop_on_cpu(arrays, batch.index, batch.crop, batch.flip, size)    # (B, S, S, 3) bytes
-    x = mix(normalise(pixels, mean, std), batch, mix_type)                     # (B, 3, S, S)
+    batch = draw_batch(protocol, epoch, nth, index, sizes)                          # every draw
+    pixels = crops.crop_on_cpu(arrays, batch.index, batch.crop, batch.flip, size)   # (B, S, S, 3)
+    x = mix(normalise(pixels, mean, std), batch, mix_type)                          # (B, 3, S, S)
 
 Stage 3 stores the draws beside the teacher's logits and stage 4 replays them. Both use every line
 of this file; nothing is derived again from a sampler's seed.
@@ -12,9 +12,8 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
+from scipy.special import betaincinv
 
 from scripts.runtime import BATCH, ORDER, Parser, generator, number, refuse
 
@@ -51,13 +50,9 @@ def add_batch_flags(parser, stored=False):
     setting("--fkd_seed", 42, "seed of every draw", type=number(int, 0), short="seed")
 
 
-def _defaults():
-    parser = Parser("", "")
-    add_batch_flags(parser)
-    return dict(parser.parse_args([]).settings)
-
-
-PROTOCOL = _defaults()  # {"epochs": 300, ...}: the `protocol` of what follows
+_parser = Parser("", "")
+add_batch_flags(_parser)
+PROTOCOL = dict(_parser.parse_args([]).settings)  # {"epochs": 300, ...}: `protocol` below
 
 
 def check_scales(least, largest):
@@ -73,22 +68,14 @@ CROP_TRIES = 10
 
 
 class Batch(NamedTuple):
-    """Every draw of one training batch of B images.
+    """Every draw of one training batch of B images."""
 
-    index     (B,) int64     which images
-    crop      (B, 4) int64   top, left, height, width, in pixels of the saved image
-    flip      (B,) bool      mirrored after the crop
-    partner   (B,) int64     position in the batch of the image mixed in; its own without mixing
-    box       (4,) int64     top, left, bottom, right of CutMix's box in the input; else zeros
-    lam       float          share of the image itself; for CutMix what the box leaves of it
-    """
-
-    index: torch.Tensor
-    crop: torch.Tensor
-    flip: torch.Tensor
-    partner: torch.Tensor
-    box: torch.Tensor
-    lam: float
+    index: torch.Tensor  # (B,) int64: which images
+    crop: torch.Tensor  # (B, 4) int64: top, left, height, width, in pixels of the saved image
+    flip: torch.Tensor  # (B,) bool: mirrored after the crop
+    partner: torch.Tensor  # (B,) int64: row of the image mixed in; its own without mixing
+    box: torch.Tensor  # (4,) int64: top, left, bottom, right of CutMix in the input; else zeros
+    lam: float  # share of the image itself; for CutMix what the box leaves of it
 
 
 def cuts(count, size):
@@ -125,7 +112,8 @@ def draw_batch(protocol, epoch, nth, index, sizes):
     partner, box, lam = torch.arange(count), torch.zeros(4, dtype=torch.int64), 1.0
     if mix_type != "none":
         partner = torch.randperm(count, generator=g)
-        lam = _beta(protocol[mix_type], torch.rand((), generator=g, dtype=torch.float64).item())
+        alpha, lam = protocol[mix_type], torch.rand((), generator=g, dtype=torch.float64).item()
+        lam = lam if alpha == 1 else float(betaincinv(alpha, alpha, lam))  # Beta(alpha, alpha)
     if mix_type == "cutmix":
         centre = torch.rand(2, generator=g, dtype=torch.float64).tolist()
         box, lam = _cutmix_box(lam, protocol["input_size"], centre)
@@ -156,131 +144,29 @@ def draw_crops(sizes, scale, g):
     return torch.where(fits.any(0)[:, None], crop, central).to(torch.int64)
 
 
-def _beta(alpha, u):
-    """Beta(alpha, alpha) by its inverse distribution function."""
-    if alpha == 1:
-        return u
-    from scipy.special import betaincinv
-
-    return float(betaincinv(alpha, alpha, u))
-
-
 def _cutmix_box(lam, size, centre):
     """CutMix's box of area 1 - lam, clipped at the borders, and the lambda of its real area."""
     # differs from the release: which stores the lambda drawn; only hard labels use it
-    cut = int(size * math.sqrt(1 - lam))
-    y, x = int(centre[0] * size), int(centre[1] * size)
-    top, left = max(y - cut // 2, 0), max(x - cut // 2, 0)
-    bottom, right = min(y + cut // 2, size), min(x + cut // 2, size)
+    half = int(size * math.sqrt(1 - lam)) // 2
+    top, left = (max(int(share * size) - half, 0) for share in centre)
+    bottom, right = (min(int(share * size) + half, size) for share in centre)
     return torch.tensor([top, left, bottom, right]), 1 - (bottom - top) * (right - left) / size**2
-
-
-# ---- crops
-
-
-def resize_exact(image, size):
-    """PIL image -> (size, size), bilinear, horizontal pass first.
-
-    That is what every Pillow does to enlarge. To shrink, Pillow 13 chooses the order by the shape,
-    so the two passes are asked for one by one.
-    """
-    if image.width > size or image.height > size:
-        image = image.resize((size, image.height), Image.Resampling.BILINEAR)
-    return image.resize((size, size), Image.Resampling.BILINEAR)
-
-
-def crop_on_cpu(arrays, index, crop, flip, size):
-    """Crop, resize and flip by Pillow: the bytes of torchvision's `resized_crop` and `hflip`.
-
-    arrays   list of (H, W, 3) uint8;   returns (B, size, size, 3) uint8
-    """
-    out = np.empty((len(index), size, size, 3), np.uint8)
-    draws = zip(index.tolist(), crop.tolist(), flip.tolist())
-    for k, (i, (top, left, h, w), mirrored) in enumerate(draws):
-        piece = resize_exact(Image.fromarray(arrays[i][top : top + h, left : left + w]), size)
-        out[k] = piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else piece
-    return torch.from_numpy(out)
-
-
-def sent(tensor, device):
-    """`tensor` on `device`, without waiting for what the device still computes.
-
-    A copy from memory that is not pinned would wait. The loader pins what it hands out; an indexed
-    part of that is new memory.
-    """
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
-CROPPED_AT_ONCE = 128  # images: bounds the memory of the integer sums
-
-
-def resized_crop_batch(images, boxes, flips, size):
-    """Crop, resize and flip on any device, with the bytes of `crop_on_cpu`.
-
-    images   (B, H, W, 3) uint8;   boxes (B, 4) int64 and flips (B,) bool, both on the CPU
-    Returns (B, size, size, 3) uint8. Two separable passes of integer weights, rounded to bytes in
-    between, as in Pillow. 32-bit sums suffice: 255 * 2^22 < 2^31.
-    """
-    taps = [math.ceil(2 * max(1.0, int(boxes[:, k].max()) / size)) for k in (2, 3)]
-    batch = (images, sent(boxes, images.device), sent(flips, images.device))
-    parts = zip(*(t.split(CROPPED_AT_ONCE) for t in batch))
-    return torch.cat([_resized_crop(*part, size, *taps) for part in parts])
-
-
-def _resized_crop(images, boxes, flips, size, taps_y, taps_x):
-    top, left, height, width = boxes.unbind(1)
-    b = torch.arange(len(images), device=images.device)[:, None]
-    x, wx = _triangle_taps(left, width, images.shape[2], size, taps_x)  # (B, S, K)
-    x, wx = (torch.where(flips[:, None, None], t.flip(1), t) for t in (x, wx))
-    y, wy = _triangle_taps(top, height, images.shape[1], size, taps_y)
-    half = _weighted_sum(lambda k: images[b, :, x[:, :, k]], wx[:, :, None])  # (B, S, H, 3): x, y
-    return _weighted_sum(lambda k: half[b, :, y[:, :, k]], wy[:, :, None])  # (B, S, S, 3): y, x
-
-
-PRECISION_BITS = 22  # Pillow: 32 bits, less 8 of the pixel, less 2 of head-room
-
-
-def _triangle_taps(start, length, bound, size, taps):
-    """Pillow's fixed-point bilinear weights on one axis (precompute_coeffs, normalize_coeffs_8bpc).
-
-    start, length   (B,) int64, the crop's first pixel and extent
-    bound           extent of the whole image: positions of weight 0 are kept below it
-    taps            K, at least as many pixels as any weight function covers
-    Returns positions (B, size, K) int64 and weights (B, size, K) int32 that sum to about 2^22.
-    """
-    n = length.to(torch.float64)[:, None]  # (B, 1)
-    # by a tensor: CUDA divides by a number as times its reciprocal
-    scale = n / torch.full((), float(size), dtype=torch.float64, device=n.device)
-    support = scale.clamp(min=1)
-    centre = (torch.arange(size, dtype=torch.float64, device=n.device) + 0.5) * scale  # (B, size)
-    low = torch.trunc(centre - support + 0.5).clamp(min=0)
-    high = torch.minimum(torch.trunc(centre + support + 0.5), n)
-    inverse = 1.0 / support
-    positions, weights, total = [], [], torch.zeros_like(centre)
-    for k in range(taps):
-        distance = (low + k - centre + 0.5).mul(inverse).abs()
-        weight = torch.where((distance < 1) & (low + k < high), 1 - distance, 0)
-        total = total + weight  # in order, as Pillow sums
-        weights.append(weight)
-        positions.append((low + k).to(torch.int64))
-    fixed = [(w / total * (1 << PRECISION_BITS) + 0.5).to(torch.int32) for w in weights]
-    positions = torch.stack(positions, 2) + start[:, None, None]
-    return positions.clamp(max=bound - 1), torch.stack(fixed, 2)
-
-
-def _weighted_sum(gather, weights):
-    """sum over k of gather(k) * weights[..., k], rounded to bytes."""
-    total = 1 << (PRECISION_BITS - 1)
-    for k in range(weights.shape[-1]):
-        total = total + gather(k).to(torch.int32) * weights[..., k : k + 1]
-    return (total >> PRECISION_BITS).clamp_(0, 255).to(torch.uint8)
 
 
 # ---- normalised and mixed
 
 CACHED = 2**17  # elements that stay in a core's cache over a few operations
+
+
+def sent(tensor, device):
+    """`tensor` on `device`, without waiting for what the device still computes.
+
+    A copy from memory that is not pinned would wait; an indexed part of what the loader has pinned
+    is not.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def normalise(pixels, mean, std, rows=None, cutmix=None, out=None):
@@ -293,13 +179,15 @@ def normalise(pixels, mean, std, rows=None, cutmix=None, out=None):
     count, (h, w) = len(pixels if rows is None else rows), pixels.shape[1:3]
     x = torch.empty((count, 3, h, w), device=pixels.device) if out is None else out[:count]
     mean, std = (_per_channel(tuple(values), x.device) for values in (mean, std))
-    on_cpu = x.device.type == "cpu"
-    step = max(1, CACHED // (3 * h * w)) if on_cpu else max(count, 1)
-    full = 255 if on_cpu else _per_channel((255.0,), x.device)  # see _triangle_taps
+    # by a tensor: CUDA divides by a number as times its reciprocal
+    full, step = _per_channel((255.0,), x.device), max(count, 1)
+    if x.device.type == "cpu":
+        full, step = 255, max(1, CACHED // (3 * h * w))
     for first in range(0, count, step):
         part = slice(first, first + step)
-        own = pixels[part] if rows is None else pixels[rows[part]]
-        y = x[part].copy_(own.permute(0, 3, 1, 2))
+        y = x[part].copy_(
+            (pixels[part] if rows is None else pixels[rows[part]]).permute(0, 3, 1, 2)
+        )
         if cutmix:
             partner, (top, left, bottom, right) = cutmix
             other = pixels[partner[part], top:bottom, left:right]

@@ -9,11 +9,10 @@ Stages 3 and 4 both read their batches here.
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from distillation import datasets
-from matching import batches
+from matching import batches, crops
 from matching.images import fits_gpu
 from matching.labels import EpochLabels, LabelError
 from scripts.runtime import refuse, warn
@@ -22,19 +21,15 @@ KEPT_BYTES = 2**28  # of the pixels of batches that are kept for the next seed
 
 
 class Item(NamedTuple):
-    """One batch.
-
-    rows     the rows of the batch that this process wants; None: all
-    pixels   (n, S, S, 3) uint8, cropped: the rows that mixing `rows` takes; None: the device crops
-    logits   (B, classes) if they come from stored labels, else None
-    """
+    """One batch."""
 
     epoch: int
     number: int
     batch: batches.Batch
-    rows: torch.Tensor | None
-    pixels: torch.Tensor | None
-    logits: torch.Tensor | None
+    rows: torch.Tensor | None  # of the batch that this process wants; None: all
+    held: torch.Tensor  # (n,) the rows that are cropped, sorted: those that mixing `rows` takes
+    pixels: torch.Tensor | None  # (n, S, S, 3) uint8, cropped; None: the device crops
+    logits: torch.Tensor | None  # (B, classes), of stored labels
 
 
 class Feed(torch.utils.data.Dataset):
@@ -53,15 +48,13 @@ class Feed(torch.utils.data.Dataset):
         self.arrays, self.protocol, self.device = arrays, protocol, torch.device(device)
         self.labels, self.rows_of, self.classes = labels, rows_of, len(images.folders)
         self.sizes = torch.tensor([array.shape[:2] for array in arrays])
-        self.facts = datasets.ALL[images.dataset]
+        self.facts, self.size = datasets.ALL[images.dataset], protocol["input_size"]
         self.order = self.opened = (None, None)  # of the last epoch asked for
         self.checked, self.kept, self.memory = set(), {}, None
-        self.resident = self._on_device()
+        self.resident = self._on_device() if self.device.type == "cuda" else None
 
     def _on_device(self):
-        """All images on the CUDA device, (N, H, W, 3) uint8, or None."""
-        if self.device.type != "cuda":
-            return None
+        """All images on the device, (N, H, W, 3) uint8, or None."""
         shapes, otherwise = self.sizes.unique(dim=0).tolist(), "cropped on the CPU, not the GPU"
         if len(shapes) > 1:
             few = f"such as {shapes[0]} and {shapes[-1]}"
@@ -72,8 +65,8 @@ class Feed(torch.utils.data.Dataset):
             return None
         shape = (len(self.arrays), *self.arrays[0].shape)
         resident = torch.empty(shape, dtype=torch.uint8, device=self.device)
-        for i in range(0, len(resident), 1024):
-            resident[i : i + 1024].copy_(torch.from_numpy(np.stack(self.arrays[i : i + 1024])))
+        for place, array in zip(resident, self.arrays):
+            place.copy_(torch.from_numpy(array))
         self.arrays.clear()  # no second copy in host memory
         return resident
 
@@ -87,36 +80,29 @@ class Feed(torch.utils.data.Dataset):
         except LabelError as error:
             return error  # raised in a worker process it would come with a traceback
         rows, pixels = self.rows_of and self.rows_of(len(batch.index)), None
+        held = torch.arange(len(batch.index))
         if self.resident is None:
-            held = self._held(batch, rows)
+            held = held if rows is None else torch.unique(torch.cat([rows, batch.partner[rows]]))
             draws = (t[held] for t in (batch.index, batch.crop, batch.flip))
-            pixels = batches.crop_on_cpu(self.arrays, *draws, self.protocol["input_size"])
-        return Item(*key, batch, rows, pixels, logits)
-
-    def _held(self, batch, rows):
-        """The rows of a batch that are cropped so that `rows` can be mixed, sorted."""
-        if rows is None or self.resident is not None:
-            return torch.arange(len(batch.index))
-        return torch.unique(torch.cat([rows, batch.partner[rows]]))
+            pixels = crops.crop_on_cpu(self.arrays, *draws, self.size)
+        return Item(*key, batch, rows, held, pixels, logits)
 
     def _drawn(self, epoch, number):
-        seed, count = self.protocol["fkd_seed"], len(self.sizes)
         if self.order[0] != epoch:
-            batch_size = self.protocol["batch_size"]
-            self.order = epoch, batches.epoch_batches(seed, epoch, count, batch_size)
+            seed, batch_size = self.protocol["fkd_seed"], self.protocol["batch_size"]
+            self.order = epoch, batches.epoch_batches(seed, epoch, len(self.sizes), batch_size)
         index = self.order[1][number]
         return batches.draw_batch(self.protocol, epoch, number, index, self.sizes[index])
 
     def _replayed(self, epoch, number):
         if self.opened[0] != epoch:
             folder, digests = self.labels
-            count, batch_size = len(self.sizes), self.protocol["batch_size"]
-            opened = EpochLabels(folder, epoch, count, batch_size)
+            opened = EpochLabels(folder, epoch, len(self.sizes), self.protocol["batch_size"])
             # who reads batch 0 answers for the file: the loader keeps the order, so what is wrong
             # is met before anything else of that epoch
             if number == 0 and epoch not in self.checked:
                 digest = digests.get(opened.path.name)
-                opened.check(self.sizes, self.classes, self.protocol["input_size"], digest)
+                opened.check(self.sizes, self.classes, self.size, digest)
                 self.checked.add(epoch)
             self.opened = epoch, opened
         return self.opened[1].batch(number)
@@ -124,16 +110,16 @@ class Feed(torch.utils.data.Dataset):
     def loader(self, keys, num_workers=0):
         """Iterator of Items for a list of (epoch, number), over all epochs."""
         workers = 0 if self.resident is not None else min(num_workers, len(keys))
-        pixels = len(set(keys)) * self.protocol["batch_size"] * self.protocol["input_size"] ** 2
-        keep = not workers and len(set(keys)) < len(keys) and 3 * pixels < KEPT_BYTES
+        kept_bytes = 3 * len(set(keys)) * self.protocol["batch_size"] * self.size**2
+        keep = not workers and len(set(keys)) < len(keys) and kept_bytes < KEPT_BYTES
         # forked, not spawned: the images are shared, not copied, and torch is not imported again
-        methods = torch.multiprocessing.get_all_start_methods()
+        fork = workers and "fork" in torch.multiprocessing.get_all_start_methods()
         loader = torch.utils.data.DataLoader(
             self,
             batch_size=None,
             sampler=keys,
             num_workers=workers,
-            multiprocessing_context="fork" if workers and "fork" in methods else None,
+            multiprocessing_context="fork" if fork else None,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else it draws a seed from the global one
         )
@@ -154,37 +140,33 @@ class Feed(torch.utils.data.Dataset):
         On a CPU the next call may write to the same memory.
         """
         batch, mix_type = item.batch, self.protocol["mix_type"]
-        pixels, held, rows, partners = self._cropped(item)
+        mean, std = self.facts.mean, self.facts.std
+        pixels, rows, partners = self._cropped(item)
         if mix_type == "mixup" or before_mix:
-            x = batches.normalise(pixels, self.facts.mean, self.facts.std)
-            x = before_mix(x, held, len(batch.index)) if before_mix else x
+            x = batches.normalise(pixels, mean, std)
+            x = before_mix(x, item.held, len(batch.index)) if before_mix else x
             return batches.mix(x, batch, mix_type, rows, partners)
         count = len(pixels if rows is None else rows)
         if self.device.type == "cpu" and (self.memory is None or len(self.memory) < count):
-            self.memory = torch.empty((count, 3, *pixels.shape[1:3]))
+            self.memory = torch.empty((count, 3, self.size, self.size))
         cutmix = (partners, batch.box.tolist()) if mix_type == "cutmix" else None
-        facts = self.facts
-        return batches.normalise(pixels, facts.mean, facts.std, rows, cutmix, self.memory)
+        return batches.normalise(pixels, mean, std, rows, cutmix, self.memory)
 
     def unmixed(self, item):
         """The same rows as `mixed` gives, not mixed."""
-        pixels, _, rows, _ = self._cropped(item)
+        pixels, rows, _ = self._cropped(item)
         return batches.normalise(pixels, self.facts.mean, self.facts.std, rows)
 
     def _cropped(self, item):
-        """(pixels, held, rows, partners) of an item.
-
-        pixels   (n, S, S, 3) uint8 on the device: the rows `held` of the batch, cropped
-        rows, partners   where the wanted rows (None: all) and their partners are in `pixels`
-        """
-        batch, held = item.batch, self._held(item.batch, item.rows)
+        """(pixels, rows, partners): the rows `held` of the batch, cropped, (n, S, S, 3) uint8 on
+        the device; where in them the wanted rows (None: all) and their partners are."""
+        batch, rows, partners = item.batch, item.rows, item.batch.partner
         if item.pixels is None:
             images = self.resident[batches.sent(batch.index, self.device)]
-            size = self.protocol["input_size"]
-            pixels = batches.resized_crop_batch(images, batch.crop, batch.flip, size)
+            pixels = crops.resized_crop_batch(images, batch.crop, batch.flip, self.size)
         else:
             pixels = batches.sent(item.pixels, self.device)
-        if item.rows is None:
-            return pixels, held, None, batches.sent(batch.partner, self.device)
-        places = (torch.searchsorted(held, t) for t in (item.rows, batch.partner[item.rows]))
-        return pixels, held, *(batches.sent(t, self.device) for t in places)
+        if rows is not None:
+            rows, partners = (torch.searchsorted(item.held, t) for t in (rows, partners[rows]))
+            rows = batches.sent(rows, self.device)
+        return pixels, rows, batches.sent(partners, self.device)

@@ -10,13 +10,12 @@ is the unit of work: made whole, split over processes, and skipped when it is on
 """
 
 import argparse
-from functools import lru_cache
-from itertools import islice
+from itertools import islice, starmap
 from pathlib import Path
 
 import torch
 
-from distillation import datasets, gen_syn_image
+from distillation import datasets
 from matching import batches, labels, models
 from matching import images as image_sets
 from matching.feed import Feed
@@ -25,10 +24,7 @@ from scripts.runtime import Parser, entry_point, number, refuse
 
 RETIRED = {
     "--gpu": "choose with --device cuda:N, or leave it to torchrun",
-    "--world_size": "torchrun --nproc_per_node sets it",
-    "--rank": "torchrun sets it",
-    "--dist_url": "torchrun sets it",
-    "--dist_backend": "torchrun sets it",
+    **dict.fromkeys(("--world_size", "--rank", "--dist_url", "--dist_backend"), "torchrun sets it"),
     "--multiprocessing_distributed": "start the launcher with NUM_GPUS=8, or use torchrun",
     "--seed": "every draw comes from --fkd_seed",
 }
@@ -48,27 +44,27 @@ def add_teacher_flags(parser, default_arch):
     weights = "one per --arch: a folder of train_teacher, or a file [torchvision's weights]"
     parser.flag("--teacher_checkpoint", nargs="+", metavar="PATH", help=weights)
     half = {"dest": "use_fp16", "default": True if default_arch else None}
-    parser.setting(
-        "--use_fp16", **half, action="store_true", short="fp16", help="store logits in fp16 [yes]"
-    )
+    store = {"action": "store_true", "short": "fp16", "help": "store logits in fp16 [yes]"}
+    parser.setting("--use_fp16", **half, **store)
     parser.flag("--no_use_fp16", **half, action="store_false", help="in fp32 [no]")
 
 
 def load_teachers(archs, checkpoints, dataset, folders, image_size, device, channels_last=False):
     """([models], [facts]) of all teachers, on the device; see models.load_teacher."""
-    if checkpoints and len(checkpoints) != len(archs):
+    checkpoints = checkpoints or [None] * len(archs)
+    if len(checkpoints) != len(archs):
         counts = f"{len(checkpoints)} paths for {len(archs)} --arch"
         refuse(f"--teacher_checkpoint: {counts} ({' '.join(archs)})")
-    loaded = [
-        models.load_teacher(arch, checkpoint, dataset, folders, image_size)
-        for arch, checkpoint in zip(archs, checkpoints or [None] * len(archs))
-    ]
-    for arch, (_, facts) in zip(archs, loaded):
+    teachers, known = [], []
+    layout = {"memory_format": torch.channels_last} if channels_last else {}
+    for arch, checkpoint in zip(archs, checkpoints):
+        model, facts = models.load_teacher(arch, checkpoint, dataset, folders, image_size)
         if facts["columns"] is not None:
             kept = models.ranges(facts["columns"])
             print(f"teacher {arch}: {len(folders)} of its {facts['classes']} columns: {kept}")
-    layout = {"memory_format": torch.channels_last} if channels_last else {}
-    return [model.to(device, **layout) for model, _ in loaded], [facts for _, facts in loaded]
+        teachers.append(model.to(device, **layout))
+        known.append(facts)
+    return teachers, known
 
 
 @torch.no_grad()
@@ -81,6 +77,14 @@ def teacher_logits(teachers, x, amp="none", half=True):
         parts.append(outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(0))
     logits = torch.cat(parts)
     return logits.half() if half else logits
+
+
+def missing_inputs(images, checkpoints):
+    """For --dry_run: what to run before these images and teachers can be read, or ""."""
+    sources = [(images, "distillation.gen_syn_image")]
+    trained = (path for path in checkpoints or [] if path != models.PUBLIC)
+    sources += [(path, "matching.train_teacher") for path in trained]
+    return "; ".join(filter(None, starmap(output.awaited, sources)))
 
 
 # ---- epochs
@@ -116,7 +120,7 @@ def label_images(out, images, arrays, teachers, num_workers):
     """Make every epoch that is not there yet; one is checked and written beside the next."""
     settings, count = out.settings, len(images.files)
     steps = batches.batches_of(count, settings["batch_size"])
-    size = labels.label_bytes(count, len(images.folders), steps, settings["use_fp16"])
+    size = labels.label_bytes(count, len(images.folders), settings)
     todo = out.todo(range(settings["epochs"]), lambda e: [labels.label_file(e)], size)
     feed = Feed(arrays, images, settings, out.process.device)
     items = feed.loader([(epoch, b) for epoch in todo for b in range(steps)], num_workers)
@@ -125,6 +129,26 @@ def label_images(out, images, arrays, teachers, num_workers):
             with runtime.memory_for("in labelling", "use --amp bf16, or fewer teachers at once"):
                 drawn, logits = label_epoch(feed, items, steps, teachers, settings, bar)
             out.later(write_checked, out, epoch, drawn, logits)
+
+
+def make_labels(images, settings, checkpoints, root, process, num_workers):
+    """The labels folder of one image folder; returns its path."""
+    facts = datasets.ALL[images.dataset]
+    settings = settings.filled(input_size=images.image_size or facts.image_size)
+    archs, which = settings["arch"], (images.dataset, images.folders, settings["input_size"])
+    how = process.device, settings["channels_last"]
+    teachers, known = load_teachers(archs, checkpoints, *which, *how)
+    arrays, images = image_sets.load_pixels("--data", images, num_workers)
+    inputs = {"dataset": images.dataset, "images": images.content}
+    inputs["teacher"] = [teacher["sha256"] for teacher in known]
+    made_of = {"dataset": images.dataset, "images": images.facts(), "teacher": known}
+    made_of["classes"] = [{"index": c, "folder": f} for c, f in enumerate(images.folders)]
+    made_of |= {"mean": facts.mean, "std": facts.std}
+    where = "--fkd_path", root, labels.labels_name(images.name, archs, settings)
+    with output.Output(*where, "soft_labels", settings, inputs, process) as out:
+        label_images(out, images, arrays, teachers, num_workers)
+        out.finish(made_of, words="epochs")
+    return out.folder
 
 
 # ---- main
@@ -150,21 +174,13 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
-def awaited(images, checkpoints):
-    """For --dry_run: what to run before these images and teachers can be read, or ""."""
-    teachers = [path for path in checkpoints or [] if path != models.PUBLIC]
-    commands = image_sets.awaited([images], "distillation.gen_syn_image")
-    return "; ".join(commands + image_sets.awaited(teachers, "matching.train_teacher"))
-
-
 def plan_labels(data, dataset, settings, root, waits_for):
     """--dry_run where the images or the teacher have yet to be made."""
     name, size, classes, count = image_sets.outlook("--data", data, dataset)
     settings = settings.filled(input_size=size)
     folder = Path(root) / labels.labels_name(name, settings["arch"], settings)
-    epochs, steps = settings["epochs"], batches.batches_of(count, settings["batch_size"])
-    size = labels.label_bytes(count, classes, steps, settings["use_fp16"])
-    output.plan(folder, 0, epochs, epochs * size * bool(count), waits_for)
+    needed = labels.label_bytes(count, classes, settings) * settings["epochs"] * bool(count)
+    output.plan(folder, 0, settings["epochs"], needed, waits_for)
 
 
 @entry_point
@@ -172,43 +188,16 @@ def main(argv=None):
     args = get_args(argv)
     batches.check_scales(args.min_scale_crops, args.max_scale_crops)
     process = runtime.this_process(args.device, args.shard, args.dry_run, args.wait)
-    missing = {data: awaited(data, args.teacher_checkpoint) for data in args.data if args.dry_run}
-    there = [data for data in args.data if not missing.get(data)]
+    settings, checkpoints, root = args.settings, args.teacher_checkpoint, args.fkd_path
+    missing = {data: args.dry_run and missing_inputs(data, checkpoints) for data in args.data}
+    there = [data for data in args.data if not missing[data]]
     sets = {data: image_sets.open_images("--data", data, args.dataset) for data in there}
-
-    @lru_cache  # for several folders of the same classes and size
-    def teachers_of(dataset, folders, size):
-        where = (process.device, args.channels_last)
-        return load_teachers(args.arch, args.teacher_checkpoint, dataset, folders, size, *where)
-
-    def label(data):
-        if data not in sets:
-            plan_labels(data, args.dataset, args.settings, args.fkd_path, missing[data])
-        images = sets[data]
-        facts = datasets.ALL[images.dataset]
-        settings = args.settings.filled(input_size=images.image_size or facts.image_size)
-        teachers, known = teachers_of(images.dataset, images.folders, settings["input_size"])
-        arrays, images = image_sets.load_pixels("--data", images, args.num_workers)
-        name = labels.labels_name(images.name, args.arch, settings)
-        inputs = {"dataset": images.dataset, "images": images.content}
-        inputs["teacher"] = [teacher["sha256"] for teacher in known]
-        where = ("--fkd_path", args.fkd_path, name)
-        with output.Output(*where, "soft_labels", settings, inputs, process) as out:
-            label_images(out, images, arrays, teachers, args.num_workers)
-            out.finish(
-                {
-                    "dataset": images.dataset,
-                    "classes": [{"index": c, "folder": f} for c, f in enumerate(images.folders)],
-                    "images": images.facts(),
-                    "teacher": known,
-                    "mean": facts.mean,
-                    "std": facts.std,
-                },
-                words="epochs",
-            )
-        return out.folder
-
-    return gen_syn_image.every_arm(args.data, label)
+    return [
+        plan_labels(data, args.dataset, settings, root, missing[data])
+        if missing[data]
+        else make_labels(sets[data], settings, checkpoints, root, process, args.num_workers)
+        for data in args.data
+    ]
 
 
 if __name__ == "__main__":

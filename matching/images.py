@@ -15,37 +15,31 @@ import numpy as np
 import torch
 from PIL import Image
 
-from distillation import datasets, gen_syn_image
+from distillation import datasets, image_folder
 from scripts import files, output
 from scripts.runtime import Refusal, progress, refuse, warn
 
 
 class ImageSet(NamedTuple):
-    """A folder of training images with one sub-folder per class.
-
-    folders      class folders in index order: sorted, as torchvision's ImageFolder
-    files        relative paths, class by class;   targets[i]: the class of files[i]
-    image_size   pixels of the saved images, or None if they differ (a foreign folder)
-    content      digest of all files; None for a foreign folder until its pixels were read
-    digests      {file: sha256} from the manifest; {} for a foreign folder
-    generator    the diffusion model that made them; None: none did, or it is not known
-    real_images  how many real images they were distilled or chosen from; None: not known
-    """
+    """A folder of training images with one sub-folder per class."""
 
     root: Path
     name: str
     dataset: str
-    folders: tuple
-    files: tuple
-    targets: torch.Tensor
-    image_size: int | None
-    content: str | None
-    digests: dict
-    arm: str
-    ipc: int | None
-    foreign: bool
-    generator: dict | None = None
-    real_images: int | None = None
+    folders: tuple  # of the classes, in index order: sorted, as torchvision's ImageFolder
+    files: tuple  # relative paths, class by class
+    targets: torch.Tensor  # (N,) int64: the class of each file
+    image_size: int | None  # pixels of the saved images; None if they differ (a foreign folder)
+    ipc: int | None  # None if it differs
+    arm: str = "foreign"
+    content: str | None = None  # digest of all files; of a foreign folder when its pixels are read
+    digests: dict | None = None  # {file: sha256} from the manifest; None for a foreign folder
+    generator: dict | None = None  # the diffusion model; None: none, or not known
+    real_images: int | None = None  # how many they were distilled or chosen from; None: not known
+
+    @property
+    def foreign(self):
+        return self.digests is None
 
     def facts(self):
         """What labels and results record of the images; stage 4 compares the two."""
@@ -58,83 +52,61 @@ def open_images(flag, root, dataset=None):
 
     dataset   what --dataset says; None: the manifest's, or what a foreign folder's classes suggest
     """
-    root = Path(root)
+    root, where, manifest = Path(root), f"{flag} {root}", None
     if not root.is_dir() or (root / output.ARGS).exists() or output.is_complete(root):
-        manifest = gen_syn_image.read_images(flag, root)  # refuses one that is not finished
-    else:
-        manifest = None
-    found = _class_files(flag, root)
+        manifest = image_folder.read_images(flag, root)  # refuses one that is not finished
+    found = {folder: _images_in(root / folder) for folder in datasets.class_folders(flag, root)}
+    empty = [folder for folder, names in found.items() if not names]
+    if empty or not found:
+        what = f"the class folder {empty[0]} holds no image" if empty else "no class folders in it"
+        refuse(f"{where}: {what}")
     paths = tuple(f"{folder}/{name}" for folder, names in found.items() for name in names)
     counts = [len(names) for names in found.values()]
     if manifest:
-        about = _made(f"{flag} {root}", found, paths, manifest, dataset)
+        about = _made(where, tuple(found), paths, manifest, dataset)
     else:
-        about = _foreign(f"{flag} {root}", root, found, paths, dataset)
+        about = _foreign(where, list(found), [root / path for path in paths], dataset)
+        about["ipc"] = counts[0] if len(set(counts)) == 1 else None
     targets = torch.arange(len(found)).repeat_interleave(torch.tensor(counts))
     return ImageSet(root, root.resolve().name, files=paths, targets=targets, **about)
 
 
-def _class_files(flag, root):
-    """{class folder: sorted image files}, folders sorted; refuses an empty class."""
-    found = {}
-    for folder in datasets.class_folders(flag, root):
-        if not files.safe_name(folder):
-            refuse(
-                f"{flag} {root}: the class folder {folder!r} has a name that is not safe everywhere"
-            )
-        found[folder] = sorted(
-            p.name
-            for p in (root / folder).iterdir()
-            if p.suffix.lower() in datasets.EXTENSIONS and p.name[0] != "." and p.is_file()
-        )
-        if not found[folder]:
-            refuse(f"{flag} {root}: the class folder {folder} holds no image")
-    if not found:
-        refuse(f"{flag} {root}: no class folders with images in it")
-    return found
+def _images_in(folder):
+    """The names of the images directly in `folder`, sorted."""
+    paths = (p for p in folder.iterdir() if p.suffix.lower() in datasets.EXTENSIONS)
+    return sorted(p.name for p in paths if p.name[0] != "." and p.is_file())
 
 
-def _made(where, found, paths, manifest, dataset):
+def _made(where, folders, paths, manifest, dataset):
     """The rest of an ImageSet, from a manifest of stage 2 that must fit the files."""
     if dataset not in (None, manifest["dataset"]):
         refuse(f"--dataset {dataset}: {where} was made for {manifest['dataset']}")
-    folders = [c["folder"] for c in manifest["classes"]]
-    odd = sorted(set(found) ^ set(folders))
-    if odd:
-        refuse(f"{where}: its class folders differ from its manifest, first {odd[0]}")
-    if list(found) != folders:
-        refuse(f"{where}: its manifest lists the classes in another order than ImageFolder")
     extra = [path for path in paths if path not in manifest["files"]]
     if extra:
         refuse(f"{where}: {extra[0]} is not in its manifest ({len(extra)} such files)")
-    names = ("dataset", "image_size", "content", "arm", "ipc")
+    if folders != tuple(c["folder"] for c in manifest["classes"]):
+        refuse(f"{where}: its manifest lists the classes in another order than ImageFolder")
     digests = {path: manifest["files"][path]["sha256"] for path in paths}
-    about = {"folders": tuple(folders), "digests": digests, "foreign": False}
-    return {**about, **{n: manifest[n] for n in names}, **gen_syn_image.origin(manifest)}
+    about = {n: manifest[n] for n in ("dataset", "image_size", "content", "arm", "ipc")}
+    return {**about, "folders": folders, "digests": digests, **image_folder.origin(manifest)}
 
 
-def _foreign(where, root, found, paths, dataset):
+def _foreign(where, folders, paths, dataset):
     """The rest of an ImageSet of another method's images."""
-    dataset = dataset or _guess_dataset(list(found))
-    folders = _as_classes(where, list(found), dataset)
+    dataset = dataset or _guess_dataset(folders)
+    folders = _as_classes(where, folders, dataset)
     warn(f"{where}: no manifest: taken as another method's images of {dataset}, and hashed")
-    sides = {side for path in paths for side in _size_of(root / path)}
-    counts = {len(names) for names in found.values()}
-    return {
-        "dataset": dataset,
-        "folders": tuple(folders),
-        "image_size": sides.pop() if len(sides) == 1 else None,
-        "content": None,
-        "digests": {},
-        "arm": "foreign",
-        "ipc": counts.pop() if len(counts) == 1 else None,
-        "foreign": True,
-    }
+    sides = {side for path in paths for side in _size_of(path)}
+    size = sides.pop() if len(sides) == 1 else None
+    return {"dataset": dataset, "folders": tuple(folders), "image_size": size}
 
 
 def _as_classes(where, folders, dataset):
     """The class names behind a foreign folder's sub-folders, in their order."""
     known = list(datasets.known_prompts(dataset))
+    unsafe = next((folder for folder in folders if not files.safe_name(folder)), None)
+    if unsafe:
+        refuse(f"{where}: the class folder {unsafe!r} has a name that is not safe everywhere")
     if not known or set(folders) <= set(known):
         return folders
     digits = [re.search(r"\d+$", folder) for folder in folders]
@@ -162,12 +134,10 @@ def _size_of(path):
 
 
 def in_threads(function, items, num_workers, desc):
-    """[function(item)], with threads and a bar for many: Pillow decodes without the GIL.
+    """[function(item)], in threads, with a bar: Pillow decodes without the GIL.
 
     What a thread refuses is refused here, the first item's first.
     """
-    if len(items) <= 256:
-        return [function(item) for item in items]
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:
         found = pool.map(function, items)
         try:
@@ -185,7 +155,7 @@ def load_pixels(flag, images, num_workers=0):
 
     def read(path):
         digest = files.sha256(images.root / path)
-        if digest != images.digests.get(path, digest):
+        if not images.foreign and digest != images.digests[path]:
             where = f"{flag} {images.root}: {path}"
             refuse(f"{where} is not what its manifest says: changed since it was made")
         try:
@@ -200,23 +170,11 @@ def load_pixels(flag, images, num_workers=0):
     return list(arrays), images
 
 
-# ---- --dry_run before the images are made
-
-
-def awaited(paths, module):
-    """[what to run first], for those of `paths` that `python -m module` has yet to make."""
-
-    def made(path):
-        begun = (path / output.ARGS).exists() and not output.is_complete(path)
-        return path.exists() and not begun
-
-    return [f"{path}: python -m {module} makes it" for path in map(Path, paths) if not made(path)]
-
-
 def outlook(flag, path, dataset=None):
-    """(name, pixels, classes, images) of a folder, or what the name of one to be made says."""
+    """--dry_run: (name, pixels, classes, images) of a folder, or what the name of one that is not
+    made yet says; None, 0 and 0 where it says nothing."""
     path = Path(path)
-    if not awaited([path], ""):
+    if not output.awaited(path, ""):
         images = open_images(flag, path, dataset)
         size = images.image_size or datasets.ALL[images.dataset].image_size
         return images.name, size, len(images.folders), len(images.files)
@@ -229,8 +187,6 @@ def outlook(flag, path, dataset=None):
     return path.name, datasets.ALL[dataset].image_size, classes, count
 
 
-# ---- GPU memory
-
 RESIDENT_SHARE = 0.5  # of the free GPU memory that pixels may take; networks need the rest
 
 
@@ -240,8 +196,6 @@ def fits_gpu(what, needed, device, otherwise):
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     room = RESIDENT_SHARE * (torch.cuda.mem_get_info(device)[0] + unused)
     if needed > room:
-        warn(
-            f"{what} need {needed / 2**20:.1f} MiB of GPU memory, {room / 2**20:.1f} MiB may be "
-            f"used for them ({RESIDENT_SHARE:.0%} of what is free): {otherwise}"
-        )
+        sizes = f"{needed / 2**20:.1f} MiB of GPU memory, {room / 2**20:.1f} MiB may be used"
+        warn(f"{what} need {sizes}: {otherwise}")
     return needed <= room

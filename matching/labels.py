@@ -22,24 +22,19 @@ from scripts.runtime import refuse
 
 
 def labels_name(images, archs, settings):
-    """The name of a labels folder, from the images' folder, the teachers, and the settings.
+    """The name of a labels folder, such as cifar10_ipc10_random_resnet18_mix-cutmix.
 
-    settings   a Settings: of the batches, then of the precision
-
-    labels_name("cifar10_ipc10_random", ["resnet18"], {... cutmix ...}) is
-    "cifar10_ipc10_random_resnet18_mix-cutmix".
+    images   the name of their folder;   settings: a Settings, of the batches and the precision
     """
     unused = {"mixup", "cutmix"} - {settings["mix_type"]}  # an alpha of what is not done
     shown = settings.only(name for name in settings if name not in unused)
     for values in (shown, shown.defaults):
-        crops = "{min_scale_crops:g}-{max_scale_crops:g}".format_map(values)
-        values["min_scale_crops"] = crops
+        values["min_scale_crops"] = "{min_scale_crops:g}-{max_scale_crops:g}".format_map(values)
     teachers = "-".join(re.sub("[^A-Za-z0-9_.-]", "-", arch) for arch in archs)
     return output.folder_name(images, teachers, *shown.parts())
 
 
 # ---- one epoch's file
-
 
 FORM = {
     "epoch": torch.int64,
@@ -61,9 +56,10 @@ def label_file(epoch):
     return f"epoch_{epoch:04d}.safetensors"
 
 
-def label_bytes(count, classes, steps, half):
-    """Bytes of one epoch's file: of `count` images in `steps` batches."""
-    return count * (4 + 16 + 1 + 4 + classes * (2 if half else 4)) + steps * 32 + 1500
+def label_bytes(count, classes, settings):
+    """Bytes of one epoch's file, of `count` images."""
+    steps, width = batches.batches_of(count, settings["batch_size"]), 4 - 2 * settings["use_fp16"]
+    return count * (25 + width * classes) + 32 * steps + 1500
 
 
 def write_epoch(out, epoch, drawn, logits):
@@ -122,30 +118,31 @@ class EpochLabels:
     def _problems(self, sizes, classes, input_size):
         """(whether it is so, what is wrong) in turn: each relies on those before it."""
         draws, start, count, steps = self.draws, self.start, len(sizes), len(self.start) - 1
-        yield draws.keys() != FORM.keys(), f"holds {sorted(draws)}, expected {sorted(FORM)}"
         shapes = {"epoch": [1], "start": [steps + 1], "crop": [count, 4], "box": [steps, 4]}
-        shapes |= {"lam": [steps], **{name: [count] for name in ("index", "flip", "partner")}}
-        for name, dtype in FORM.items():
-            found, right = (list(draws[name].shape), draws[name].dtype), (shapes[name], dtype)
-            yield found != right, f"holds {name} of {found}, expected {right}"
+        shapes["lam"] = [steps]
+        expected = {name: (kind, shapes.get(name, [count])) for name, kind in FORM.items()}
+        found = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in draws.items()}
+        for name in sorted({*found, *expected}):
+            there, right = found.get(name), expected.get(name)
+            yield there != right, f"holds {name} of {there}, expected {right}"
         shape, kind = self.logits.get_shape(), self.logits.get_dtype()
         words = f"logits of shape {shape} in {kind}, expected {[count, classes]} in F16 or F32"
         yield shape != [count, classes] or kind not in ("F16", "F32"), words
         epoch, starts = int(draws["epoch"]), draws["start"].tolist()
         yield epoch != self.epoch, f"holds epoch {epoch}, expected {self.epoch}"
         yield starts != start, f"its batches begin at {starts[:4]}, expected {start[:4]}"
-        index, crop = draws["index"].long(), draws["crop"].long()
+        index, crop, partner = (draws[name].long() for name in ("index", "crop", "partner"))
         each_once = torch.equal(index.sort().values, torch.arange(count))
         yield not each_once, f"its image indices are not the {count} images, each once"
-        outside = crop.min() < 0 or crop[:, 2:].min() < 1
-        outside = outside or (crop[:, :2] + crop[:, 2:] > sizes[index]).any()
-        yield outside, "holds crops outside the images"
+        inside = (crop[:, :2] >= 0).all() and (crop[:, 2:] >= 1).all()
+        inside = inside and (crop[:, :2] + crop[:, 2:] <= sizes[index]).all()
+        yield not inside, "holds crops outside the images"
         lengths = torch.tensor(start).diff()
-        partner = draws["partner"]
-        outside = partner.min() < 0 or (partner >= lengths.repeat_interleave(lengths)).any()
-        yield outside, "holds mix partners outside their batch"
+        inside = (partner >= 0) & (partner < lengths.repeat_interleave(lengths))
+        yield not inside.all(), "holds mix partners outside their batch"
         box, lam = draws["box"], draws["lam"]
-        yield box.min() < 0 or box.max() > input_size, f"holds boxes outside {input_size} px"
+        inside = (box >= 0) & (box <= input_size)
+        yield not inside.all(), f"holds boxes outside {input_size} px"
         yield not ((lam >= 0) & (lam <= 1)).all(), "holds lambdas outside 0 to 1"
         for first, end in zip(start, start[1:]):
             # NaN comes through both; in half precision 30 times faster than isfinite().all()
@@ -174,14 +171,12 @@ def open_labels(path, images, given, verify=False):
     problems = {p: mismatches(p, manifest, images, given) for p, manifest in found.items()}
     fit = [p for p in found if not problems[p]]
     if len(found) == 1 and not fit:
-        lines = problems[folders[0]]
+        [lines] = problems.values()
         more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
         refuse("; ".join(lines[:3]) + more)
     if len(fit) != 1:
-        names = ", ".join(p.name for p in (fit or folders)[:4])
-        what = f"{len(fit)} label folders fit" if fit else f"{len(found)} label folders, none fits"
-        what = f"{what}: {names}" if found else "no finished labels"
-        refuse(f"--fkd_path {path}: holds for {images.name} {what}; name one")
+        what = f"of {len(found)} finished labels {len(fit)} fit {images.name}; name one"
+        refuse(f"--fkd_path {path}: {what}: {', '.join(p.name for p in (fit or folders)[:4])}")
     [folder] = fit
     if verify or sum(e["size"] for e in found[folder]["files"].values()) < HASHED_AT_START:
         output.read_manifest("--fkd_path", folder, "soft_labels", verify=True)
@@ -193,8 +188,7 @@ def mismatches(folder, manifest, images, given):
 
     One line per difference, naming both values.
     """
-    where, made = f"--fkd_path {folder}", manifest["arguments"]
-    count = len(manifest["files"])
+    where, made, count = f"--fkd_path {folder}", manifest["arguments"], len(manifest["files"])
     if made["epochs"] != count or set(manifest["files"]) != set(map(label_file, range(count))):
         return [f"{where}: its manifest lists {count} files for {made['epochs']} epochs"]
     of, ours, facts = manifest["images"], images.facts(), datasets.ALL[images.dataset]
@@ -205,31 +199,23 @@ def mismatches(folder, manifest, images, given):
     pairs += [(name, manifest[name], list(getattr(facts, name))) for name in ("mean", "std")]
     if all(theirs == now for _, theirs, now in pairs):  # what differs above changes the content
         pairs = [("images with the content", of["content"][:12], ours["content"][:12])]
-    problems = [
-        f"{where}: made for {what} {theirs}, {images.root} has {now}"
-        for what, theirs, now in pairs
-        if theirs != now
-    ]
-    for name in (*batches.PROTOCOL, "arch", "use_fp16"):
+    odd = [(what, theirs, now) for what, theirs, now in pairs if theirs != now]
+    lines = [f"{where}: made for {what} {a}, {images.root} has {b}" for what, a, b in odd]
+    weights = [_weights_digest(path) for path in given.get("teacher_checkpoint") or []]
+    given = {**given, "teacher_checkpoint": weights or None}
+    weights = [f"sha256:{teacher['sha256'][:12]}" for teacher in manifest["teacher"]]
+    made = {**made, "teacher_checkpoint": weights}
+    for name in (*batches.PROTOCOL, "arch", "use_fp16", "teacher_checkpoint"):
         value, theirs = given.get(name), made[name]
-        fewer = name == "epochs" and value is not None and value < theirs
-        if value in (None, theirs) or fewer:
+        if value in (None, theirs) or (name == "epochs" and value < theirs):
             continue
-        if name == "arch":
+        if isinstance(value, list):
             value, theirs = " ".join(value), " ".join(theirs)
-        problems.append(f"--{name} {value}: the labels of {where} were made with {theirs}")
-    checkpoints = given.get("teacher_checkpoint") or []
-    now = [_weights_digest(checkpoint) for checkpoint in checkpoints]
-    theirs = [teacher["sha256"][:12] for teacher in manifest["teacher"]]
-    if checkpoints and now != theirs:
-        had = f"has sha256 {' '.join(now)}, the teacher of {where} had {' '.join(theirs)}"
-        problems.append(f"--teacher_checkpoint {' '.join(checkpoints)}: {had}")
-    return problems
+        lines.append(f"--{name} {value}: the labels of {where} were made with {theirs}")
+    return lines
 
 
 def _weights_digest(checkpoint):
     path = Path(checkpoint)
     path = path / "model.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        refuse(f"--teacher_checkpoint {checkpoint}: no such file")
-    return files.sha256(path)[:12]
+    return f"sha256:{files.sha256(path)[:12]}"

@@ -13,6 +13,7 @@ first and 1 for the others, and one random crop, flip and shift a() for the whol
 written when it is finished.
 """
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -20,69 +21,53 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distillation import datasets, gen_syn_image
+from distillation import datasets, image_folder
 from matching import batches, models
 from matching import images as image_sets
-from matching.generate_soft_label import awaited
+from matching.generate_soft_label import missing_inputs
 from scripts import output, runtime
 from scripts.runtime import Parser, entry_point, number, refuse
 
 CROP_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop as SRe2L calls it
-ADAM = {"betas": (0.5, 0.9), "eps": 1e-8}
 
 # ---- the objective
 
 
-class BatchNormStatistics:
-    """`with BatchNormStatistics(teacher) as statistics:` after a forward pass, `statistics.loss()`
-    is R_BN of SRe2L."""
+@contextlib.contextmanager
+def batchnorm_distance(teacher, first_multiplier):
+    """Gives a function that returns R_BN of SRe2L, of the teacher's last forward pass."""
+    distances = {}
 
-    def __init__(self, teacher, first_multiplier):
-        self.layers = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
-        self.weights = [first_multiplier] + [1.0] * (len(self.layers) - 1)
-        self.distances = {}
-
-    def __enter__(self):
-        self.hooks = [layer.register_forward_hook(self._note) for layer in self.layers]
-        return self
-
-    def __exit__(self, *_):
-        for hook in self.hooks:
-            hook.remove()
-
-    def _note(self, layer, inputs, _output):
+    def note(layer, inputs, _):
         x = inputs[0]  # (B, C, h, w)
         mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
         distance = (layer.running_mean - mean).norm() + (layer.running_var - var).norm()
-        self.distances[layer] = distance
+        distances[layer] = distance
 
-    def loss(self):
-        return sum(w * self.distances[layer] for w, layer in zip(self.weights, self.layers))
+    layers = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+    weights = [first_multiplier] + [1.0] * (len(layers) - 1)
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        yield lambda: sum(w * distances[layer] for w, layer in zip(weights, layers))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def augment(x, crop, flip, shift):
-    """One crop (top, left, height, width), flip and cyclic shift (down, right) for the whole batch.
+def augment(x, jitter, g):
+    """One crop, flip and cyclic shift of at most `jitter` pixels for the whole batch.
 
     (B, 3, S, S) -> (B, 3, S, S)
     """
-    top, left, height, width = crop
     size = x.shape[-1]
+    [box] = batches.draw_crops(torch.tensor([[size, size]]), CROP_SCALE, g).tolist()
+    top, left, height, width = box
+    flip = bool(torch.rand((), generator=g) < 0.5)
+    shift = torch.randint(0, jitter + 1, (2,), generator=g).tolist()  # down, right
     x = x[:, :, top : top + height, left : left + width]
     # it always enlarges: no antialias
     x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
     return torch.roll(x.flip(3) if flip else x, shift, (2, 3))
-
-
-def draw_augmentation(size, jitter, g):
-    """(crop, flip, shift) of one iteration."""
-    crop = batches.draw_crops(torch.tensor([[size, size]]), CROP_SCALE, g)[0].tolist()
-    flip = bool(torch.rand((), generator=g) < 0.5)
-    return crop, flip, torch.randint(0, jitter + 1, (2,), generator=g).tolist()
-
-
-def cosine_lr(lr, iteration, iterations):
-    """lr (1 + cos(pi t / T)) / 2"""
-    return lr * (1 + math.cos(math.pi * iteration / iterations)) / 2
 
 
 def match_batch(teacher, x, targets, g, settings, facts, bar):
@@ -91,16 +76,16 @@ def match_batch(teacher, x, targets, g, settings, facts, bar):
     teacher   frozen, in eval mode;   x (B, 3, S, S);   targets (B,);   g: the batch's own generator
     settings  "iterations", "lr", "r_bn", "first_bn_multiplier", "jitter";   facts: "mean", "std"
     """
-    lr, iterations = settings["lr"], settings["iterations"]
-    x = x.clone().requires_grad_(True)
+    iterations, x = settings["iterations"], x.clone().requires_grad_(True)
     scales = list(zip(facts.mean, facts.std))
     black, white = (_channels([(v - m) / s for m, s in scales], x) for v in (0.0, 1.0))
-    optimizer = torch.optim.Adam([x], lr=lr, **ADAM)
-    with BatchNormStatistics(teacher, settings["first_bn_multiplier"]) as statistics:
-        for iteration in range(iterations):
-            optimizer.param_groups[0]["lr"] = cosine_lr(lr, iteration, iterations)
-            outputs = teacher(augment(x, *draw_augmentation(x.shape[-1], settings["jitter"], g)))
-            ce, bn = F.cross_entropy(outputs, targets), statistics.loss()
+    optimizer = torch.optim.Adam([x], settings["lr"], betas=(0.5, 0.9), eps=1e-8)
+    with batchnorm_distance(teacher, settings["first_bn_multiplier"]) as distance:
+        for t in range(iterations):
+            cosine = 1 + math.cos(math.pi * t / iterations)
+            optimizer.param_groups[0]["lr"] = settings["lr"] * cosine / 2
+            outputs = teacher(augment(x, settings["jitter"], g))
+            ce, bn = F.cross_entropy(outputs, targets), distance()
             optimizer.zero_grad()
             (ce + settings["r_bn"] * bn).backward()
             optimizer.step()
@@ -125,10 +110,8 @@ def to_pictures(x, facts):
 
 def class_batches(jobs, ipc, batch_size):
     """[[Job]]: image i of `batch_size` consecutive classes, as SRe2L: a batch mixes classes."""
-    columns = ([job for job in jobs if job.i == i] for i in range(ipc))
-    return [
-        column[k : k + batch_size] for column in columns for k in range(0, len(column), batch_size)
-    ]
+    columns = [jobs[i::ipc] for i in range(ipc)]  # jobs are listed class by class
+    return [c[k : k + batch_size] for c in columns for k in range(0, len(c), batch_size)]
 
 
 def match_images(out, units, images, teacher, num_workers):
@@ -146,79 +129,59 @@ def match_images(out, units, images, teacher, num_workers):
             g = runtime.generator(settings["seed"], runtime.STM, nth)
             x, losses = match_batch(teacher, x, targets, g, settings, facts, bar)
             if not x.isfinite().all():
-                lr = f"--lr {settings['lr']}"
-                refuse(f"{lr}: batch {nth} became NaN or infinite; use a smaller one")
-            for job, picture in zip(jobs, to_pictures(x, facts)):
-                gen_syn_image.save_png(out, job.file, picture, size)
+                problem = f"batch {nth} became NaN or infinite; use a smaller one"
+                refuse(f"--lr {settings['lr']}: {problem}")
+            image_folder.save_pngs(out, jobs, to_pictures(x, facts), size)
             out.log(event="batch", batch=nth, **losses)
             bar.set_postfix(losses)
             out.made += len(jobs)
             out.leave_if_asked()
 
 
-def default_jitter(image_size):
-    """SRe2L shifts 224-px images by up to 32 pixels; smaller ones in proportion."""
-    return round(image_size * 32 / 224)
-
-
 def get_args(argv=None):
     # the defaults are SRe2L's for ResNet-18 on ImageNet-1K; its L2 and TV weights are 0
     parser = Parser("matching.stm", __doc__)
-    count, weight = number(int, 1), number(float, 0)
+    setting, count, weight = parser.setting, number(int, 1), number(float, 0)
+    rate, natural, name = number(float, above=0), number(int, 0), models.model_name
     parser.flag("--image_path", required=True, metavar="DIR", help="images of stage 2")
-    parser.setting("--iterations", type=count, default=4000, short="it", help="steps of Adam")
-    rate = "in normalised pixels; cosine to 0"
-    parser.setting("--lr", type=number(float, above=0), default=0.25, short="lr", help=rate)
-    parser.setting("--r_bn", type=weight, default=0.01, short="bn", help="of the BatchNorm term")
-    first = "weight of the first BatchNorm layer"
-    parser.setting("--first_bn_multiplier", type=weight, default=10.0, short="first", help=first)
-    together = "classes that are optimised together"
-    parser.setting("--batch_size", type=count, default=100, short="b", help=together)
-    name = models.model_name
-    parser.setting("--arch", type=name, default="resnet18", short="arch", help="what is matched")
+    setting("--iterations", type=count, default=4000, short="it", help="steps of Adam")
+    setting("--lr", type=rate, default=0.25, short="lr", help="in normalised pixels; cosine to 0")
+    setting("--r_bn", type=weight, default=0.01, short="bn", help="of the BatchNorm term")
+    setting("--first_bn_multiplier", type=weight, default=10.0, short="first", help="of layer 1")
+    setting("--batch_size", type=count, default=100, short="b", help="classes optimised together")
+    setting("--arch", type=name, default="resnet18", short="arch", help="what is matched")
     weights = "its weights: a folder of train_teacher, or a file [torchvision's]"
     parser.flag("--teacher_checkpoint", help=weights)
-    shift = "largest shift in pixels [32 at 224 px]"
-    parser.setting("--jitter", type=number(int, 0), short="jitter", help=shift)
-    seed = "of crops, flips and shifts"
-    parser.setting("--seed", type=number(int, 0), default=0, short="stmseed", help=seed)
+    setting("--jitter", type=natural, short="jitter", help="largest shift in pixels [32 at 224 px]")
+    setting("--seed", type=natural, default=0, short="stmseed", help="of crops, flips and shifts")
     where = "the folder is made below this one"
     parser.flag("--save_init_image_path", default="output/images", help=where)
     runtime.add_process_flags(parser)
     return parser.parse_args(argv)
 
 
-def plan_images(source, settings, root, waits_for):
-    """--dry_run where the images or the teacher have yet to be made."""
-    name, size, _, count = image_sets.outlook("--image_path", source)
-    settings = settings.filled(jitter=default_jitter(size or 0))
-    folder = Path(root) / output.folder_name(f"{name}_stm", *settings.parts())
-    output.plan(folder, 0, count, count * (size or 0) ** 2 * 3, waits_for)
-
-
 @entry_point
 def main(argv=None):
     args = get_args(argv)
     process = runtime.this_process(args.device, args.shard, args.dry_run, args.wait)
-    root, checkpoint = args.save_init_image_path, args.teacher_checkpoint
-    waits_for = args.dry_run and awaited(args.image_path, checkpoint and [checkpoint])
-    if waits_for:
-        plan_images(args.image_path, args.settings, root, waits_for)
-    manifest = gen_syn_image.read_images("--image_path", args.image_path)
-    images = image_sets.open_images("--image_path", args.image_path)
-    ipc, size, classes = images.ipc, images.image_size, manifest["classes"]
-    jobs = gen_syn_image.list_jobs(classes, ipc, ipc)
-    known = (images.dataset, images.folders, size)
+    flag, path, checkpoint = "--image_path", args.image_path, args.teacher_checkpoint
+    where = "--save_init_image_path", args.save_init_image_path
+    name, size, _, count = image_sets.outlook(flag, path)
+    # SRe2L shifts 224-px images by up to 32 pixels
+    settings = args.settings.filled(jitter=round((size or 0) * 32 / 224))
+    name = output.folder_name(f"{name}_stm", *settings.parts())
+    if args.dry_run and (waits_for := missing_inputs(path, checkpoint and [checkpoint])):
+        return output.plan(Path(where[1]) / name, 0, count, 3 * count * (size or 0) ** 2, waits_for)
+    manifest, images = image_folder.read_images(flag, path), image_sets.open_images(flag, path)
+    ipc, classes, known = images.ipc, manifest["classes"], (images.dataset, images.folders, size)
     teacher, teacher_facts = models.load_teacher(args.arch, checkpoint, *known)
     if not any(isinstance(m, nn.BatchNorm2d) for m in teacher.modules()):
         refuse(f"--arch {args.arch}: has no BatchNorm layer whose statistics could be matched")
-    settings = args.settings.filled(jitter=default_jitter(size))
     source = {name: manifest[name] for name in ("arguments", "inputs")}
     inputs = {"source": images.content, "source_manifest": source}
     inputs["teacher"] = teacher_facts["sha256"]
-    name = output.folder_name(f"{images.name}_stm", *settings.parts())
-    where = ("--save_init_image_path", root, name)
-    with output.Output(*where, "images", settings, inputs, process) as out:
+    with output.Output(*where, name, "images", settings, inputs, process) as out:
+        jobs = image_folder.list_jobs(classes, ipc, ipc)
         units = class_batches(jobs, ipc, args.batch_size)
         match_images(out, units, images, teacher.to(process.device), args.num_workers)
         facts = {"dataset": images.dataset, "arm": "stm", "ipc": ipc, "image_size": size}
@@ -226,7 +189,7 @@ def main(argv=None):
         def row_of(job):
             return {"source": job.file, "matched": args.arch}
 
-        gen_syn_image.finish_images(out, jobs, classes, row_of, **facts)
+        image_folder.finish_images(out, jobs, classes, row_of, **facts)
     return out.folder
 
 

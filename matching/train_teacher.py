@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from distillation import datasets
-from matching import batches, models, ranks, training
+from matching import batches, crops, models, ranks, training
 from scripts import files, output, runtime
 from scripts.runtime import AUGMENT, Parser, generator, number, refuse
 
@@ -94,7 +94,7 @@ class RealImages(torch.utils.data.Dataset):
             size = torch.tensor([array.shape[:2]])
             top, left, h, w = batches.draw_crops(size, scale, g)[0].tolist()
             piece = Image.fromarray(array[top : top + h, left : left + w])
-            array = np.asarray(batches.resize_exact(piece, self.size))
+            array = np.asarray(crops.resize_exact(piece, self.size))
         elif array.shape != (self.size, self.size, 3):
             array = np.asarray(datasets.squash(Image.fromarray(array), self.size))
         return array[:, ::-1] if mirrored else array

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from distillation import datasets, prototypes
+from distillation import datasets, prototype_files
 from matching import batches, models, training
 from matching.images import open_images
 from scripts import files, generators, output, runtime
@@ -414,7 +414,7 @@ def scatter(axes, points, colours, **style):
 def latents(latent_cache, prototype_path, dataset, classes, count):
     if not dataset and not output.is_complete(prototype_path):
         refuse(f"--prototype_path {prototype_path}: no finished folder; name its --dataset")
-    source = prototypes.open_prototypes(prototype_path, dataset)
+    source = prototype_files.open_prototypes(prototype_path, dataset)
     folders = [c["folder"] for c in source.classes]
     chosen = [folders.index(folder) for folder in choose_classes(classes, folders, count)]
     columns = min(3, len(chosen))
@@ -435,7 +435,7 @@ def cached_latents(root, own):
     """(N, c, h, w) of one class from a latent cache: its folder, or the --latent_cache above."""
     from safetensors.numpy import load_file
 
-    name = prototypes.class_file(own["index"], own["folder"], "safetensors")
+    name = prototype_files.class_file(own["index"], own["folder"], "safetensors")
     found = sorted(p for p in {Path(root) / name, *Path(root).glob(f"*/{name}")} if p.is_file())
     if len(found) != 1:
         hint = f"name one of them, such as {found[0].parent}" if found else "run stage 1 with it"

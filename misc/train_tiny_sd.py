@@ -740,7 +740,7 @@ def main(argv=None):
 def has_test_images(dataset, root):
     """Whether a held-out split is there to measure on."""
     places = ("val", "cifar-10-batches-py", "cifar-100-python")
-    on_disk = datasets.ALL[dataset].on_disk
+    on_disk = datasets.ALL[dataset].needs is not None
     return not on_disk or any((Path(root) / place).is_dir() for place in places)
 
 

@@ -23,7 +23,8 @@ from scripts.runtime import refuse, warn
 DEFAULT_CHECKPOINT = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SETTINGS = ("dtype", "channels_last", "compile")
-FLAGS = (*SETTINGS, "revision", "variant", "single_file_config")  # as `load` takes them
+# the flags that `load` takes under their own names
+FLAGS = (*SETTINGS, "revision", "variant", "single_file_config", "safety_checker")
 
 
 def add_generator_flags(parser):
@@ -32,10 +33,8 @@ def add_generator_flags(parser):
     path = "a hub id, a folder in diffusers format, or a single .safetensors file"
     parser.flag("--diffusion_checkpoints_path", default=DEFAULT_CHECKPOINT, help=path)
     parser.flag("--revision", help="a branch, tag or commit of the hub id")
-    config = (
-        "for a single file without internet: a folder in diffusers format with its configuration"
-    )
-    parser.flag("--single_file_config", metavar="DIR", help=config)
+    offline = "for a single file without internet: a folder that holds its configuration"
+    parser.flag("--single_file_config", metavar="DIR", help=offline)
     parser.flag("--variant", help="load weight files of this variant, such as fp16")
     auto, switch = "auto: fp16 on CUDA, fp32 elsewhere", {"action": "store_true", "default": False}
     parser.setting("--dtype", default="auto", choices=["auto", *DTYPES], short="dtype", help=auto)
@@ -47,9 +46,8 @@ def load(checkpoint, device, dtype="auto", **how):
     """The generator of a checkpoint, on `device`.
 
     dtype    "fp16", "bf16", "fp32", or "auto": fp16 on CUDA, fp32 elsewhere
-    how      the other FLAGS; safety_checker; part="encoder" loads only what stage 1 needs
-    Refuses, in one line, a checkpoint that is missing, gated, incomplete, of a family that is not
-    in FAMILIES, or not safetensors.
+    how      the other FLAGS; part="encoder" loads only what stage 1 needs
+    Refuses a checkpoint that is missing, incomplete, not safetensors or of an unknown family.
     """
     from diffusers import DiffusionPipeline  # takes seconds
 
@@ -59,16 +57,12 @@ def load(checkpoint, device, dtype="auto", **how):
         refuse(f"{flag}: only .safetensors files are read, others may hold code")
     if not path.exists() and (single or checkpoint[0] in "./~" or checkpoint.count("/") > 1):
         refuse(f"{flag}: no such file or folder")
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        refuse(f"{flag}: no model_index.json in this folder, so it is not in diffusers format")
     if dtype == "auto":
         dtype = "fp16" if device.type == "cuda" else "fp32"
     try:
-        family = "StableDiffusionPipeline"  # what a single file is taken for
-        if config or not single:
-            index = DiffusionPipeline.load_config(
-                config or checkpoint, revision=how.get("revision")
-            )
+        family, source = "StableDiffusionPipeline", config or (None if single else checkpoint)
+        if source:
+            index = DiffusionPipeline.load_config(source, revision=how.get("revision"))
             family = str(index.get("_class_name"))
         if family not in FAMILIES:
             raise ValueError(f"it is a {family}, expected {' or '.join(FAMILIES)}")
@@ -76,9 +70,8 @@ def load(checkpoint, device, dtype="auto", **how):
     except Exception as error:  # whatever a damaged checkpoint makes the libraries raise
         hint = ""
         if not path.exists():
-            hint = ". Offline, gated or misspelt? Where there is internet: hf download "
-            hint += f"{checkpoint} --local-dir DIR (after accepting its licence on the hub), then "
-            hint += "--diffusion_checkpoints_path DIR"
+            hint = ". Offline, gated or misspelt? Where there is internet, after accepting its "
+            hint += f"licence on the hub: hf download {checkpoint} --local-dir DIR"
         elif single and not config:
             hint = ". Without internet, name its configuration: --single_file_config DIR"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -102,33 +95,37 @@ class StableDiffusion:
     """Stable Diffusion 1.x and 2.x behind the four verbs of a generator.
 
     facts         {"model", "revision", "precision", "vae_sha256", ...}: what manifests say of it
+    channels      of its latents
     most_steps    of the schedule that it was trained with (not with part="encoder")
-    Weights are read in fp32 and hashed before they are cast, so that one checkpoint has one hash in
-    every precision. Raises whatever the libraries raise, and ValueError.
+    Weights are hashed in fp32, before they are cast: one checkpoint has one hash in every
+    precision. Raises whatever the libraries raise, and ValueError.
     """
 
-    def __init__(self, checkpoint, device, precision, part="all", safety_checker=False, **how):
+    def __init__(self, checkpoint, device, precision, part="all", safety_checker="off", **how):
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
         from transformers import CLIPTextModel
 
         from scripts import pipeline_stable_diffusion_gen_latents as gen_latents
 
-        networks, absent = {"vae": AutoencoderKL}, {"requires_safety_checker": safety_checker}
+        networks, absent = {"vae": AutoencoderKL}, []
         if part == "all":
             networks |= {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
         else:
-            absent |= dict.fromkeys(("unet", "text_encoder", "tokenizer", "scheduler"))
-        if safety_checker:
+            absent += ["unet", "text_encoder", "tokenizer", "scheduler"]
+        if safety_checker == "on":
             networks["safety_checker"] = StableDiffusionSafetyChecker
         else:
-            absent |= {"safety_checker": None, "feature_extractor": None}
+            absent += ["safety_checker", "feature_extractor"]
         self.pipeline = _pipeline(checkpoint, networks, absent, how)
         self.pipeline.set_progress_bar_config(disable=True)
-        parts, encoder = self.pipeline.components, gen_latents.StableDiffusionGenLatentsPipeline
+        parts = self.pipeline.components
         self.networks = {n: p for n, p in parts.items() if isinstance(p, torch.nn.Module)}
         self._check(networks)
-        self.encoder = encoder(**parts, requires_safety_checker=False)
+        vae, unet = self.networks["vae"], self.networks.get("unet")
+        self.encoder = gen_latents.StableDiffusionGenLatentsPipeline(
+            **parts, requires_safety_checker=False
+        )
         name = Path(checkpoint).name if Path(checkpoint).exists() else checkpoint
         self.facts = {"model": name, "revision": how.get("revision"), "precision": precision}
         self.facts |= {f"{name}_sha256": weights_hash(p) for name, p in self.networks.items()}
@@ -136,9 +133,14 @@ class StableDiffusion:
             self.most_steps = parts["scheduler"].config.num_train_timesteps
             for name in ("scheduler", "tokenizer"):
                 self.facts[f"{name}_sha256"] = config_hash(parts[name])
-        self.device, self.dtype = device, DTYPES[precision]
+        self.device, self.dtype, self.channels = device, DTYPES[precision], vae.config.latent_channels
         self._cast(self.dtype)
-        self._speed_up(how.get("channels_last"), how.get("compile"))
+        if how.get("channels_last"):
+            for network in filter(None, (vae, unet)):
+                network.to(memory_format=torch.channels_last)
+        if how.get("compile"):
+            for module in filter(None, (vae.encoder, vae.decoder, unet)):
+                module.compile()
         # differs from the release: text is encoded once per class, not once per image
         self.condition = lru_cache(maxsize=64)(self._condition)
 
@@ -161,15 +163,6 @@ class StableDiffusion:
         if takes != gives:
             raise ValueError(f"its UNet takes {takes} channels, its VAE gives {gives}")
 
-    def _speed_up(self, channels_last, compile):
-        vae, unet = self.networks["vae"], self.networks.get("unet")
-        if channels_last:
-            for network in filter(None, (vae, unet)):
-                network.to(memory_format=torch.channels_last)
-        if compile:
-            for module in filter(None, (vae.encoder, vae.decoder, unet)):
-                module.compile()
-
     def _cast(self, dtype):
         for network in self.networks.values():
             torch.nn.Module.to(network, device=self.device, dtype=dtype)
@@ -186,14 +179,7 @@ class StableDiffusion:
         factor = self.pipeline.vae_scale_factor
         if size % factor:  # diffusers would resize once more, in silence
             refuse(f"--size {size}: this checkpoint's VAE needs a multiple of {factor}")
-        return (self.networks["vae"].config.latent_channels, size // factor, size // factor)
-
-    @property
-    def native_size(self):
-        """Pixels of the images that it was trained on."""
-        if "unet" not in self.networks:
-            return self.networks["vae"].config.sample_size
-        return self.networks["unet"].config.sample_size * self.pipeline.vae_scale_factor
+        return (self.channels, size // factor, size // factor)
 
     def encode(self, images, draws):
         """(B, 3, S, S) uint8 -> latents (B, c, h, w); image i's noise comes from draws[i]."""
@@ -221,7 +207,6 @@ class StableDiffusion:
             strength=strength,
             guidance_scale=guidance_scale,
             num_inference_steps=steps,
-            eta=0.0,
             output_type="latent",
         ).images
 
@@ -239,29 +224,28 @@ class StableDiffusion:
         return images
 
 
-FAMILIES = {  # by what model_index.json calls its class
-    "StableDiffusionPipeline": StableDiffusion,
-    "StableDiffusionImg2ImgPipeline": StableDiffusion,
-}
+# by what model_index.json calls its class
+FAMILIES = dict.fromkeys(
+    ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"), StableDiffusion
+)
 
 
-def _pipeline(checkpoint, networks, others, how):
-    """The pipeline of stage 2 with `networks` ({name: class}); others: its other arguments."""
+def _pipeline(checkpoint, networks, absent, how):
+    """The pipeline of stage 2 with `networks`, {name: class}, in fp32, without the parts `absent`."""
     from scripts import pipeline_stable_diffusion_latents2img as latents2img
 
-    cls, options = latents2img.StableDiffusionLatents2ImgPipeline, {"dtype": torch.float32}
+    cls, others = latents2img.StableDiffusionLatents2ImgPipeline, dict.fromkeys(absent)
+    others["requires_safety_checker"] = False
+    where, precision = {"revision": how.get("revision")}, {"dtype": torch.float32}
     if Path(checkpoint).is_file():
-        return cls.from_single_file(
-            checkpoint, config=how.get("single_file_config"), **options, **others
-        )
-    options |= {"use_safetensors": True, "variant": how.get("variant"), "output_loading_info": True}
-    where, loaded = {"revision": how.get("revision")}, {}
+        config = how.get("single_file_config")
+        return cls.from_single_file(checkpoint, config=config, **precision, **others)
+    form = {"use_safetensors": True, "variant": how.get("variant"), "output_loading_info": True}
     for name, network in networks.items():
-        loaded[name], report = network.from_pretrained(
-            checkpoint, subfolder=name, **where, **options
-        )
+        options = {"subfolder": name, **where, **precision, **form}
+        others[name], report = network.from_pretrained(checkpoint, **options)
         _check_whole(name, report["missing_keys"])
-    return cls.from_pretrained(checkpoint, **where, **loaded, **others)
+    return cls.from_pretrained(checkpoint, **where, **others)
 
 
 def _check_whole(name, missing):

@@ -35,7 +35,7 @@ esac
 run() {
     case "${DRY_RUN:-0}" in
         0) exec $RUN "$@" ;;
-        *) quoted $RUN "$@" && echo ;;
+        *) printf '%s\n' "$(quoted $RUN "$@")" ;;
     esac
 }
 

@@ -52,6 +52,10 @@ def folder_name(stem, *parts):
     return "_".join([stem, *parts])
 
 
+class Planned(Exception):
+    """--dry_run has said what would be made: ends the body of `with Output(...)`, nothing else."""
+
+
 class Output:
     """One output folder of a stage.
 
@@ -94,10 +98,11 @@ class Output:
         self.signals.__enter__()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         self._background.shutdown()
         self.signals.__exit__()
         self._unlock()
+        return kind is Planned
 
     # ---- one process per (folder, rank, world)
 
@@ -220,7 +225,7 @@ class Output:
         bytes_each bytes of one unit's files, for the check of free space
         runs       a process takes one run of neighbours instead of every world-th unit
         Counted in messages are files: a batch of images is so many images.
-        With --dry_run: prints what would be made and exits with status 0.
+        With --dry_run: prints what would be made and leaves the `with` block.
         """
         units, rank, world = list(units), self.process.rank, self.process.world
         self.names += [name for unit in units for name in files_of(unit)]
@@ -231,6 +236,7 @@ class Output:
         if self.process.dry_run:
             to_do = sum(len(files_of(unit)) for unit, lacks in zip(units, lacking) if lacks)
             plan(self.folder, self.units - to_do, to_do, needed)
+            raise Planned
         mine = range(rank, len(units), world)
         if self.together:
             mine = range(len(units))
@@ -261,8 +267,7 @@ class Output:
         files.write(path, data, self.tag)
 
     def later(self, function, *args):
-        """Run `function(*args)` beside what follows; at most one such call is at work, its errors
-        come with the next."""
+        """Run `function(*args)` beside what follows, one at a time; errors come with the next."""
         self.flush()
         self._pending = self._background.submit(function, *args)
 
@@ -279,12 +284,10 @@ class Output:
     # ---- the end
 
     def finish(self, facts, derived=None, words="units"):
-        """When all units are there: the `derived` files, then the manifest, then timing.json.
-        Prints the closing line.
+        """When all units are there: the derived files, the manifest, timing.json; a closing line.
 
         facts     {name: value} for the next stage, beside settings and inputs
-        derived   {file name: function that returns its text}: files made from the units, such as
-                  images.jsonl
+        derived   {file name: function that returns its text}: made from the units (images.jsonl)
         words     what the units are called
         """
         self.flush()
@@ -301,16 +304,14 @@ class Output:
         print(f"{self.folder}: {self.made} of {self.units} {words} made in {cost}{left}")
 
     def _log_run(self):
-        """The line of log.jsonl from which timing.json is made; returns "12 s, peak memory 1.2
-        GiB", to print."""
+        """Log what timing.json is made from; returns "12 s, peak memory 1.2 GiB", to print."""
         seconds, peak = time.perf_counter() - self.start, peak_memory(self.process.device)
         self.log(event="run", seconds=round(seconds, 2), units=self.made, **peak)
         gpu = f", {peak['cuda_mib'] / 2**10:.2f} GiB on the GPU" if "cuda_mib" in peak else ""
         return f"{seconds:.0f} s, peak memory {peak['host_mib'] / 2**10:.2f} GiB{gpu}"
 
     def _write_manifest(self, names, facts):
-        """Idempotent: two processes that both find every unit write the same bytes. One that is
-        there must fit."""
+        """Idempotent: two processes that both find every unit write the same bytes."""
         if is_complete(self.folder):
             manifest = read_manifest(self.flag, self.folder, self.stage)
             if sorted(manifest["files"]) != sorted(names):
@@ -329,16 +330,23 @@ class Output:
 
 
 def plan(folder, done, todo, needed, waits_for=None):
-    """--dry_run: print one line on what would be made, and exit with status 0.
+    """--dry_run: print one line on what would be made.
 
-    done, todo   units;   needed: bytes;   waits_for: an input that has yet to be made, and the
-                 command that makes it
+    done, todo   files;   needed: bytes;   waits_for: as from `awaited`
     """
-    free = files.free_space(folder) / 2**20
-    needed = f"{needed / 2**20:.1f} MiB of {free:.0f} MiB free"
+    space = f"{needed / 2**20:.1f} MiB of {files.free_space(folder) / 2**20:.0f} MiB free"
     waits = f"; waits for {waits_for}" if waits_for else ""
-    print(f"plan: {folder}: {done} done, {todo} to do, {needed}{waits}")
-    raise SystemExit(0)
+    print(f"plan: {folder}: {done} done, {todo} to do, {space}{waits}")
+
+
+def awaited(path, module):
+    """What to run first if an earlier stage has yet to make or finish `path`; None if it is there.
+
+    For --dry_run, which then checks the rest and calls `plan`.
+    """
+    path = Path(path)
+    begun = (path / ARGS).exists() and not is_complete(path)
+    return f"{path}: python -m {module} makes it" if begun or not path.exists() else None
 
 
 def _short(value):
@@ -383,18 +391,13 @@ def read_manifest(flag, folder, stage, verify=False):
     if not folder.is_dir():
         refuse(f"{flag} {folder}: no such folder{_neighbours(folder)}")
     if not is_complete(folder):
-        begun = (folder / ARGS).exists()
-        what = (
-            f"its {stage} stage is not finished: run it again to go on"
-            if begun
-            else f"not made by the {stage} stage"
-        )
+        what = f"not made by the {stage} stage"
+        if (folder / ARGS).exists():
+            what = f"its {stage} stage is not finished: run it again to go on"
         refuse(f"{flag} {folder}: no {MANIFEST}: {what}")
-    manifest = files.read_json(folder / MANIFEST)
-    where = f"{flag} {folder}: {MANIFEST}"
-    if not isinstance(manifest, dict) or manifest.pop("checksum", None) != files.digest_of(
-        manifest
-    ):
+    where, manifest = f"{flag} {folder}: {MANIFEST}", files.read_json(folder / MANIFEST)
+    checksum = manifest.pop("checksum", None) if isinstance(manifest, dict) else None
+    if checksum != files.digest_of(manifest):
         refuse(f"{where} was edited or damaged: its checksum does not fit")
     if manifest.get("stage") != stage:
         refuse(f"{where} is of the stage {_short(manifest.get('stage'))}, expected {stage}")
@@ -414,8 +417,7 @@ def read_manifest(flag, folder, stage, verify=False):
 
 
 def check_file(flag, folder, name, manifest, data=None):
-    """Refuse a file whose content (`data`, if it was read already) is not what the manifest
-    says."""
+    """Refuse a file whose content (`data`, if it is at hand) is not what the manifest says."""
     found = files.sha256(Path(folder) / name) if data is None else hashlib.sha256(data).hexdigest()
     if found != manifest["files"][name]["sha256"]:
         refuse(f"{flag} {folder}: {name} is not what its manifest says: changed since it was made")
@@ -425,22 +427,22 @@ def _neighbours(folder):
     """' (there is A, B)' for an error about a folder that does not exist."""
     if not folder.parent.is_dir():
         return ""
-    names = sorted(
-        p.name for p in folder.parent.iterdir() if p.is_dir() and not p.name.startswith(".")
-    )
-    return f" (there is {', '.join(names[:4])}{' ...' if len(names) > 4 else ''})" if names else ""
+    names = sorted(p.name for p in folder.parent.iterdir() if p.is_dir() and p.name[0] != ".")
+    return f" (there is {', '.join(names[:4])}{' ...' * (len(names) > 4)})" if names else ""
 
 
 # ---- log and timing
 
 
 def append_log(folder, **row):
-    """One line of `folder`/log.jsonl; the only file, with timing.json, that may differ between
-    equal runs."""
+    """One line of `folder`/log.jsonl; with timing.json the only file that differs in equal runs."""
     row = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **row}
     try:
-        with open(Path(folder) / LOG, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        with open(Path(folder) / LOG, "a+b") as file:
+            file.seek(-min(1, file.tell()), os.SEEK_END)
+            after_half_a_line = file.read(1) not in (b"", b"\n")  # which a kill has left
+            text = "\n" * after_half_a_line + json.dumps(row, ensure_ascii=False, default=str)
+            file.write(f"{text}\n".encode())
     except OSError as error:  # no result depends on it
         warn(f"{folder}/{LOG}: cannot be written: {error.strerror}")
 
@@ -456,11 +458,8 @@ def log_rows(folder):
 
 
 def peak_memory(device):
-    """Peak memory of this process since it began, in MiB: resident, and allocated on the CUDA
-    device."""
-    unit = (
-        2**20 if sys.platform == "darwin" else 2**10
-    )  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    """Peak memory of this process since it began, in MiB: resident, and on its CUDA device."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes on macOS, else KiB
     peak = {"host_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)}
     if device.type == "cuda":
         peak["cuda_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20)

@@ -115,10 +115,10 @@ stage() {
     case "$NEWLINE$COMMANDS" in *"$NEWLINE$command$NEWLINE"*) return 0 ;; esac # of another cell
     COMMANDS="$COMMANDS$command$NEWLINE"
     if [ "${DRY_RUN:-0}" != 0 ]; then
-        echo "$command"
+        printf '%s\n' "$command"
     elif [ -n "$CHECK" ]; then
         plan="$(NUM_GPUS=1 TORCHRUN_ARGS= sh "$launcher" "$@")"
-        echo "$plan"
+        printf '%s\n' "$plan"
         PLANS="$PLANS$plan$NEWLINE"
     else
         step sh "$launcher" "$@"

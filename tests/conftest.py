@@ -1,6 +1,6 @@
 """What all tests share: a clean environment, a tiny Stable Diffusion, small outputs of each stage.
 
-    from tests.conftest import tree, copy, reseal, image_folder
+    from tests.conftest import tree, copy, reseal, picture_folder
 
 Session fixtures (made once, by the stages' own `main`; copy before changing):
     model       flags that choose the tiny, randomly initialised model
@@ -272,7 +272,7 @@ def picture(seed, size=(24, 24)):
     return np.array(small.resize(size, Image.Resampling.BICUBIC))
 
 
-def image_folder(root, classes, count=3, split="train"):
+def picture_folder(root, classes, count=3, split="train"):
     """root/split/<class>/<n>.png for an `imagefolder` data set; returns root."""
     for number, name in enumerate(classes):
         folder = Path(root) / split / name
@@ -280,6 +280,9 @@ def image_folder(root, classes, count=3, split="train"):
         for i in range(count):
             Image.fromarray(picture(100 * number + i)).save(folder / f"{i}.png")
     return root
+
+
+image_folder = picture_folder  # until every test uses the new name
 
 
 @pytest.fixture(scope="session")

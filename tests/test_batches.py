@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from distillation import datasets
-from matching import batches
+from matching import batches, crops
 from scripts.runtime import generator
 
 
@@ -106,7 +106,7 @@ def test_replayed_bytes_are_torchvisions(size):
     arrays, index = list(photos(3, size)), torch.arange(24) % 3
     crops = batches.draw_crops(torch.full((24, 2), size), (0.08, 1.0), generator(5))
     flips = torch.arange(24) % 2 == 0
-    ours = batches.crop_on_cpu(arrays, index, crops, flips, size)
+    ours = crops.crop_on_cpu(arrays, index, crops, flips, size)
     facts = datasets.ALL["imagenet"]
     x = batches.normalise(ours, facts.mean, facts.std)
     for k in range(24):
@@ -135,8 +135,8 @@ def test_the_gpus_crop_has_pillows_bytes(saved, size, count):
     sizes = torch.full((count, 2), saved)
     crops = batches.draw_crops(sizes, (0.02, 1.0), generator(saved, size))
     flips = torch.rand(count, generator=generator(9)) < 0.5
-    expected = batches.crop_on_cpu(list(images), index, crops, flips, size)
-    found = batches.resized_crop_batch(torch.from_numpy(images)[index], crops, flips, size)
+    expected = crops.crop_on_cpu(list(images), index, crops, flips, size)
+    found = crops.resized_crop_batch(torch.from_numpy(images)[index], crops, flips, size)
     assert int((found != expected).sum()) == 0
 
 
@@ -147,8 +147,8 @@ def test_the_gpus_crop_of_any_box():
     crops, flips = torch.tensor(boxes), torch.arange(len(boxes)) % 3 == 0
     index = torch.zeros(len(boxes), dtype=torch.int64)
     for size in (8, 32, 40, 96):
-        expected = batches.crop_on_cpu(list(images), index, crops, flips, size)
-        found = batches.resized_crop_batch(torch.from_numpy(images)[index], crops, flips, size)
+        expected = crops.crop_on_cpu(list(images), index, crops, flips, size)
+        found = crops.resized_crop_batch(torch.from_numpy(images)[index], crops, flips, size)
         assert torch.equal(found, expected)
 
 

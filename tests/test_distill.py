@@ -41,7 +41,7 @@ def test_the_images_are_those_of_the_two_stages(argv, model, images, distilled, 
 def test_both_stages_are_in_the_manifest_and_in_the_closing_line(argv, distilled, capsys):
     manifest = files.read_json(distilled / "manifest.json")
     assert manifest["inputs"]["prototype_arguments"]["kmeans"] == "minibatch"
-    assert gen_syn_image.origin(manifest)["real_images"] == 36
+    assert image_folder.origin(manifest)["real_images"] == 36
     distill.main([*argv, "--save_init_image_path", str(distilled.parent)])
     assert "0 of 6 images (stages 1 and 2) made" in capsys.readouterr().out
 

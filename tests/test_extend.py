@@ -28,7 +28,7 @@ def test_a_data_set_is_one_entry_and_its_prompts(tmp_path, monkeypatch, model, r
     argv = ["--dataset", "birds", "--data_dir", "data", *SMALL, *model]
     [folder] = distill.main([*argv, "--num_inference_steps", "2"])
     assert folder.name == "birds_ipc2_s0.7_g8_kmexpand1_steps2"
-    manifest = gen_syn_image.read_images("--data", folder)
+    manifest = image_folder.read_images("--data", folder)
     assert manifest["image_size"] == 16
     assert manifest["classes"][1] == {"index": 1, "folder": "n00000002", "prompt": "a blue bird"}
     assert random_real.main(argv[:6]).name == "birds_ipc2_random"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from matching import batches, feed
+from matching import batches, crops, feed
 from matching.feed import Feed
 from matching.labels import label_file, write_epoch
 from scripts import files
@@ -122,8 +122,8 @@ def test_a_batch_is_made_without_waiting_for_the_device(mix_type, rows_of, monke
 
 
 def test_small_sets_are_cropped_once_for_all_seeds(monkeypatch):
-    calls, crop = [], batches.crop_on_cpu
-    monkeypatch.setattr(batches, "crop_on_cpu", lambda *a: calls.append(1) or crop(*a))
+    calls, crop = [], crops.crop_on_cpu
+    monkeypatch.setattr(crops, "crop_on_cpu", lambda *a: calls.append(1) or crop(*a))
     assert len(list(fed().loader([*KEYS, *KEYS]))) == 6 and len(calls) == 3
 
 
@@ -162,6 +162,6 @@ def test_a_bad_file_met_by_a_worker_is_one_line(tmp_path, refused):
 
 
 def test_a_reading_process_that_is_killed_is_one_line(refused, monkeypatch):
-    monkeypatch.setattr(batches, "crop_on_cpu", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(crops, "crop_on_cpu", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
     main = entry_point(lambda argv: list(fed().loader(KEYS, num_workers=1)))
     refused(main, [], "a reading process died, probably out of memory; --num_workers 0")

@@ -62,9 +62,9 @@ def test_the_folder_of_stage_2(images, prototypes):
     assert expected.items() <= rows[1].items()
     sizes = files.read_json(prototypes / "0000_0.json")["cluster_sizes"]
     assert [row["cluster_size"] for row in rows[:2]] == sizes
-    manifest = gen_syn_image.read_images("--data", images)
+    manifest = image_folder.read_images("--data", images)
     assert manifest["count"] == 6 and {"README.md", "images.jsonl"} < set(manifest["files"])
-    assert gen_syn_image.origin(manifest)["real_images"] == 36
+    assert image_folder.origin(manifest)["real_images"] == 36
 
 
 def test_image_folders_have_torchvisions_class_indices(images):

@@ -192,6 +192,24 @@ def test_hard_and_online_labels_have_no_folder():
     assert online.online and online.fkd_path is None and online.arch == ["resnet50"]
 
 
+@pytest.mark.parametrize(
+    "script",
+    ["scripts/demo.sh", "validate/cifar10_small.sh", "misc/train_tiny_sd_cf10.sh"],
+)
+def test_scripts_of_several_stages_give_flags_that_are_known(script):
+    from matching import labels
+
+    made = set()
+    for _, module, arguments in commands(script, OUT="x y", ARMS="d4m random vae"):
+        args = importlib.import_module(module).get_args(arguments)
+        if module == "matching.generate_soft_label":
+            settings = args.settings.filled(input_size=32)
+            names = [Path(data).name for data in args.data]
+            made |= {labels.labels_name(name, args.arch, settings) for name in names}
+        elif module == "validate.train_FKD" and not args.hard_label:
+            assert Path(args.fkd_path).name in made
+
+
 # ---- recipes
 
 

@@ -22,11 +22,11 @@ def test_the_images_are_the_data_sets_own_and_change_with_the_seed():
         for folder in (first, second)
     )
     assert len(set(chosen)) == 3 and set(chosen) <= real and chosen != others
-    manifest = gen_syn_image.read_images("--data", first)
+    manifest = image_folder.read_images("--data", first)
     assert manifest["arm"] == "random" and manifest["classes"][1]["prompt"] == "one"
     rows = (first / "images.jsonl").read_text().splitlines()
     assert '"prompt": "zero", "source": "' in rows[0]
-    assert gen_syn_image.origin(manifest) == {"generator": None, "real_images": 404}
+    assert image_folder.origin(manifest) == {"generator": None, "real_images": 404}
 
 
 def test_the_aspect_ratio_is_kept():

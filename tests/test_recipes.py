@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from distillation import random_real
 from matching import batches, generate_soft_label, images, labels, models, training
+from matching.crops import crop_on_cpu
 from scripts import files
 from scripts.runtime import WEIGHTS
 from tests.test_launchers import commands
@@ -77,7 +78,7 @@ def test_the_loss_of_a_recipe_on_one_batch(recipe, made, teachers, tmp_path):
 
     arrays, image_set = images.load_pixels("", images.open_images("", made))
     batch, logits = labels.EpochLabels(stored, 0, 10, 10).batch(0)
-    pixels = batches.crop_on_cpu(arrays, batch.index, batch.crop, batch.flip, 32)
+    pixels = crop_on_cpu(arrays, batch.index, batch.crop, batch.flip, 32)
     x = batches.mix(batches.normalise(pixels, (0.5,) * 3, (0.5,) * 3), batch, "cutmix")
     with training.seeded(0, WEIGHTS):
         student = models.create_model("convnet_mini", 10, 32)

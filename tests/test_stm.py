@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from distillation import datasets
-from distillation.gen_syn_image import Job
+from distillation.image_folder import Job
 from matching import models, stm
 from matching.images import open_images
 from scripts.runtime import generator

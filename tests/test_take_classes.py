@@ -19,11 +19,11 @@ def distilled(root, folders, ipc=1, size=32):
     order = {wnid: n for n, wnid in enumerate(prompts)}
     classes = [{"index": order[f], "folder": f, "prompt": f"of {prompts[f]}"} for f in folders]
     with output.Output(*where, settings, inputs, this_process("cpu")) as out:
-        jobs = gen_syn_image.list_jobs(classes, ipc, ipc)
+        jobs = image_folder.list_jobs(classes, ipc, ipc)
         for job in out.todo(jobs, lambda job: [job.file], 1):
             pixels = picture(10 * job.position + job.i, (size, size))
-            gen_syn_image.save_png(out, job.file, pixels, size)
-        gen_syn_image.finish_images(out, jobs, classes, lambda job: {})
+            image_folder.save_png(out, job.file, pixels, size)
+        image_folder.finish_images(out, jobs, classes, lambda job: {})
     return out.folder
 
 
@@ -44,11 +44,11 @@ def test_classes_are_taken_by_name_and_resized_as_pillow_does():
     for name in (f"{wnids[1]}/{wnids[1]}_0001.png", f"{wnids[0]}/{wnids[0]}_0000.png"):
         theirs = Image.open(source / name).resize((20, 20))
         assert np.array_equal(np.array(Image.open(folder / name)), np.array(theirs))
-    manifest = gen_syn_image.read_images("--data", folder)
+    manifest = image_folder.read_images("--data", folder)
     assert manifest["arm"] == "d4m-g" and manifest["dataset"] == "imagenette"
     assert [c["index"] for c in manifest["classes"]] == list(range(10))
     assert manifest["classes"][0]["prompt"] == "of tench, Tinca tinca"
-    assert gen_syn_image.origin(manifest) == {"generator": {"model": "tiny"}, "real_images": 7}
+    assert image_folder.origin(manifest) == {"generator": {"model": "tiny"}, "real_images": 7}
     assert "classes taken out" in (folder / "README.md").read_text()
 
 

@@ -145,7 +145,7 @@ soft() { # by every teacher; RD3's labels while the student trains
 }
 
 both() { # A B: these functions, side by side where JOBS allows
-    if [ "$JOBS" -lt 2 ]; then
+    if [ "$JOBS" -lt 2 ] || [ "${DRY_RUN:-0}" != 0 ]; then
         "$1"
         "$2"
     else

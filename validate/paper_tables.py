@@ -78,14 +78,12 @@ def odd_in_teacher(arguments):
     if arguments is None:
         return []
     dataset, arch = arguments["dataset"], arguments["arch"]
-    facts = datasets.ALL[dataset]
-    wanted = dict(train_teacher.get_args(["--dataset", dataset, "--arch", arch]).settings)
-    wanted["bn_batch"] = wanted["batch_size"]
-    wanted["train_images"] = facts.train_images
-    wanted["val_images"] = PAPER["test_images"].get(dataset)
-    unknown = {name for name in ("train_images", "val_images") if not wanted[name]}
-    free = {"seed", "eval_every"} | unknown | (wanted.keys() - arguments.keys())
-    return odd_values(arguments, {name: v for name, v in wanted.items() if name not in free})
+    counts = {"train_images": datasets.ALL[dataset].train_images}
+    counts["val_images"] = PAPER["test_images"].get(dataset)
+    settings = train_teacher.get_args(["--dataset", dataset, "--arch", arch]).settings
+    wanted = {**settings, "bn_batch": settings["batch_size"], "seed": arguments["seed"]}
+    wanted |= {"eval_every": arguments["eval_every"]} | {k: n for k, n in counts.items() if n}
+    return odd_values(arguments, wanted)
 
 
 @cache
@@ -156,9 +154,9 @@ def find_results(root):
     # two models may go by one name: the one with most results keeps it
     for name in {row["generator"] for row in rows} - {None}:
         own = [row for row in rows if row["generator"] == name]
-        [(most, _), *_] = Counter(row["generator_sha256"] for row in own).most_common()
+        [(most, _), *_] = Counter(tuple(row["generator_sha256"]) for row in own).most_common()
         for row in own:
-            if row["generator_sha256"] != most:
+            if tuple(row["generator_sha256"]) != most:
                 row["generator"] = f"{name} (another model of this name)"
     return rows
 
@@ -169,7 +167,6 @@ def _row(path, found):
         arguments, images, teachers = found["arguments"], found["images"], found["teacher"]
         labels, made_by, hard = found["labels"] or {}, images["generator"], arguments["hard_label"]
         dataset, ipc, student = arguments["dataset"], images["ipc"], arguments["model"]
-        hashes = sorted((made_by or {}).items())
         return {
             "path": str(path),
             "arguments": arguments,
@@ -178,7 +175,7 @@ def _row(path, found):
             **{name: images[name] for name in ("arm", "classes", "count", "real_images")},
             "images": images["name"],
             "generator": generator_name(made_by),
-            "generator_sha256": tuple(v for k, v in hashes if k.endswith("_sha256")),
+            "generator_sha256": [v for k, v in (made_by or {}).items() if k.endswith("_sha256")],
             "teacher": [teacher["arch"] for teacher in teachers],
             "weights": [teacher["weights"] for teacher in teachers],
             "teacher's": [odd for t in teachers for odd in odd_in_teacher(t["arguments"])],
@@ -255,7 +252,7 @@ def find_costs(root, dataset, checkpoint):
     costs = {"one": None, "batch": None}
     for key, batch in (("one", 1), ("batch", 32)):
         for folder in sorted(Path(root).glob(f"cost/batch{batch}/images/{dataset}_ipc*_s*")):
-            if not output.is_complete(folder) or not (folder / output.TIMING).is_file():
+            if not output.is_complete(folder):
                 continue
             manifest = output.read_manifest("--output_root", folder, "images")
             timing, inputs = files.read_json(folder / output.TIMING), manifest["inputs"]
@@ -379,18 +376,13 @@ def markdown(title, note, columns, rows):
 
 
 def latex(title, note, columns, rows):
-    """A table with booktabs; a rule between data sets and numbers of images per class."""
-    grid = as_words(columns, rows)
-    lines = [" & ".join(map(_escape, words)) + r" \\" for words in grid]
-    groups = [(row["dataset"], row.get("ipc")) for row in rows]
-    for n in range(len(rows)):
-        if n == 0 or groups[n] != groups[n - 1]:
-            lines[n + 1] = "\\midrule\n" + lines[n + 1]
+    """A table with booktabs."""
+    head, *lines = [" & ".join(map(_escape, w)) + r" \\" for w in as_words(columns, rows)]
     caption = rf"\caption{{{_escape(f'{title}. {note}')}}}"
     begin = ["% \\usepackage{booktabs}", r"\begin{table}[t]", r"\centering\small", caption]
-    begin += [rf"\begin{{tabular}}{{{'l' * len(grid[0])}}}", r"\toprule"]
+    begin += [rf"\begin{{tabular}}{{{'l' * (head.count(' & ') + 1)}}}", r"\toprule"]
     end = [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
-    return "\n".join([*begin, *lines, *end])
+    return "\n".join([*begin, head, r"\midrule", *lines, *end])
 
 
 def _escape(text):
@@ -450,23 +442,19 @@ def main(argv=None):
         rows = table_rows(n, results, teachers, root, checkpoint)
         form = (COST_NOTE, COST_COLUMNS) if n == 6 else (NOTE, COLUMNS)
         tables.append((f"table{n}", f"Table {n}: {PAPER['tables'][str(n)]}{by}", *form, rows))
-    others = other_results(results, checkpoint)
-    title = "Other results: no cell above shows them"
-    tables.append(("other_results", title, NOTE, OTHER_COLUMNS, others))
+    others = ("other_results", "Other results: no cell shows them", NOTE, OTHER_COLUMNS)
+    tables.append((*others, other_results(results, checkpoint)))
     render, suffix = FORMATS[args.format]
     chosen = [args.dataset, DATASET_TITLES.get(args.dataset)]
     for name, title, note, columns, rows in tables:
         rows = [row for row in rows if not args.dataset or row["dataset"] in chosen]
-        if not rows:
-            continue
-        text = render(title, note, columns, rows)
-        if not args.output:
-            print(text)
-            continue
-        Path(args.output).mkdir(parents=True, exist_ok=True)
-        path = Path(args.output) / f"{name}.{suffix}"
-        files.write(path, text)
-        print(path)
+        if rows and args.output:
+            path = Path(args.output) / f"{name}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write(path, render(title, note, columns, rows))
+            print(path)
+        elif rows:
+            print(render(title, note, columns, rows))
 
 
 if __name__ == "__main__":

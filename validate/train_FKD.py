@@ -318,11 +318,12 @@ def main(argv=None):
     if args.evaluate:
         how = args.num_workers, forward, process
         return evaluate_weights(args.evaluate, args.settings, *where, *how)
-    sources = [generate_soft_label.awaited(args.train_dir, args.teacher_checkpoint)]
-    sources += image_sets.awaited(filter(None, [args.fkd_path]), "matching.generate_soft_label")
+    sources = [generate_soft_label.missing_inputs(args.train_dir, args.teacher_checkpoint)]
+    if args.fkd_path:
+        sources.append(output.awaited(args.fkd_path, "matching.generate_soft_label"))
     missing = "; ".join(filter(None, sources))
     if process.dry_run and missing:
-        plan_student(args.settings, *where, args.fkd_path, args.output_dir, missing)
+        return plan_student(args.settings, *where, args.fkd_path, args.output_dir, missing)
     images = image_sets.open_images("--train_dir", args.train_dir, args.dataset)
     lessons = Lessons(images, args.settings, process, args.num_workers)
     if args.fkd_path:

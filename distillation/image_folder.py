@@ -1,0 +1,166 @@
+"""What an image folder is: `{class}/{class}_0000.png`, images.jsonl, a data card, a manifest.
+
+gen_syn_image, random_real, take_classes and matching.stm write such folders; stages 3 and 4 read
+them.
+"""
+
+import io
+import json
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from distillation import datasets
+from scripts import files, output
+from scripts.runtime import number, refuse, warn
+
+
+class Job(NamedTuple):
+    """One image to make: number `i` of class `position`, from prototype number `prototype`."""
+
+    position: int
+    class_id: int  # in the whole data set
+    folder: str
+    prompt: str
+    i: int
+    prototype: int
+
+    @property
+    def file(self):
+        return f"{self.folder}/{self.folder}_{self.i:04d}.png"
+
+
+def list_jobs(classes, ipc, num_prototypes):
+    """Every image, class by class; where prototypes are fewer, each gives several images."""
+    return [
+        Job(position, c["index"], c["folder"], c["prompt"], i, i % num_prototypes)
+        for position, c in enumerate(classes)
+        for i in range(ipc)
+    ]
+
+
+def add_size_flags(parser):
+    """The flags of everything that writes images."""
+    size, pixels = datasets.default("image_size"), "pixels of the saved PNGs [by data set]"
+    whole = number(int, 1)
+    parser.setting("--image_size", type=whole, default=size, short="imagesize", help=pixels)
+    below = "the folder is made below this one"
+    parser.flag("--save_init_image_path", default="output/images", help=below)
+
+
+# ---- writing
+
+
+def save_pngs(out, jobs, pictures, image_size):
+    """(H, W, 3) uint8 -> PNGs of image_size: Pillow's default filter, bicubic, as the release."""
+    for job, picture in zip(jobs, pictures):
+        image, stream = Image.fromarray(picture), io.BytesIO()
+        if image.size != (image_size, image_size):
+            image = image.resize((image_size, image_size))
+        image.save(stream, format="PNG")
+        out.write(job.file, stream.getvalue())
+
+
+def save_each(out, jobs, picture_of, image_size):
+    """Write the images that are not there yet.   picture_of: job -> PIL image or BadImage"""
+    todo = out.todo(jobs, lambda job: [job.file], image_size**2 * 2)
+    with out.progress(total=len(todo), desc=out.settings["arm"], unit="image") as bar:
+        for job in out.steps(todo):
+            try:
+                picture = picture_of(job)
+            except datasets.BadImage as error:
+                refuse(error)
+            save_pngs(out, [job], [np.array(picture)], image_size)
+            bar.update()
+
+
+def logged_rows(folder, jobs):
+    """{file: what images.jsonl says of it}, as the log has it from when the image was made.
+
+    Where the log was lost, nobody knows how often an image was drawn again: its seed is null.
+    """
+    lines = [line for line in output.log_rows(folder) if line.get("event") == "images"]
+    rows = {row["file_name"]: row for line in lines for row in line["rows"]}
+    lost = [job.file for job in jobs if job.file not in rows]
+    if lost:
+        warn(f"{folder}: {len(lost)} images are not in {output.LOG}, so images.jsonl has no seed")
+    return rows | {name: {"seed": None, "attempt": None} for name in lost}
+
+
+def finish_images(out, jobs, classes, row_of, words="images", **facts):
+    """Write images.jsonl, the data card and the manifest, once every PNG is there.
+
+    row_of    job -> what images.jsonl says of it beside its class
+    facts     dataset, arm, ipc and image_size, where they are not among the settings
+    """
+    names = ("dataset", "arm", "ipc", "image_size")
+    facts = {name: facts[name] if name in facts else out.settings[name] for name in names}
+    facts |= {"count": len(jobs), "classes": classes}
+
+    def line(job):
+        row = {"file_name": job.file, "class_index": job.class_id, "folder": job.folder}
+        return json.dumps({**row, "prompt": job.prompt, **row_of(job)}, ensure_ascii=False) + "\n"
+
+    # not metadata.jsonl: under that name Hugging Face's imagefolder drops the folder labels
+    derived = {"images.jsonl": lambda: "".join(map(line, jobs))}
+    derived["README.md"] = lambda: data_card(facts, out.settings, out.inputs.get("generator"))
+    out.finish(facts, derived, words)
+
+
+MADE_AS = {
+    "d4m": "prototypes noised, denoised under the class prompt and decoded (D4M, arXiv 2407.15138)",
+    "decoded": "prototypes decoded without diffusion",
+    "noise": "noise denoised from t = strength * T, no prototypes",
+    "text": "text-to-image, no prototypes",
+    "random": "real images chosen at random",
+    "stm": "images optimised further against a classifier's BatchNorm statistics (SRe2L's recover)",
+}
+
+
+def data_card(facts, settings, generator=None):
+    """README.md of the image folder: a Hugging Face data card."""
+    arm, taken = facts["arm"].removesuffix("-g"), facts["arm"].endswith("-g")
+    how = MADE_AS[arm] + "; classes taken out of a larger distilled data set" * taken
+    names = ("model", "strength", "guidance_scale", "num_inference_steps", "seed")
+    details = {**settings, **(generator or {})}
+    listed = "".join(f"- {name}: {details[name]}\n" for name in names if name in details)
+    return f"""---
+task_categories: [image-classification]
+tags: [dataset-distillation]
+---
+# {facts["dataset"]}, {facts["ipc"]} images per class
+
+{len(facts["classes"])} classes, {facts["image_size"]} px PNG, one folder per class. Made as: {how}.
+
+{listed}
+`images.jsonl` has one line per image; `manifest.json` has every argument and the sha256 of every
+file. The licences of the model and of the real images apply.
+"""
+
+
+# ---- reading
+
+
+def read_images(flag, folder):
+    """The manifest of a finished image folder, whose names cannot leave the folder."""
+    manifest = output.read_manifest(flag, folder, "images")
+    where = f"{flag} {folder}: its manifest"
+    for name in (manifest["arm"], *(c["folder"] for c in manifest["classes"])):
+        if not files.safe_name(name):
+            refuse(f"{where} holds {name!r}, which is not a plain name")
+    for job in list_jobs(manifest["classes"], manifest["ipc"], 1):
+        if job.file not in manifest["files"]:
+            refuse(f"{where} does not list {job.file}")
+    if manifest["dataset"] not in datasets.ALL:
+        refuse(f"{where} names an unknown data set {manifest['dataset']!r}")
+    return manifest
+
+
+def origin(manifest):
+    """{"generator": facts or None, "real_images": count or None}: what the images were made from,
+    also where they were made of other images."""
+    inputs = manifest["inputs"]
+    while "source_manifest" in inputs:
+        inputs = inputs["source_manifest"]["inputs"]
+    return {name: inputs.get(name) for name in ("generator", "real_images")}

@@ -1,1 +1,0 @@
-"""What `python -m misc.benchmark` is made of."""

@@ -4,7 +4,7 @@
     split.folders[0], split.prompts[0], len(split.items[0])    # 'n01440764', 'tench, ...', 1300
     split.read(split.items[0][0])                              # a PIL image in RGB
 
-A new data set is one entry of `ALL`, its list of prompts in label-prompt/, and its launchers.
+A new data set is one entry of `ALL`, its prompts in label-prompt/NAME.txt, and its launchers.
 
 Class index = position of the folder name in sorted order, for real and synthetic images alike: what
 torchvision's ImageFolder gives, and what its ImageNet teachers were trained with. Everything is
@@ -26,15 +26,14 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from distillation.label_files import WNID, known_prompts, read_label_file
 from scripts import files
 from scripts.runtime import CHOICE, generator, number, refuse, warn
 
-LABEL_FOLDER = Path(__file__).parent / "label-prompt"
 # those of torchvision's ImageFolder; not imported from it, which takes a second
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 # images too, which ImageFolder leaves out as well: warned about
 OTHER_EXTENSIONS = {".gif", ".jfif", ".jpe", ".jp2", ".heic", ".avif", ".tga"}
-WNID = re.compile(r"n\d{8}$")
 
 
 class BadImage(ValueError):
@@ -108,14 +107,14 @@ def class_table(split):
     return [{"index": c, "folder": folder, "prompt": prompt} for c, folder, prompt in rows]
 
 
-def check_class_sizes(split, ipc, on_small_class="error", flag="--data_dir"):
+def check_class_sizes(split, ipc, on_small_class=None, flag="--data_dir"):
     """Refuse, before any work, an empty class, and one with fewer than `ipc` images."""
+    hint = " (--on_small_class repeat repeats them)" if on_small_class else ""
     for folder, items in zip(split.folders, split.items):
         if not items:
             refuse(f"{flag}: class {folder} has no images")
-        if len(items) < ipc and on_small_class == "error":
-            few = f"class {folder} has only {len(items)} images"
-            refuse(f"--ipc {ipc}: {few} (--on_small_class repeat repeats them)")
+        if len(items) < ipc and on_small_class != "repeat":
+            refuse(f"--ipc {ipc}: class {folder} has only {len(items)} images{hint}")
 
 
 def choose_images(split, ipc, seed):
@@ -142,14 +141,8 @@ def read_rgb(path):
             if image.mode.startswith("I") or image.mode == "F":
                 image = _sixteen_bit_gray(image)
             return image.convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise BadImage(f"{path}: {error}") from None
     except UnidentifiedImageError:
-        size = Path(path).stat().st_size
-        what = "not an image" if size else "an empty file"
-        raise BadImage(f"{path}: {what} ({size} bytes)") from None
-    except BadImage:
-        raise
+        raise BadImage(f"{path}: not an image ({Path(path).stat().st_size} bytes)") from None
     except Exception as error:  # Pillow's decoders raise struct.error, IndexError, zlib.error ...
         raise BadImage(f"{path}: cannot be decoded: {str(error) or type(error).__name__}") from None
 
@@ -158,119 +151,13 @@ def _sixteen_bit_gray(image):
     values = np.asarray(image)
     if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
         span = f"values {values.min()} to {values.max()}"
-        raise BadImage(f"{image.filename}: mode {image.mode} with {span} has no known range")
+        raise ValueError(f"mode {image.mode} with {span} has no known range")
     return Image.fromarray((values.astype(np.float64) / 257).round().astype(np.uint8))
 
 
 def squash(image, size):
     """PIL image -> (size, size), antialiased bilinear, aspect ratio not kept, as the release."""
     return image.resize((size, size), Image.Resampling.BILINEAR)
-
-
-# ---- label files
-
-
-def known_prompts(dataset):
-    """{class folder: prompt} in class order of a data set whose classes are known, else {}."""
-    # differs from the release: its lists swap two ImageNet classes, misorder CIFAR-100, and lose
-    # Tiny-ImageNet's spaces
-    name = ALL[dataset].prompts
-    if name is None:
-        return {}
-    lines = (LABEL_FOLDER / name).read_text(encoding="utf-8").splitlines()
-    return dict(line.split("\t") for line in lines)
-
-
-def read_label_file(path, folders, dataset="imagefolder", flag="--label_file_path"):
-    """The prompts of `folders` from a text file: line i = prompt of class i, or
-    `folder<TAB>prompt` (also `wnid prompt`).
-
-    A BOM, CRs, outer spaces and balanced outer quotes are taken off. Refuses, with its line number,
-    a blank line, a stray quote, a control character, a wrong count, an unknown or repeated folder,
-    and - against our own list of a known data set - rows in another order or without their spaces.
-    A prompt that two classes share is only warned about.
-    """
-    where = f"{flag} {path}"
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        refuse(f"{where}: {error.strerror}")
-    except UnicodeDecodeError as error:
-        refuse(f"{where}: not UTF-8 at byte {error.start}")
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
-    rows = [_label_row(line, f"{where}, line {n}") for n, line in enumerate(lines, 1)]
-    if len({folder is None for folder, _ in rows}) > 1:
-        refuse(f"{where}: some lines have a folder name, others have none")
-    if rows[0][0] is not None:
-        prompts = _by_folder(rows, folders, where)
-    else:
-        prompts = [prompt for _, prompt in rows]
-        if len(rows) != len(folders):
-            refuse(f"{where}: has {len(rows)} prompts, there are {len(folders)} classes")
-        _check_order(prompts, folders, dataset, where)
-    seen = {}
-    for folder, prompt in zip(folders, prompts):
-        if prompt in seen:
-            warn(f"{where}: classes {seen[prompt]} and {folder} share the prompt {prompt!r}")
-        seen.setdefault(prompt, folder)
-    return prompts
-
-
-def _label_row(line, where):
-    """One line -> (folder or None, prompt)."""
-    control = re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", line)
-    if control:
-        refuse(f"{where}: holds the control character {control[0]!r}")
-    if not line.strip():
-        refuse(f"{where}: is blank")
-    folder, tab, prompt = line.partition("\t")
-    if not tab:
-        wnid, space, rest = line.strip().partition(" ")
-        folder, prompt = (wnid, rest) if space and WNID.match(wnid) else (None, line)
-    if "\t" in prompt:
-        refuse(f"{where}: has more than one tab")
-    prompt = prompt.strip()
-    if len(prompt) > 1 and prompt[0] == prompt[-1] and prompt[0] in "\"'":
-        prompt = prompt[1:-1].strip()
-    if '"' in prompt or prompt[:1] == "'" or prompt[-1:] == "'":
-        refuse(f"{where}: has a stray quote mark: {prompt}")
-    if not prompt:
-        refuse(f"{where}: has no prompt")
-    return folder and folder.strip(), prompt
-
-
-def _by_folder(rows, folders, where):
-    """[(folder, prompt)] -> the prompts of `folders`; other ImageNet classes may have rows too."""
-    prompts, known = {}, set(folders) | set(known_prompts("imagenet"))
-    for n, (folder, prompt) in enumerate(rows, 1):
-        if folder in prompts:
-            refuse(f"{where}, line {n}: the folder {folder} stands twice")
-        if folder not in known:
-            refuse(f"{where}, line {n}: there is no class folder {folder!r}")
-        prompts[folder] = prompt
-    missing = [folder for folder in folders if folder not in prompts]
-    if missing:
-        refuse(f"{where}: has no line for {len(missing)} class folders, first {missing[0]}")
-    return [prompts[folder] for folder in folders]
-
-
-def _check_order(prompts, folders, dataset, where):
-    """A bare list of prompts must not be our own list in another order or without its spaces."""
-
-    def letters(prompt):
-        return re.sub(r"[^a-z0-9]", "", prompt.lower())
-
-    of_wnids = "imagenet" if all(map(WNID.match, folders)) else dataset
-    ours = known_prompts(dataset) or known_prompts(of_wnids)
-    owner = {letters(ours[folder]): folder for folder in reversed(ours)}
-    for n, (folder, prompt) in enumerate(zip(folders, prompts), 1):
-        if folder not in ours or prompt == ours[folder]:
-            continue
-        other, expected = owner.get(letters(prompt)), f"expected {folder}'s {ours[folder]!r}"
-        if other == folder and " " in ours[folder] and " " not in prompt:
-            refuse(f"{where}, line {n}: {prompt!r} has lost its spaces, {expected}")
-        if other not in (None, folder):
-            refuse(f"{where}, line {n}: {prompt!r} is the prompt of {other}, {expected}")
 
 
 # ---- where images are: each function is a `find` of ALL
@@ -374,34 +261,31 @@ def _imagenet_ground_truth(root, base, flag):
     """{file name: wnid} of a flat ImageNet val/."""
     names = ("LOC_val_solution.csv", "imagenet_2012_validation_synset_labels.txt")
     places = [[folder / name for folder in (base, root, base.parent)] for name in names]
-    kaggle, wnids = (next((p for p in paths if p.is_file()), None) for paths in places)
+    kaggle, lines = (next((p for p in paths if p.is_file()), None) for paths in places)
+    name = "ILSVRC2012_validation_ground_truth.txt"  # of the devkit: line i = id of image i
+    found = (p for at in ("", "*devkit*/", "*devkit*/data/") for p in root.glob(at + name))
+    truth = kaggle or lines or next(found, None)
+    meta = truth and truth.parent / "meta.mat"
+    if not truth or not (kaggle or lines or meta.is_file()):
+        wanted = f"{', '.join(names)}, or the devkit's {name} with meta.mat"
+        refuse(f"{flag} {root}: {base} is flat and no ground truth is beside it: {wanted}")
     if kaggle:  # ImageId,"wnid x y x y ..."
         with _as_ground_truth(kaggle), open(kaggle, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
             return {f"{r['ImageId']}.JPEG": r["PredictionString"].split()[0] for r in rows}
-    if wnids:  # line i = wnid of image i
-        with _as_ground_truth(wnids):
-            return _numbered(wnids.read_text(encoding="utf-8").split())
-    name = "ILSVRC2012_validation_ground_truth.txt"  # line i = ILSVRC id of image i
-    found = (p for at in ("", "*devkit*/", "*devkit*/data/") for p in root.glob(at + name))
-    truth = next(found, None)
-    if not truth or not (truth.parent / "meta.mat").is_file():
-        wanted = f"{', '.join(names)}, or the devkit's {name} with meta.mat"
-        refuse(f"{flag} {root}: {base} is flat and no ground truth is beside it: {wanted}")
-    from scipy.io import loadmat
-
-    with _as_ground_truth(truth.parent / "meta.mat"):
-        synsets = loadmat(truth.parent / "meta.mat", squeeze_me=True)["synsets"]
-        wnid_of = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets}
     with _as_ground_truth(truth):
-        return _numbered([wnid_of[int(n)] for n in truth.read_text(encoding="utf-8").split()])
+        wnids = truth.read_text(encoding="utf-8").split()  # line i = wnid of image i, or its id
+    if not lines:
+        from scipy.io import loadmat
 
-
-def _numbered(wnids):
+        with _as_ground_truth(meta):
+            synsets = loadmat(meta, squeeze_me=True)["synsets"]
+            wnid_of = {str(int(s["ILSVRC2012_ID"])): str(s["WNID"]) for s in synsets}
+            wnids = [wnid_of[n] for n in wnids]
     return {f"ILSVRC2012_val_{i:08d}.JPEG": wnid for i, wnid in enumerate(wnids, 1)}
 
 
-def in_cifar_batches(dataset, root, split, flag, download=False):
+def in_cifar(dataset, root, split, flag, download=False):
     """torchvision's CIFAR, held in memory; `in_folders` where there are class folders."""
     if _has_folders(root / split):
         return in_folders(dataset, root, split, flag)
@@ -450,10 +334,8 @@ class TeacherRecipe(NamedTuple):
 class DataSet:
     """All that is fixed for one data set.
 
-    find          function (dataset, root, split, flag, download) -> ({class folder: items}, arrays
-                  or None), as `in_folders`
+    find          where its images are: a function like `in_folders`
     needs         what `find` expects in the root, for messages; None: it needs no root
-    prompts       file in label-prompt/, `folder<TAB>prompt` in class order; None: no known classes
     teacher       how its teacher is trained: has no default, so that none is forgotten
     train_images  in the training split; None: not known
     image_size    pixels of a saved synthetic image, and of the student's input
@@ -463,7 +345,6 @@ class DataSet:
 
     find: Callable
     needs: str | None
-    prompts: str | None
     teacher: TeacherRecipe
     train_images: int | None
     image_size: int = 224
@@ -477,39 +358,31 @@ class DataSet:
 IMAGENET_TEACHER = TeacherRecipe(90, 256, 0.1, 1e-4, 5, "rrc", 0.5)
 TINY_TEACHER = TeacherRecipe(200, 256, 0.2, 1e-4, 5, "rrc", 0.5)
 CIFAR_TEACHER = TeacherRecipe(200, 128, 0.1, 5e-4, 0, "pad_crop", 0.5)
-DIGITS_TEACHER = TeacherRecipe(
-    15, 50, 0.02, 5e-4, 1, "pad_crop", 0.0
-)  # short; digits are not flipped
+# short; digits are not flipped
+DIGITS_TEACHER = TeacherRecipe(15, 50, 0.02, 5e-4, 1, "pad_crop", 0.0)
 
-WNIDS = (
-    "train/<wnid>/ for training and val/<wnid>/ (or flat val/ with its ground-truth file) for tests"
-)
+FLAT = "flat val/ with its ground-truth file"
+WNIDS = f"train/<wnid>/ for training and val/<wnid>/ (or {FLAT}) for tests"
 TINY = "train/<wnid>/images/ for training and val/images/ with val/val_annotations.txt for tests"
 OR_FOLDERS = "(--download fetches it), or train/<class name>/ with images"
 CIFAR10, CIFAR100 = f"cifar-10-batches-py/ {OR_FOLDERS}", f"cifar-100-python/ {OR_FOLDERS}"
 ANY = "train/<class>/ with images (val/<class>/ for tests), or the <class>/ folders themselves"
 
-CIFAR10_COLOURS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
-CIFAR100_COLOURS = {"mean": (0.5071, 0.4866, 0.4409), "std": (0.2673, 0.2564, 0.2762)}
-DIGITS_COLOURS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+CIFAR10_COLOURS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+CIFAR100_COLOURS = ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762))
+DIGITS_COLOURS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
-# find, needs, prompts, teacher, train_images, image_size, encode_size
+# find, needs, teacher, train_images, image_size, encode_size, mean, std
 ALL = {
-    "imagenet": DataSet(in_wnid_folders, WNIDS, "imagenet.txt", IMAGENET_TEACHER, 1281167),
-    "imagenette": DataSet(in_wnid_folders, WNIDS, "imagenette.txt", IMAGENET_TEACHER, 9469),
-    "imagewoof": DataSet(in_wnid_folders, WNIDS, "imagewoof.txt", IMAGENET_TEACHER, 9025),
-    "imagenet100": DataSet(in_wnid_folders, WNIDS, "imagenet100.txt", IMAGENET_TEACHER, 126689),
-    "tiny_imagenet": DataSet(in_tiny_imagenet, TINY, "tiny_imagenet.txt", TINY_TEACHER, 100000, 64),
-    "cifar10": DataSet(
-        in_cifar_batches, CIFAR10, "cifar10.txt", CIFAR_TEACHER, 50000, 32, **CIFAR10_COLOURS
-    ),
-    "cifar100": DataSet(
-        in_cifar_batches, CIFAR100, "cifar100.txt", CIFAR_TEACHER, 50000, 32, **CIFAR100_COLOURS
-    ),
-    "digits": DataSet(
-        in_scikit_learn, None, "digits.txt", DIGITS_TEACHER, 1352, 32, 32, **DIGITS_COLOURS
-    ),
-    "imagefolder": DataSet(in_folders, ANY, None, IMAGENET_TEACHER, None),
+    "imagenet": DataSet(in_wnid_folders, WNIDS, IMAGENET_TEACHER, 1281167),
+    "imagenette": DataSet(in_wnid_folders, WNIDS, IMAGENET_TEACHER, 9469),
+    "imagewoof": DataSet(in_wnid_folders, WNIDS, IMAGENET_TEACHER, 9025),
+    "imagenet100": DataSet(in_wnid_folders, WNIDS, IMAGENET_TEACHER, 126689),
+    "tiny_imagenet": DataSet(in_tiny_imagenet, TINY, TINY_TEACHER, 100000, 64),
+    "cifar10": DataSet(in_cifar, CIFAR10, CIFAR_TEACHER, 50000, 32, 512, *CIFAR10_COLOURS),
+    "cifar100": DataSet(in_cifar, CIFAR100, CIFAR_TEACHER, 50000, 32, 512, *CIFAR100_COLOURS),
+    "digits": DataSet(in_scikit_learn, None, DIGITS_TEACHER, 1352, 32, 32, *DIGITS_COLOURS),
+    "imagefolder": DataSet(in_folders, ANY, IMAGENET_TEACHER, None),
 }
 
 
@@ -530,10 +403,7 @@ def add_dataset_flags(parser, data_flag="--data_dir"):
     parser.heading("real images")
     parser.setting("--dataset", type=name, default="imagenet", help=", ".join(ALL))
     parser.flag(data_flag, help="the data set's root (not for digits)")
-    prompts = (
-        "prompts, one per line in class order or `folder<TAB>prompt` [the data set's own list; "
-    )
-    prompts += "for imagefolder the folder names]"
+    prompts = "one per line in class order, or `folder<TAB>prompt` [our list, or folder names]"
     parser.flag("--label_file_path", help=prompts)
     part = "only these: folder names, class indices, or ranges such as 0-9"
     parser.setting("--classes", nargs="+", metavar="C", short="classes", help=part)

@@ -6,7 +6,7 @@
 The PNGs are those of gen_prototype followed by gen_syn_image, byte for byte.
 """
 
-from distillation import datasets, gen_prototype, gen_syn_image
+from distillation import datasets, gen_prototype, gen_syn_image, latent_cache
 from scripts import generators, runtime
 from scripts.runtime import Parser, entry_point, refuse
 
@@ -26,26 +26,19 @@ def main(argv=None):
     process = runtime.this_process(args.device, args.shard, args.dry_run, args.wait)
     if args.num_prototypes != args.ipc:
         refuse(f"--num_prototypes {args.num_prototypes}: distill makes --ipc {args.ipc} prototypes")
-    settings = gen_syn_image.of_arm(args.settings.only(second), "d4m")
     stage_1 = args.settings.only(first)
+    stage_2 = gen_syn_image.of_arm(args.settings.only(second), "d4m")
     kmeans_device = gen_prototype.resolve_kmeans_device(args.kmeans_device, process.device)
     split = gen_prototype.open_images(stage_1, args.data_dir, args.label_file_path, args.download)
-    model = generators.load(
-        args.diffusion_checkpoints_path,
-        process.device,
-        **args.settings.only(generators.SETTINGS),
-        config=args.single_file_config,
-        revision=args.revision,
-        variant=args.variant,
-        safety_checker=args.safety_checker == "on",
-    )
-    gen_syn_image.check_steps(settings, ["d4m"], model.most_steps)
+    how = {name: getattr(args, name) for name in generators.FLAGS}
+    model = generators.load(args.diffusion_checkpoints_path, process.device, **how)
+    gen_syn_image.check_steps(stage_2, ["d4m"], model.most_steps)
     model.latent_shape(args.size)  # refuses what the model cannot take
 
     def stream(positions, out):
         """Prototypes of the classes that are still needed, made as synthesis gets to them."""
         s = {**stage_1, "batch_size": out.settings["batch_size"]}  # of a folder that was begun
-        cache = gen_prototype.open_cache(args.latent_cache, split, s, model.facts, out.log)
+        cache = latent_cache.open_cache(args.latent_cache, split, s, model.facts, out.log)
         how = (s, cache, args.num_workers, not process.is_main)
         for position, latents, _ in gen_prototype.class_latents(model, split, positions, *how):
             name = split.folders[position]
@@ -53,18 +46,9 @@ def main(argv=None):
 
     inputs = gen_prototype.inputs_of(split, model, stage_1)
     inputs |= {"prototypes": None, "prototype_arguments": {**stage_1, "batch_size": None}}
-    folder = gen_syn_image.synthesize(
-        model,
-        settings,
-        datasets.class_table(split),
-        stream,
-        inputs,
-        gen_prototype.parts_of(stage_1),
-        args.save_init_image_path,
-        process,
-        words="images (stages 1 and 2)",
-    )
-    return [folder]
+    what = (datasets.class_table(split), stream, inputs, gen_prototype.parts_of(stage_1))
+    where, words = (args.save_init_image_path, process), "images (stages 1 and 2)"
+    return [gen_syn_image.synthesize(model, stage_2, *what, *where, words)]
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from distillation import datasets, prototype_files, prototypes
-from distillation.latent_cache import LatentCache
+from distillation import datasets, latent_cache, prototype_files, prototypes
 from scripts import files, generators, output, runtime
 from scripts.runtime import Parser, entry_point, number, refuse, warn
 
@@ -117,7 +116,9 @@ def class_latents(model, split, positions, settings, cache=None, num_workers=0, 
     loader = DataLoader(SquashedImages(split, settings["size"]), None, sampler=batches, **how)
     read = zip((numbers for _, numbers in batches), iter(loader))
     limit = runtime.MemoryLimit(step)
-    with runtime.progress(total=total, desc="encode", unit="image", quiet=quiet or not total) as bar:
+    with runtime.progress(
+        total=total, desc="encode", unit="image", quiet=quiet or not total
+    ) as bar:
         for position in positions:
             if position in cached:
                 yield position, *cache.load(position)
@@ -157,48 +158,38 @@ def resolve_kmeans_device(name, device):
 
 
 def declare(parser):
-    """The flags of stage 1, in the order in which settings name its folder; distill has them too.
+    """The flags of stage 1 that distill has too; their order is that in the folder's name.
 
     Returns the settings' names.
     """
-    count = number(int, 1)
+    setting, count, size = parser.setting, number(int, 1), datasets.default("encode_size")
     parser.heading("prototypes")
-    parser.setting("--ipc", type=count, default=1, help="images and prototypes per class")
-    buffers = "k-means is fed in buffers of km_expand * ipc latents"
-    parser.setting("--km_expand", type=count, default=10, help=buffers)
-    size, enter = datasets.default("encode_size"), "pixels of images in the VAE [512; digits: 32]"
-    parser.setting("--size", type=count, default=size, short="size", help=enter)
-    use = "of shuffling, posterior sampling and synthesis noise"
-    parser.setting("--seed", type=number(int, 0), default=0, short="seed", help=use)
+    setting("--ipc", type=count, default=1, help="images and prototypes per class")
+    setting("--km_expand", type=count, default=10, help="k-means buffers: km_expand * ipc latents")
+    setting("--size", type=count, default=size, short="size", help="VAE pixels [512; digits: 32]")
+    setting("--seed", type=number(int, 0), default=0, short="seed", help="of all that is drawn")
     kinds = "minibatch: the paper's; full: Lloyd's on all latents; none: of --ipc random images"
-    names = ["minibatch", "full", "none"]
-    parser.setting("--kmeans", choices=names, default=names[0], short="kmeans", help=kinds)
-    where = "auto: the GPU if there is one; minibatch only"
-    parser.flag("--kmeans_device", choices=["auto", "cpu", "cuda"], default="auto", help=where)
-    names, small = ["error", "repeat"], "with fewer images than --ipc: refuse, or repeat them"
-    parser.setting("--on_small_class", choices=names, default="error", help=small)
-    names, bad = ["error", "skip"], "skip keeps a list in the class's file"
-    parser.setting("--on_bad_image", choices=names, default="error", help=bad)
-    kept = "keep every class's latents here for another --ipc"
-    parser.flag("--latent_cache", metavar="DIR", help=kept)
+    kmeans, where = ["minibatch", "full", "none"], ["auto", "cpu", "cuda"]
+    setting("--kmeans", choices=kmeans, default="minibatch", short="kmeans", help=kinds)
+    parser.flag("--kmeans_device", choices=where, default="auto", help="auto: the GPU, if any")
+    small, bad = "with fewer images than --ipc", "skip lists it in the class's file"
+    setting("--on_small_class", choices=["error", "repeat"], default="error", help=small)
+    setting("--on_bad_image", choices=["error", "skip"], default="error", help=bad)
+    parser.flag("--latent_cache", metavar="DIR", help="keeps every latent for another --ipc")
     # differs from the release: 10. The batch only changes speed and the last bits of a latent
-    parser.setting("--batch_size", type=count, default=32, help="images at once")
+    setting("--batch_size", type=count, default=32, help="images at once")
     datasets.add_dataset_flags(parser)
     generators.add_generator_flags(parser)
     return list(parser.shorts)
 
 
 def get_args(argv=None):
-    parser = Parser("distillation.gen_prototype", __doc__)
+    parser, fast = Parser("distillation.gen_prototype", __doc__), "safetensors: smaller and faster"
     declare(parser)
     parser.heading("output")
-    names, fast = (
-        prototype_files.FORMATS,
-        "safetensors: ten times smaller, hundreds of times faster",
-    )
+    names, root = prototype_files.FORMATS, "output/prototypes"
     parser.setting("--prototype_format", choices=names, default="json", help=fast)
-    below = "the folder is made below this one"
-    parser.flag("--save_prototype_path", default="output/prototypes", help=below)
+    parser.flag("--save_prototype_path", default=root, help="where the folder is made")
     runtime.add_process_flags(parser)
     return parser.parse_args(argv)
 
@@ -211,12 +202,6 @@ def open_images(settings, root, label_file=None, download=False):
     if settings["kmeans"] == "none":
         return datasets.choose_images(split, settings["ipc"], settings["seed"])
     return split
-
-
-def open_cache(root, split, settings, generator_facts, log):
-    """The LatentCache; None without --latent_cache, and for a few chosen images of each class."""
-    if root and settings["kmeans"] != "none":
-        return LatentCache(root, split, settings, generator_facts, log)
 
 
 def inputs_of(split, model, settings):
@@ -251,7 +236,9 @@ def main(argv=None):
         names = [prototype_files.class_file(n, f, form) for n, f in enumerate(split.folders)]
         bytes_each = args.ipc * math.prod(shape) * (7 if form == "json" else 2)
         todo = out.todo(range(len(names)), lambda n: [names[n]], bytes_each)
-        cache = open_cache(args.latent_cache, split, out.settings, model.facts, out.log)
+        cache = latent_cache.open_cache(
+            args.latent_cache, split, out.settings, model.facts, out.log
+        )
         how = (out.settings, cache, args.num_workers, not process.is_main)
 
         def write_class(position, latents, skipped):

@@ -23,12 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distillation import datasets, image_folder, prototype_files
+from distillation import datasets, image_folder, label_files, prototype_files
 from scripts import generators, output, runtime
 from scripts.runtime import Parser, entry_point, number, refuse, warn
 
 ARMS = ("d4m", "decoded", "noise", "text")
-FROM_PROTOTYPES = ("d4m", "decoded")
 # of stage 2's settings, those that stage 1 has too
 SHARED = ("dataset", "ipc", "km_expand", "seed", "batch_size", *generators.SETTINGS)
 REDRAWS = 3  # how often a flat (black) image is drawn again with another seed
@@ -85,7 +84,7 @@ class Synthesizer:
         A unit Gaussian noised by sqrt(a) x + sqrt(1 - a) e is a unit Gaussian again at every t, so
         the stock pipeline then starts from pure noise: "noise" at t = strength * T, "text" at T.
         """
-        if self.settings["arm"] in FROM_PROTOTYPES:
+        if self.settings["arm"] in image_folder.FROM_PROTOTYPES:
             return prototypes
         keys = [(self.settings["seed"], runtime.START, j.class_id, j.i, attempt) for j in jobs]
         shape, draws = prototypes.shape[1:], [runtime.generator(*key) for key in keys]
@@ -123,7 +122,9 @@ def make_images(out, batches, synthesizer, stream):
             pictures, attempts = synthesizer.draw(batch, torch.from_numpy(latents))
             sizes = [int(found[job.position].sizes[job.prototype]) for job in batch]
             rows = [image_row(settings, *one) for one in zip(batch, attempts, sizes)]
-            out.log(event="images", rows=rows)  # before the PNGs are there: images.jsonl is made from it
+            out.log(
+                event="images", rows=rows
+            )  # before the PNGs are there: images.jsonl is made from it
             out.later(image_folder.save_pngs, out, batch, pictures, out.settings["image_size"])
             bar.update(len(batch))
             out.made += len(batch)
@@ -135,33 +136,9 @@ def image_row(settings, job, attempt, cluster_size):
     seed = runtime.seed_of(*image_key(settings["seed"], job, attempt))
     row = {"file_name": job.file, "seed": seed, "attempt": attempt}
     row |= {name: settings[name] for name in ("strength", "guidance_scale")}
-    if settings["arm"] in FROM_PROTOTYPES:
+    if settings["arm"] in image_folder.FROM_PROTOTYPES:
         row |= {"prototype": job.prototype, "cluster_size": cluster_size}
     return row
-
-
-# ---- the image folder
-
-
-def folder_name(settings, parts, prototype_seed):
-    """`{dataset}_ipc{ipc}_s{strength}_g{guidance}_kmexpand{k}` or `{dataset}_ipc{ipc}_{arm}`, plus
-    what is not the default in stage 2, then in stage 1.
-
-    parts    {setting of stage 1: [what it adds]};   prototype_seed: None if not known
-    """
-    s, arm = settings, settings["arm"]
-    method = f"s{s['strength']:g}_g{s['guidance_scale']:g}_kmexpand{s['km_expand']}"
-    stem = f"{s['dataset']}_ipc{s['ipc']}_{method if arm == 'd4m' else arm}"
-    silent = {"noise": (), "text": ("strength",)}.get(arm, ("strength", "guidance_scale"))
-    words = s.only([name for name in s if name not in silent]).parts()
-    if arm == "decoded" and parts and s["km_expand"] != 1:
-        words.append(f"kmexpand{s['km_expand']}")
-    for name, more in parts.items():
-        if arm in FROM_PROTOTYPES and name not in ("seed", "dtype") or name in ("size", "classes"):
-            words += more
-    if arm in FROM_PROTOTYPES and prototype_seed not in (None, s["seed"]):
-        words.append(f"protoseed{prototype_seed}")
-    return output.folder_name(stem, *words)
 
 
 def synthesize(model, settings, classes, stream, inputs, parts, root, process, words="images"):
@@ -169,10 +146,15 @@ def synthesize(model, settings, classes, stream, inputs, parts, root, process, w
 
     settings   stage 2's, with the arm;   classes: [{"index", "folder", "prompt"}]
     stream     (positions, out) -> iterator of (position, Prototypes)
-    inputs     for args.json;   parts: of stage 1's settings, as `folder_name` takes them
+    inputs     for args.json;   parts: of stage 1's settings, as `image_folder.folder_name` takes them
     """
     seed = (inputs["prototype_arguments"] or {}).get("seed")
-    where = ("--save_init_image_path", root, folder_name(settings, parts, seed), "images")
+    where = (
+        "--save_init_image_path",
+        root,
+        image_folder.folder_name(settings, parts, seed),
+        "images",
+    )
     jobs = image_folder.list_jobs(classes, settings["ipc"], settings["num_prototypes"])
     with output.Output(*where, settings, inputs, process, resumable=("batch_size",)) as out:
         batches = cut(jobs, out.settings["batch_size"])
@@ -190,43 +172,37 @@ def synthesize(model, settings, classes, stream, inputs, parts, root, process, w
 
 def declare(parser):
     """The flags of stage 2 that distill has too; returns the settings' names."""
-    before, count = set(parser.shorts), number(int, 1)
-    share, factor = number(float, above=0, most=1), number(float, 1)
+    before, setting, count = set(parser.shorts), parser.setting, number(int, 1)
+    share, factor, ipc = number(float, above=0, most=1), number(float, 1), attrgetter("ipc")
     parser.heading("synthesis")
     # differs from the release: its script's default is 0.75, its launcher and its paper say 0.7
-    far = "how far prototypes are noised, in (0, 1]"
-    parser.setting("--strength", "-s", type=share, default=0.7, short="s", help=far)
-    free = "classifier-free guidance; 1 turns it off"
-    parser.setting("--guidance_scale", "-g", type=factor, default=8.0, short="g", help=free)
-    steps = "of the whole schedule; 50 at 0.7 is 36 calls"
-    parser.setting("--num_inference_steps", type=count, default=50, short="steps", help=steps)
-    ipc, few = attrgetter("ipc"), "per class [ipc]; fewer than --ipc gives each several noises"
-    parser.setting("--num_prototypes", type=count, default=ipc, short="protos", help=few)
-    parser.setting("--negative_prompt", default="cartoon, anime, painting", short="neg")
+    setting("--strength", "-s", type=share, default=0.7, short="s", help="of the noise, up to 1")
+    setting("--guidance_scale", "-g", type=factor, default=8.0, short="g", help="1 turns it off")
+    steps = "of the whole schedule; 50 at strength 0.7 is 36 calls"
+    setting("--num_inference_steps", type=count, default=50, short="steps", help=steps)
+    few = "per class [ipc]; fewer than --ipc gives each several noises"
+    setting("--num_prototypes", type=count, default=ipc, short="protos", help=few)
+    setting("--negative_prompt", default="cartoon, anime, painting", short="neg")
     image_folder.add_size_flags(parser)
     # differs from the release: its checker stays on and saves flagged images black
-    checker = "on: the checkpoint's own; a flagged image is drawn again with the next seed"
-    parser.setting("--safety_checker", choices=["on", "off"], default="off", help=checker)
+    checker = "the checkpoint's own; a flagged image is drawn again with the next seed"
+    setting("--safety_checker", choices=["on", "off"], default="off", help=checker)
     return [name for name in parser.shorts if name not in before]
 
 
 def get_args(argv=None):
     parser, count = Parser("distillation.gen_syn_image", __doc__), number(int, 1)
-    names = ", ".join(datasets.ALL)
-    parser.setting("--dataset", type=datasets.name, default="imagenet", help=names)
-    made = "a folder of stage 1, or a single JSON file of the release"
-    parser.flag("--prototype_path", required=True, help=made)
-    parser.flag("--label_file_path", help="other prompts than the prototypes were made with")
-    parser.flag("--verify", action="store_true", help="hash every prototype file at the start")
-    arms = "the method, or what it is compared with"
-    parser.flag("--arm", nargs="+", choices=ARMS, default=["d4m"], help=arms)
-    parser.setting("--ipc", type=count, default=1, help="images per class")
-    parser.setting("--km_expand", type=count, default=10, help="as in stage 1: names the folder")
+    setting, flag, names = parser.setting, parser.flag, ", ".join(datasets.ALL)
+    setting("--dataset", type=datasets.name, default="imagenet", help=names)
+    flag("--prototype_path", required=True, help="a folder of stage 1, or the release's JSON file")
+    flag("--label_file_path", help="other prompts than the prototypes were made with")
+    flag("--verify", action="store_true", help="hash every prototype file at the start")
+    flag("--arm", nargs="+", choices=ARMS, default=["d4m"], help="the method, or what to compare")
+    setting("--ipc", type=count, default=1, help="images per class")
+    setting("--km_expand", type=count, default=10, help="as in stage 1: names the folder")
     declare(parser)
-    noise = "of the synthesis noise"
-    parser.setting("--seed", type=number(int, 0), default=0, short="seed", help=noise)
-    more = "images made at once; more only changes last bits"
-    parser.setting("--batch_size", type=count, default=32, help=more)
+    setting("--seed", type=number(int, 0), default=0, short="seed", help="of the synthesis noise")
+    setting("--batch_size", type=count, default=32, help="images at once; changes the last bits")
     generators.add_generator_flags(parser)
     runtime.add_process_flags(parser)
     return parser.parse_args(argv)
@@ -254,7 +230,10 @@ def check_steps(settings, arms, most):
 def plan_arm(settings, root, waits_for):
     """--dry_run where stage 1 has not made the prototypes yet."""
     count = len(datasets.known_prompts(settings["dataset"])) * settings["ipc"]
-    folder, each = Path(root) / folder_name(settings, {}, None), settings["image_size"] ** 2 * 2
+    folder, each = (
+        Path(root) / image_folder.folder_name(settings, {}, None),
+        settings["image_size"] ** 2 * 2,
+    )
     output.plan(folder, 0, count, count * each, waits_for)
 
 
@@ -269,7 +248,7 @@ def main(argv=None):
         prototype_files.check_settings(path, source, args.settings)
         classes, prompts = source.classes, None
         if args.label_file_path:
-            classes = datasets.with_prompts(classes, args.label_file_path, args.dataset)
+            classes = label_files.with_prompts(classes, args.label_file_path, args.dataset)
             prompts = [c["prompt"] for c in classes]
     how = {name: getattr(args, name) for name in generators.FLAGS}
     model = generators.load(args.diffusion_checkpoints_path, process.device, **how)

@@ -16,6 +16,9 @@ from scripts import files, output
 from scripts.runtime import number, refuse, warn
 
 
+FROM_PROTOTYPES = ("d4m", "decoded")  # arms
+
+
 class Job(NamedTuple):
     """One image to make: number `i` of class `position`, from prototype number `prototype`."""
 
@@ -50,6 +53,27 @@ def add_size_flags(parser):
 
 
 # ---- writing
+
+
+def folder_name(settings, parts, prototype_seed):
+    """`{dataset}_ipc{ipc}_s{strength}_g{guidance}_kmexpand{k}` or `{dataset}_ipc{ipc}_{arm}`, plus
+    what is not the default in stage 2, then in stage 1.
+
+    parts    {setting of stage 1: [what it adds]};   prototype_seed: None if not known
+    """
+    s, arm = settings, settings["arm"]
+    method = f"s{s['strength']:g}_g{s['guidance_scale']:g}_kmexpand{s['km_expand']}"
+    stem = f"{s['dataset']}_ipc{s['ipc']}_{method if arm == 'd4m' else arm}"
+    silent = {"noise": (), "text": ("strength",)}.get(arm, ("strength", "guidance_scale"))
+    words = s.only([name for name in s if name not in silent]).parts()
+    if arm == "decoded" and parts and s["km_expand"] != 1:
+        words.append(f"kmexpand{s['km_expand']}")
+    for name, more in parts.items():
+        if arm in FROM_PROTOTYPES and name not in ("seed", "dtype") or name in ("size", "classes"):
+            words += more
+    if arm in FROM_PROTOTYPES and prototype_seed not in (None, s["seed"]):
+        words.append(f"protoseed{prototype_seed}")
+    return output.folder_name(stem, *words)
 
 
 def save_pngs(out, jobs, pictures, image_size):

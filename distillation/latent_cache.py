@@ -76,3 +76,9 @@ class LatentCache:
         facts["sha256"] = hashlib.sha256(latents).hexdigest()
         files.write(path, save({"latents": latents}, {"facts": json.dumps(facts)}))
         output.append_log(self.folder, event="encode", file=path.name, seconds=seconds)
+
+
+def open_cache(root, split, settings, generator_facts, log):
+    """The LatentCache; None without --latent_cache, and for a few chosen images of each class."""
+    if root and settings["kmeans"] != "none":
+        return LatentCache(root, split, settings, generator_facts, log)

@@ -9,12 +9,11 @@ written in the form of stage 2, so that stages 3 and 4 treat them like synthetic
 
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from distillation import datasets, image_folder
 from scripts import files, output, runtime
-from scripts.runtime import Parser, entry_point, number, refuse
+from scripts.runtime import Parser, entry_point, number
 
 
 def centre_square(image, size):
@@ -27,10 +26,9 @@ def centre_square(image, size):
 
 
 def get_args(argv=None):
-    parser = Parser("distillation.random_real", __doc__)
+    parser, seed = Parser("distillation.random_real", __doc__), number(int, 0)
     parser.setting("--ipc", type=number(int, 1), default=1, help="images per class")
-    whole = number(int, 0)
-    parser.setting("--seed", type=whole, default=0, short="seed", help="of the choice")
+    parser.setting("--seed", type=seed, default=0, short="seed", help="of the choice")
     image_folder.add_size_flags(parser)
     datasets.add_dataset_flags(parser)
     runtime.add_process_flags(parser)
@@ -49,27 +47,15 @@ def main(argv=None):
     where = ("--save_init_image_path", args.save_init_image_path, name, "images")
     inputs = {"images": split.fingerprint(), "real_images": split.count}
     inputs["prompts"] = files.digest_of(split.prompts)
-    classes = datasets.class_table(split)
+    classes, size = datasets.class_table(split), args.image_size
     jobs = image_folder.list_jobs(classes, args.ipc, args.ipc)
-
-    def source(job):
-        return items[job.position][job.i]
-
+    source = {job.file: items[job.position][job.i] for job in jobs}
     with output.Output(*where, {"arm": "random", **args.settings}, inputs, process) as out:
-        todo = out.todo(jobs, lambda job: [job.file], args.image_size**2 * 2)
-        with out.progress(total=len(todo), desc="random", unit="image") as bar:
-            for job in out.steps(todo):
-                try:
-                    picture = centre_square(split.read(source(job)), args.image_size)
-                except datasets.BadImage as error:
-                    refuse(error)
-                image_folder.save_png(out, job.file, np.array(picture), args.image_size)
-                bar.update()
-
-        def row_of(job):
-            return {"source": Path(str(source(job))).name}
-
-        image_folder.finish_images(out, jobs, classes, row_of)
+        image_folder.save_each(
+            out, jobs, lambda job: centre_square(split.read(source[job.file]), size), size
+        )
+        names = {file: {"source": Path(str(item)).name} for file, item in source.items()}
+        image_folder.finish_images(out, jobs, classes, lambda job: names[job.file])
     return out.folder
 
 

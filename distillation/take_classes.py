@@ -12,8 +12,6 @@ from the smaller set itself.
 import re
 from pathlib import Path
 
-import numpy as np
-
 from distillation import datasets, image_folder
 from scripts import output, runtime
 from scripts.runtime import Parser, entry_point, refuse
@@ -32,11 +30,10 @@ def taken_classes(dataset, manifest, where):
 
 
 def get_args(argv=None):
-    parser = Parser("distillation.take_classes", __doc__)
+    parser, sets = Parser("distillation.take_classes", __doc__), "whose classes are taken"
     source = "finished images of the larger data set"
     parser.flag("--image_path", required=True, metavar="DIR", help=source)
-    whose = "whose classes are taken"
-    parser.setting("--dataset", type=datasets.name, default="tiny_imagenet", help=whose)
+    parser.setting("--dataset", type=datasets.name, default="tiny_imagenet", help=sets)
     image_folder.add_size_flags(parser)
     runtime.add_process_flags(parser)
     return parser.parse_args(argv)
@@ -46,37 +43,31 @@ def get_args(argv=None):
 def main(argv=None):
     args = get_args(argv)
     process = runtime.this_process(args.device, args.shard, args.dry_run, args.wait)
-    source, each = Path(args.image_path), args.image_size**2 * 2
+    source, size, root = Path(args.image_path), args.image_size, args.save_init_image_path
 
     def name(ipc):
         stem = f"{args.dataset}_ipc{ipc}_from_{source.resolve().name}"
         return output.folder_name(stem, *args.settings.parts())
 
-    if args.dry_run and not output.is_complete(source):
-        ipc = int((re.findall(r"_ipc(\d+)", source.name) or [0])[0])
+    waits_for = args.dry_run and output.awaited(source, "distillation.gen_syn_image")
+    if waits_for:
+        ipc = int((re.findall(r"_ipc(\d{1,9})", source.name) or [0])[0])
         count = len(datasets.known_prompts(args.dataset)) * ipc
-        waits_for = f"{source}: python -m distillation.gen_syn_image makes it"
-        folder = Path(args.save_init_image_path) / name(ipc)
-        return output.plan(folder, 0, count, count * each, waits_for)
+        return output.plan(Path(root) / name(ipc), 0, count, count * size**2 * 2, waits_for)
     manifest = image_folder.read_images("--image_path", source)
-    classes = taken_classes(args.dataset, manifest, f"--image_path {source}")
-    ipc = manifest["ipc"]
+    classes, ipc = taken_classes(args.dataset, manifest, f"--image_path {source}"), manifest["ipc"]
     jobs = image_folder.list_jobs(classes, ipc, ipc)
-    where = ("--save_init_image_path", args.save_init_image_path, name(ipc), "images")
     settings = {"arm": f"{manifest['arm']}-g", "ipc": ipc, **args.settings}
     made_by = {part: manifest[part] for part in ("arguments", "inputs")}
     inputs = {"source": manifest["content"], "source_manifest": made_by}
+
+    def picture(job):
+        output.check_file("--image_path", source, job.file, manifest)
+        return datasets.read_rgb(source / job.file)
+
+    where = ("--save_init_image_path", root, name(ipc), "images")
     with output.Output(*where, settings, inputs, process) as out:
-        todo = out.todo(jobs, lambda job: [job.file], each)
-        with out.progress(total=len(todo), desc="take", unit="image") as bar:
-            for job in out.steps(todo):
-                output.check_file("--image_path", source, job.file, manifest)
-                try:
-                    picture = datasets.read_rgb(source / job.file)
-                except datasets.BadImage as error:
-                    refuse(error)
-                image_folder.save_png(out, job.file, np.array(picture), args.image_size)
-                bar.update()
+        image_folder.save_each(out, jobs, picture, size)
         image_folder.finish_images(out, jobs, classes, lambda job: {"source": job.file})
     return out.folder
 

@@ -107,17 +107,8 @@ def label_epoch(feed, items, steps, teachers, settings, bar):
     return drawn, torch.cat(logits).cpu()
 
 
-def write_checked(out, epoch, drawn, logits):
-    """write_epoch; refuses logits that are not finite."""
-    if not all(extreme.isfinite() for extreme in logits.aminmax()):  # NaN comes through both
-        hint = "; --no_use_fp16 keeps numbers above 65,504" if logits.dtype == torch.half else ""
-        archs = " ".join(out.settings["arch"])
-        refuse(f"--arch {archs}: logits of epoch {epoch} are NaN or infinite{hint}")
-    labels.write_epoch(out, epoch, drawn, logits)
-
-
 def label_images(out, images, arrays, teachers, num_workers):
-    """Make every epoch that is not there yet; one is checked and written beside the next."""
+    """Make every epoch that is not there yet; one is written beside the next."""
     settings, count = out.settings, len(images.files)
     steps = batches.batches_of(count, settings["batch_size"])
     size = labels.label_bytes(count, len(images.folders), settings)
@@ -128,7 +119,7 @@ def label_images(out, images, arrays, teachers, num_workers):
         for epoch in out.steps(todo):
             with runtime.memory_for("in labelling", "use --amp bf16, or fewer teachers at once"):
                 drawn, logits = label_epoch(feed, items, steps, teachers, settings, bar)
-            out.later(write_checked, out, epoch, drawn, logits)
+            out.later(labels.write_epoch, out, epoch, drawn, logits)
 
 
 def make_labels(images, settings, checkpoints, root, process, num_workers):

@@ -56,25 +56,25 @@ def open_images(flag, root, dataset=None):
     if not root.is_dir() or (root / output.ARGS).exists() or output.is_complete(root):
         manifest = image_folder.read_images(flag, root)  # refuses one that is not finished
     found = {folder: _images_in(root / folder) for folder in datasets.class_folders(flag, root)}
-    empty = [folder for folder, names in found.items() if not names]
+    empty = [folder for folder, paths in found.items() if not paths]
     if empty or not found:
         what = f"the class folder {empty[0]} holds no image" if empty else "no class folders in it"
         refuse(f"{where}: {what}")
-    paths = tuple(f"{folder}/{name}" for folder, names in found.items() for name in names)
-    counts = [len(names) for names in found.values()]
+    paths = [path for of_class in found.values() for path in of_class]
+    counts = [len(of_class) for of_class in found.values()]
     if manifest:
-        about = _made(where, tuple(found), paths, manifest, dataset)
+        about = _made(where, list(found), paths, manifest, dataset)
     else:
         about = _foreign(where, list(found), [root / path for path in paths], dataset)
         about["ipc"] = counts[0] if len(set(counts)) == 1 else None
     targets = torch.arange(len(found)).repeat_interleave(torch.tensor(counts))
-    return ImageSet(root, root.resolve().name, files=paths, targets=targets, **about)
+    return ImageSet(root, root.resolve().name, files=tuple(paths), targets=targets, **about)
 
 
 def _images_in(folder):
-    """The names of the images directly in `folder`, sorted."""
+    """The paths of the images directly in `folder`, below its parent, sorted."""
     paths = (p for p in folder.iterdir() if p.suffix.lower() in datasets.EXTENSIONS)
-    return sorted(p.name for p in paths if p.name[0] != "." and p.is_file())
+    return sorted(f"{folder.name}/{p.name}" for p in paths if p.name[0] != "." and p.is_file())
 
 
 def _made(where, folders, paths, manifest, dataset):
@@ -84,11 +84,11 @@ def _made(where, folders, paths, manifest, dataset):
     extra = [path for path in paths if path not in manifest["files"]]
     if extra:
         refuse(f"{where}: {extra[0]} is not in its manifest ({len(extra)} such files)")
-    if folders != tuple(c["folder"] for c in manifest["classes"]):
+    if folders != [c["folder"] for c in manifest["classes"]]:
         refuse(f"{where}: its manifest lists the classes in another order than ImageFolder")
     digests = {path: manifest["files"][path]["sha256"] for path in paths}
     about = {n: manifest[n] for n in ("dataset", "image_size", "content", "arm", "ipc")}
-    return {**about, "folders": folders, "digests": digests, **image_folder.origin(manifest)}
+    return {**about, "folders": tuple(folders), "digests": digests, **image_folder.origin(manifest)}
 
 
 def _foreign(where, folders, paths, dataset):

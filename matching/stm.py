@@ -108,15 +108,12 @@ def to_pictures(x, facts):
 # ---- main
 
 
-def class_batches(jobs, ipc, batch_size):
-    """[[Job]]: image i of `batch_size` consecutive classes, as SRe2L: a batch mixes classes."""
-    columns = [jobs[i::ipc] for i in range(ipc)]  # jobs are listed class by class
-    return [c[k : k + batch_size] for c in columns for k in range(0, len(c), batch_size)]
-
-
-def match_images(out, units, images, teacher, num_workers):
-    """Optimise and write every batch of `units` that is not on disk yet."""
+def match_images(out, jobs, images, teacher, num_workers):
+    """Optimise and write every batch of `jobs` that is not on disk yet."""
     settings, size, facts = out.settings, images.image_size, datasets.ALL[images.dataset]
+    rows, columns = settings["batch_size"], [jobs[i :: images.ipc] for i in range(images.ipc)]
+    # image i of `rows` consecutive classes, as SRe2L: a batch mixes classes
+    units = [c[k : k + rows] for c in columns for k in range(0, len(images.folders), rows)]
     needed = len(units[0]) * size**2 * 3
     todo = out.todo(enumerate(units), lambda unit: [job.file for job in unit[1]], needed)
     arrays = image_sets.load_pixels("--image_path", images, num_workers)[0] if todo else []
@@ -182,8 +179,7 @@ def main(argv=None):
     inputs["teacher"] = teacher_facts["sha256"]
     with output.Output(*where, name, "images", settings, inputs, process) as out:
         jobs = image_folder.list_jobs(classes, ipc, ipc)
-        units = class_batches(jobs, ipc, args.batch_size)
-        match_images(out, units, images, teacher.to(process.device), args.num_workers)
+        match_images(out, jobs, images, teacher.to(process.device), args.num_workers)
         facts = {"dataset": images.dataset, "arm": "stm", "ipc": ipc, "image_size": size}
 
         def row_of(job):

@@ -34,10 +34,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-from distillation import datasets, gen_prototype, gen_syn_image, image_folder
-from distillation import latent_cache, prototype_files, prototypes
-from matching import batches, generate_soft_label, labels, models, training
-from matching.crops import crop_on_cpu
+from distillation import datasets, gen_prototype, gen_syn_image, image_folder, prototype_files
+from distillation.latent_cache import LatentCache
+from distillation.prototypes import Prototypes
+from matching import batches, crops, generate_soft_label, labels, models, training
 from matching.feed import Feed
 from scripts import files, generators, output, runtime
 from scripts.runtime import Parser, entry_point, generator, refuse
@@ -256,7 +256,7 @@ def stage_1(bench):
     paths, squashed = split.items[0], gen_prototype.SquashedImages(split, 512)
     some = range(min(few, 64))
     ways = {"release": lambda: release_images([(paths[i], 512) for i in some]).mul(255).byte()}
-    ways["ours"] = lambda: torch.stack([squashed[0, i] for i in some])
+    ways["ours"] = lambda: squashed[0, some][0]
     note = {"known": 200, "note": "decoding and resizing are most of it, on both sides"}
     bench.race(1, "JPEGs read and squashed to 512 px", "image", ways, len(some), equal, **note)
 
@@ -293,7 +293,7 @@ def stage_1(bench):
 
     shape = (1300, *model.latent_shape(side))
     latents = np.random.default_rng(0).normal(0, 1, shape).astype(np.float16)
-    cache = latent_cache.LatentCache(bench.root, split, stage, model.facts, lambda **_: None)
+    cache = LatentCache(bench.root, split, stage, model.facts, lambda **_: None)
     cache.save(0, latents, [], 1.0)
     ways = {"release": partial(ours, model)}
     for ipc in (10, 200):
@@ -303,7 +303,7 @@ def stage_1(bench):
     facts |= {"targets": dict.fromkeys(ways, 12), "note": "against our own way from images"}
     bench.race(1, what, "image", ways, counts, lambda a, b, _: equal(latents, b), **facts)
 
-    found, path = prototypes.Prototypes(latents[:10], np.ones(10)), bench.root / "0.safetensors"
+    found, path = Prototypes(latents[:10], np.ones(10)), bench.root / "0.safetensors"
     path.write_bytes(prototype_files.class_bytes(found, {"prompt": "tench"}, "safetensors"))
     target.write_text(json.dumps({f"tench {c}": latents[:10].tolist() for c in range(3)}))
     digest = files.sha256(path)
@@ -359,7 +359,7 @@ def stage_2(bench):
 
     def ours(model):
         def stream(positions):
-            return ((p, prototypes.Prototypes(rows[p], np.ones(10))) for p in positions)
+            return ((p, Prototypes(rows[p], np.ones(10))) for p in positions)
 
         parts, work = gen_syn_image.cut(jobs, 32), gen_syn_image.Synthesizer(model, settings)
         with bench.output("images", settings) as out:
@@ -473,7 +473,7 @@ def stage_3(bench):
     batch, count = replay.drawn[0], len(replay.drawn[0].index)
     draws = (batch.index, batch.crop, batch.flip, 224)
     ways = {"release": lambda: np.stack([np.asarray(crop) for crop in replay.release.crops(0)])}
-    ways["ours"] = lambda: crop_on_cpu(replay.arrays, *draws).numpy()
+    ways["ours"] = lambda: crops.crop_on_cpu(replay.arrays, *draws).numpy()
 
     def same(a, b, _):
         odd = int((a != b).sum())

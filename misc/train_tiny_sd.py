@@ -227,9 +227,8 @@ def saved(pipeline):
 
 
 class Training(NamedTuple):
-    """How both networks are trained.
+    """How both networks are trained: where, with which settings, and how often to look or to save.
 
-    out          the Output of the model's folder;   settings   {flag: value}
     stop_after   exit after so many steps, as if interrupted; 0: never
     """
 
@@ -240,38 +239,37 @@ class Training(NamedTuple):
     sample_every: int | None
     stop_after: int
 
-    def place(self, network):
-        cuda = self.device.type == "cuda"
-        layout = torch.channels_last if cuda else torch.contiguous_format
-        return network.to(self.device, memory_format=layout)
-
     def fit(self, name, networks, loss_at, sample):
-        """Minimise `loss_at(step) -> (loss, figures)` with AdamW, a warm-up and a cosine to 0.
+        """Minimise `loss_at(step) -> (loss, figures)`; returns {name: steps} of all trainings.
 
         networks   a ModuleDict; on return it holds the moving average of its weights, rounded to
                    the fp16 in which they are saved, so that what is measured is what others load
         sample     called with the step, on averaged weights
         """
-        path = self.out.folder / CHECKPOINT
+        cuda, path = self.device.type == "cuda", self.out.folder / CHECKPOINT
+        layout = torch.channels_last if cuda else torch.contiguous_format
+        networks.to(self.device, memory_format=layout)
         # weights of finished networks, number of steps of each, and the training at hand
         state = {"done": {}, "steps": {}, "current": None}
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
+
+        def save():
+            with files.atomic(path, self.out.tag) as temporary:
+                torch.save(state, temporary)
+
         if name not in state["done"]:
-            self._minimise(state, name, networks, loss_at, sample)
+            autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=cuda)
+            self._minimise(state, save, name, networks, autocast(loss_at), sample)
             state["done"][name], state["current"] = networks.state_dict(), None
-            self._save(state)
+            save()
         networks.load_state_dict(state["done"][name])
-        networks.requires_grad_(False).eval()
-        for weight in networks.parameters():
+        for weight in networks.requires_grad_(False).eval().parameters():
             weight.copy_(weight.half())
         return state["steps"]
 
-    def _save(self, state):
-        with files.atomic(self.out.folder / CHECKPOINT, self.out.tag) as temporary:
-            torch.save(state, temporary)
-
-    def _minimise(self, state, name, networks, loss_at, sample):
+    def _minimise(self, state, save, name, networks, loss_at, sample):
+        """AdamW with a warm-up and a cosine to 0."""
         from diffusers.training_utils import EMAModel
 
         lr, batch_size = self.settings[f"{name}_lr"], self.settings[f"{name}_batch_size"]
@@ -280,12 +278,13 @@ class Training(NamedTuple):
         ema = EMAModel(weights, decay, use_ema_warmup=True, power=3 / 4, foreach=True)
         parts = (networks, optimizer, ema)
         if state["current"]:
-            start, *saved_parts = state["current"]
-            for part, was in zip(parts, saved_parts):
+            start, *before = state["current"]
+            for part, was in zip(parts, before):
                 part.load_state_dict(was)
             ema.to(self.device)
-        loss_at = self._autocast(loss_at)
-        steps = state["steps"].setdefault(name, self._number_of_steps(name, loss_at))
+        if name not in state["steps"]:
+            state["steps"][name] = self.number_of_steps(name, loss_at)
+        steps = state["steps"][name]
         warmup, quarter = min(100, steps // 10 + 1), max(1, steps // 4)
         sample_every = quarter if self.sample_every is None else self.sample_every
         options = {"total": steps * batch_size, "initial": start * batch_size, "unit": "image"}
@@ -303,33 +302,28 @@ class Training(NamedTuple):
                 bar.update(batch_size)
                 if done % 50 == 0 or done == steps:
                     figures = {key: value.item() for key, value in figures.items()}
-                    if not np.isfinite(list(figures.values())).all():
-                        refuse(f"--{name}_lr {lr:g}: {name} diverged at step {done}: {figures}")
                     bar.set_postfix(figures)
                     self.out.log(network=name, step=done, **figures)
+                    if not np.isfinite(list(figures.values())).all():
+                        refuse(f"--{name}_lr {lr:g}: {name} diverged at step {done}: {figures}")
+                if done == steps:
+                    break
                 stop = done - start == self.stop_after
-                if done < steps and (
-                    done % self.checkpoint_every == 0 or stop or self.out.signals.name
-                ):
+                if done % self.checkpoint_every == 0 or stop or self.out.signals.name:
                     state["current"] = (done, *(part.state_dict() for part in parts))
-                    self._save(state)
+                    save()
                     self.out.leave_if_asked()
-                    if stop:
-                        print(f"--stop_after {self.stop_after}: run the same command to go on")
-                        raise SystemExit(runtime.EXIT_STOPPED)
-                if sample_every and done % sample_every == 0 and done < steps:
+                if stop:
+                    print(f"--stop_after {self.stop_after}: run the same command to go on")
+                    raise SystemExit(runtime.EXIT_STOPPED)
+                if sample_every and done % sample_every == 0:
                     ema.store(weights)
                     ema.copy_to(weights)
                     sample(done)
                     ema.restore(weights)
         ema.copy_to(weights)
 
-    def _autocast(self, function):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")(
-            function
-        )
-
-    def _number_of_steps(self, name, loss_at):
+    def number_of_steps(self, name, loss_at):
         """--{name}_steps, or what fits into its share of --minutes."""
         from torch.utils.benchmark import Timer
 
@@ -379,7 +373,6 @@ def train_vae(training, pixels, tests, perceptual):
     # PyTorch draws first weights from its global generator
     torch.manual_seed(runtime.seed_of(settings["seed"], VAE))
     vae = make_vae(settings["image_size"], settings["vae_channels"], settings["vae_layers"])
-    vae = training.place(vae)
     count, side = settings["vae_batch_size"], settings["image_size"] // settings["vae_factor"]
 
     def loss_at(step):
@@ -393,10 +386,8 @@ def train_vae(training, pixels, tests, perceptual):
         posterior = vae.encode(batch).latent_dist
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample  # (B, 3, H, W)
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        parts = {
-            "mse": F.mse_loss(decoded.float(), batch),
-            "kl": 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(),
-        }
+        parts = {"mse": F.mse_loss(decoded.float(), batch)}
+        parts["kl"] = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = parts["mse"] + settings["kl_weight"] * parts["kl"]
         if perceptual:
             parts["perceptual"] = perceptual(decoded, batch)
@@ -420,12 +411,6 @@ def reconstructions(vae, pixels):
         latents = vae.encode(to_unit_range(part, vae.device)).latent_dist.mean
         made.append(vae.decode(latents).sample.float().cpu() / 2 + 0.5)
     return torch.cat(made).clamp(0, 1)
-
-
-def psnr(vae, pixels):
-    """Peak signal-to-noise ratio of the reconstructions, in dB, averaged over images."""
-    error = (reconstructions(vae, pixels) - pixels / 255).square().mean((1, 2, 3))
-    return float((-10 * error.clamp(min=1e-10).log10()).mean())
 
 
 # ---- UNet and text encoder
@@ -473,12 +458,11 @@ def train_unet(training, vae, pixels, labels, prompts, compiled):
     vae.register_to_config(scaling_factor=round(1 / spread, 5))
     torch.manual_seed(runtime.seed_of(seed, UNET))
     tokenizer = make_tokenizer(prompts)
-    text_encoder = make_text_encoder(tokenizer, settings["text_width"]).to(device)
+    text_encoder = make_text_encoder(tokenizer, settings["text_width"])
     sizes = [settings[f"unet_{name}"] for name in ("channels", "layers", "attention")]
     unet = make_unet(means.shape[-1], settings["text_width"], *sizes)
     for parameter in unet.conv_out.parameters():
         torch.nn.init.zeros_(parameter)
-    unet = training.place(unet)
     if compiled:
         unet.compile()
     pipeline = make_pipeline(vae, text_encoder, tokenizer, unet)
@@ -712,12 +696,15 @@ def main(argv=None):
             return
         torch.backends.cudnn.benchmark = True
         pixels, labels = load_images(split, size, args.num_workers)
-        tests, held_out = pixels, has_test_images(args.dataset, args.data_dir)
+        tests, places = pixels, ("val", "cifar-10-batches-py", "cifar-100-python")
+        root = args.data_dir  # None: the images need no folder
+        held_out = root is None or any((Path(root) / place).is_dir() for place in places)
         if held_out:
             tests, _ = load_images(open_named("val", *chosen), size, args.num_workers)
         every = (args.checkpoint_every, args.sample_every, args.stop_after)
         training = Training(out, process.device, settings, *every)
         vae = train_vae(training, pixels, tests, perceptual)
+        error = (reconstructions(vae, tests) - tests / 255).square().mean((1, 2, 3)).clamp(1e-10)
         pipeline, steps = train_unet(training, vae, pixels, labels, split.prompts, args.compile)
         facts = {
             "dataset": split.dataset,
@@ -725,7 +712,7 @@ def main(argv=None):
             "classes": datasets.class_table(split),
             "steps": steps,
             "scaling_factor": vae.config.scaling_factor,
-            "reconstruction_psnr_db": round(psnr(vae, tests), 2),
+            "reconstruction_psnr_db": round(float((-10 * error.log10()).mean()), 2),
             "reconstruction_psnr_on": "val" if held_out else "train",
             "parameters": {n: models.count_parameters(getattr(pipeline, n)) for n in TRAINED},
         }
@@ -735,13 +722,6 @@ def main(argv=None):
         out.made = 1
         out.finish(facts, {name: lambda data=data: data for name, data in made.items()}, "models")
         (out.folder / CHECKPOINT).unlink(missing_ok=True)
-
-
-def has_test_images(dataset, root):
-    """Whether a held-out split is there to measure on."""
-    places = ("val", "cifar-10-batches-py", "cifar-100-python")
-    on_disk = datasets.ALL[dataset].needs is not None
-    return not on_disk or any((Path(root) / place).is_dir() for place in places)
 
 
 if __name__ == "__main__":

@@ -123,6 +123,7 @@ class StableDiffusion:
         self.networks = {n: p for n, p in parts.items() if isinstance(p, torch.nn.Module)}
         self._check(networks)
         vae, unet = self.networks["vae"], self.networks.get("unet")
+        self.channels = vae.config.latent_channels
         self.encoder = gen_latents.StableDiffusionGenLatentsPipeline(
             **parts, requires_safety_checker=False
         )
@@ -133,7 +134,7 @@ class StableDiffusion:
             self.most_steps = parts["scheduler"].config.num_train_timesteps
             for name in ("scheduler", "tokenizer"):
                 self.facts[f"{name}_sha256"] = config_hash(parts[name])
-        self.device, self.dtype, self.channels = device, DTYPES[precision], vae.config.latent_channels
+        self.device, self.dtype = device, DTYPES[precision]
         self._cast(self.dtype)
         if how.get("channels_last"):
             for network in filter(None, (vae, unet)):
@@ -231,7 +232,7 @@ FAMILIES = dict.fromkeys(
 
 
 def _pipeline(checkpoint, networks, absent, how):
-    """The pipeline of stage 2 with `networks`, {name: class}, in fp32, without the parts `absent`."""
+    """Stage 2's pipeline, in fp32.   networks: {name: class};   absent: names of other parts"""
     from scripts import pipeline_stable_diffusion_latents2img as latents2img
 
     cls, others = latents2img.StableDiffusionLatents2ImgPipeline, dict.fromkeys(absent)

@@ -14,6 +14,7 @@
 # From outside:
 # DATASET, IPC, METHOD, TEACHER, STUDENT   only these cells; one word or several
 # BASELINES="random hard"                  "": none
+# ONLY="distillation/gen_prototype ..."    only these stages
 # ONLINE=1                 the teacher labels while the student trains: no labels on disk
 # STUDENT_FLAGS="..."      more flags for stage 4
 # CIFAR10_DIR, CIFAR100_DIR, IMAGENET_DIR, TINY_IMAGENET_DIR   where the real images are
@@ -37,7 +38,7 @@ if [ -n "${SMOKE:-}" ]; then
     EPOCHS="${EPOCHS:-20}" SEEDS="${SEEDS:-0 1}" HF_HUB_OFFLINE=1
     export EPOCHS SEEDS HF_HUB_OFFLINE
     [ "${DRY_RUN:-0}" != 0 ] ||
-        echo "A rehearsal (SMOKE=1): digits, a tiny model, 20 epochs; no number of it is the paper's."
+        echo "A rehearsal (SMOKE=1): digits, a tiny model, few epochs; no number is the paper's."
 fi
 for baseline in ${BASELINES-random hard}; do
     case "$baseline" in
@@ -89,6 +90,7 @@ baselines() {
 }
 
 stage() {
+    case " ${ONLY:-$1} " in *" $1 "*) ;; *) return 0 ;; esac
     [ -z "${SMOKE:-}" ] || rehearsed
     case "$1${ONLINE:+ online}${2:-}" in
         "matching/matching online") return 0 ;;
@@ -129,6 +131,7 @@ table() {
     if [ -z "$COMMANDS" ]; then
         wanted="${DATASETS:+ DATASET=$DATASETS}${IPCS:+ IPC=$IPCS}${METHODS:+ METHOD=$METHODS}"
         wanted="$wanted${TEACHERS:+ TEACHER=$TEACHERS}${STUDENTS:+ STUDENT=$STUDENTS}"
+        wanted="$wanted${ONLY:+ ONLY=$ONLY}"
         refuse "table $1 has no cell with$wanted"
     fi
     if [ -n "$CHECK" ]; then

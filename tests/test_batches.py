@@ -10,9 +10,9 @@ from matching import batches, crops
 from scripts.runtime import generator
 
 
-def photos(count, size, seed=0):
+def photos(count, size):
     shape = (count, size, size, 3)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    return np.random.default_rng(size).integers(0, 256, shape, dtype=np.uint8)
 
 
 def draw(nth, count=2, epoch=0, **changes):
@@ -33,15 +33,11 @@ def test_crops_are_distributed_as_torchvisions():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         params = [RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(n)]
-    theirs = torch.tensor(params).double()
     assert (ours[:, :2] >= 0).all() and ours[:, 2:].min() >= 1
     assert (ours[:, :2] + ours[:, 2:] <= size).all()
-    for of in (
-        lambda c: c[:, 2] * c[:, 3] / size**2,
-        lambda c: (c[:, 3] / c[:, 2]).log(),
-        lambda c: c[:, 0],
-    ):
-        a, b = of(ours).sort().values, of(theirs).sort().values
+    statistics = (lambda c: c[:, 2] * c[:, 3] / size**2, lambda c: (c[:, 3] / c[:, 2]).log())
+    for of in (*statistics, lambda c: c[:, 0]):
+        a, b = of(ours).sort().values, of(torch.tensor(params).double()).sort().values
         assert (a.mean() - b.mean()).abs() < 4 * (a.var() / n + b.var() / n).sqrt()
         tenths = a[:: n // 10] - b[:: n // 10]
         assert tenths.abs().max() < 0.1 * b.std() + 1
@@ -49,19 +45,14 @@ def test_crops_are_distributed_as_torchvisions():
 
 def test_crops_of_odd_images_fall_back_to_the_centre():
     sizes = torch.tensor([[10, 100], [100, 10], [50, 50]])
-    crops = batches.draw_crops(sizes, (0.99, 1.0), generator(1)).tolist()
-    assert crops[0] == [0, 43, 10, 13] and crops[1] == [43, 0, 13, 10]
-    assert crops[2][2] >= 48
+    boxes = batches.draw_crops(sizes, (0.99, 1.0), generator(1)).tolist()
+    assert boxes[:2] == [[0, 43, 10, 13], [43, 0, 13, 10]] and boxes[2][2] >= 48
 
 
 def test_draws_depend_on_their_key_alone():
-    first = draw(1, 8, 3)
-    state = torch.random.get_rng_state()
-    torch.rand(7)
+    first, state = draw(1, 8, 3), torch.random.get_rng_state()
     for a, b in zip(first, draw(1, 8, 3)):
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
-    torch.random.set_rng_state(state)
-    draw(1, 8, 3)
     assert torch.equal(state, torch.random.get_rng_state())
     for other in (draw(1, 8, 3, fkd_seed=43), draw(1, 8, 4), draw(2, 8, 3)):
         assert not torch.equal(first.crop, other.crop) and not torch.equal(first.box, other.box)
@@ -77,7 +68,9 @@ def test_an_epoch_is_a_permutation_cut_into_batches():
     assert batches.batches_of(19, 6) == 3 and batches.batches_of(1, 6) == 1
 
 
-def test_lambda_is_beta_and_the_boxs_real_area():
+def test_flips_have_their_probability_and_lambda_is_beta_and_the_boxs_real_area():
+    assert not draw(0, 50, flip=0.0).flip.any() and draw(0, 50, flip=1.0).flip.all()
+    assert 0.4 < draw(0, 1000, flip=0.5).flip.double().mean() < 0.6
     mixup, a = [draw(n, mix_type="mixup").lam for n in range(2000)], 0.8
     assert abs(np.mean(mixup) - 0.5) < 0.03
     assert abs(np.var(mixup) - 1 / (4 * (2 * a + 1))) < 0.01
@@ -90,11 +83,6 @@ def test_lambda_is_beta_and_the_boxs_real_area():
     assert plain.lam == 1 and plain.partner.tolist() == [0, 1]
 
 
-def test_flips_have_their_probability():
-    assert not draw(0, 50, flip=0.0).flip.any() and draw(0, 50, flip=1.0).flip.all()
-    assert 0.4 < draw(0, 1000, flip=0.5).flip.double().mean() < 0.6
-
-
 # ---- pixels
 
 
@@ -104,61 +92,49 @@ def test_replayed_bytes_are_torchvisions(size):
     from torchvision.transforms import functional as F
 
     arrays, index = list(photos(3, size)), torch.arange(24) % 3
-    crops = batches.draw_crops(torch.full((24, 2), size), (0.08, 1.0), generator(5))
-    flips = torch.arange(24) % 2 == 0
-    ours = crops.crop_on_cpu(arrays, index, crops, flips, size)
-    facts = datasets.ALL["imagenet"]
+    boxes = batches.draw_crops(torch.full((24, 2), size), (0.08, 1.0), generator(5))
+    flips, facts = torch.arange(24) % 2 == 0, datasets.ALL["imagenet"]
+    ours = crops.crop_on_cpu(arrays, index, boxes, flips, size)
     x = batches.normalise(ours, facts.mean, facts.std)
     for k in range(24):
         image, out = Image.fromarray(arrays[index[k]]), [size, size]
-        theirs = F.resized_crop(image, *crops[k].tolist(), out, InterpolationMode.BILINEAR)
+        theirs = F.resized_crop(image, *boxes[k].tolist(), out, InterpolationMode.BILINEAR)
         theirs = F.hflip(theirs) if flips[k] else theirs
         assert np.array_equal(ours[k].numpy(), np.asarray(theirs))
         assert torch.equal(x[k], Normalize(facts.mean, facts.std)(F.to_tensor(theirs)))
 
 
-@pytest.mark.parametrize(
-    "saved, size, count",
-    [
-        (224, 224, 150),
-        (64, 64, 300),
-        (32, 32, 400),
-        (224, 64, 100),
-        (64, 224, 30),
-        (100, 32, 150),
-        (33, 47, 150),
-    ],
-)
+def differing(images, boxes, flips, size):
+    """Bytes that differ between Pillow's crops and those of integer sums."""
+    index = torch.arange(len(boxes)) % len(images)
+    expected = crops.crop_on_cpu(list(images), index, boxes, flips, size)
+    found = crops.resized_crop_batch(torch.from_numpy(images)[index], boxes, flips, size)
+    return int((found != expected).sum())
+
+
+SIZES = [(224, 224, 150), (64, 64, 300), (32, 32, 400), (224, 64, 100), (64, 224, 30)]
+
+
+@pytest.mark.parametrize("saved, size, count", [*SIZES, (100, 32, 150), (33, 47, 150)])
 def test_the_gpus_crop_has_pillows_bytes(saved, size, count):
     """1,280 random crops altogether, enlarged and shrunk: 0 bytes differ."""
-    images, index = photos(8, saved, seed=size), torch.arange(count) % 8
-    sizes = torch.full((count, 2), saved)
-    crops = batches.draw_crops(sizes, (0.02, 1.0), generator(saved, size))
-    flips = torch.rand(count, generator=generator(9)) < 0.5
-    expected = crops.crop_on_cpu(list(images), index, crops, flips, size)
-    found = crops.resized_crop_batch(torch.from_numpy(images)[index], crops, flips, size)
-    assert int((found != expected).sum()) == 0
+    g = generator(saved, size)
+    boxes = batches.draw_crops(torch.full((count, 2), saved), (0.02, 1.0), g)
+    assert differing(photos(8, saved), boxes, torch.rand(count, generator=g) < 0.5, size) == 0
 
 
-def test_the_gpus_crop_of_any_box():
-    images, boxes = photos(1, 40), []
-    for h, w in [(1, 1), (1, 40), (40, 1), (40, 40), (2, 3), (39, 17), (5, 40)]:
-        boxes += [(0, 0, h, w), (40 - h, 40 - w, h, w)]
-    crops, flips = torch.tensor(boxes), torch.arange(len(boxes)) % 3 == 0
-    index = torch.zeros(len(boxes), dtype=torch.int64)
-    for size in (8, 32, 40, 96):
-        expected = crops.crop_on_cpu(list(images), index, crops, flips, size)
-        found = crops.resized_crop_batch(torch.from_numpy(images)[index], crops, flips, size)
-        assert torch.equal(found, expected)
+@pytest.mark.parametrize("size", [8, 32, 40, 96])
+def test_the_gpus_crop_of_any_box(size):
+    shapes = [(1, 1), (1, 40), (40, 1), (40, 40), (2, 3), (39, 17), (5, 40)]
+    boxes = [(top, left, h, w) for h, w in shapes for top, left in ((0, 0), (40 - h, 40 - w))]
+    assert differing(photos(1, 40), torch.tensor(boxes), torch.arange(14) % 3 == 0, size) == 0
 
 
 @pytest.mark.parametrize("mix_type", ["none", "mixup", "cutmix"])
 def test_mix_is_the_formula(mix_type):
-    pixels = torch.from_numpy(photos(6, 8))
-    statistics = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    x = batches.normalise(pixels, *statistics)
+    pixels, statistics = torch.from_numpy(photos(6, 8)), ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    x, box = batches.normalise(pixels, *statistics), torch.tensor([1, 2, 5, 7])
     partner = torch.arange(6) if mix_type == "none" else torch.tensor([3, 0, 5, 1, 2, 4])
-    box = torch.tensor([1, 2, 5, 7])
     batch = batches.Batch(torch.arange(6), None, None, partner, box, 0.3)
     whole = batches.mix(x, batch, mix_type)
     for i in range(6):
@@ -171,6 +147,5 @@ def test_mix_is_the_formula(mix_type):
     assert torch.equal(batches.mix(x, batch, mix_type, rows, partner[rows]), whole[rows])
     if mix_type == "cutmix":  # of bytes: the same bits
         mixed = batches.normalise(pixels, *statistics, cutmix=(partner, box.tolist()))
-        assert torch.equal(mixed, whole)
         part = batches.normalise(pixels, *statistics, rows, (partner[rows], box.tolist()))
-        assert torch.equal(part, whole[rows])
+        assert torch.equal(mixed, whole) and torch.equal(part, whole[rows])

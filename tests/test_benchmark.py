@@ -91,9 +91,9 @@ def test_whatever_is_timed_on_a_cpu_has_one_torch_thread(tmp_path, monkeypatch):
 
 
 def test_outputs_that_differ_end_it_with_status_1(tmp_path, monkeypatch, capsys):
-    original = benchmark.batches.crop_on_cpu  # white is one off
+    original = benchmark.crops.crop_on_cpu  # white is one off
     changed = lambda *args: original(*args).clamp(max=254)  # noqa: E731
-    monkeypatch.setattr(benchmark.batches, "crop_on_cpu", changed)
+    monkeypatch.setattr(benchmark.crops, "crop_on_cpu", changed)
     monkeypatch.delenv("D4M_TEST_DATA", raising=False)
     with pytest.raises(SystemExit) as leaving:
         benchmark.main([*QUICK, "--stage", "3", "--out", str(tmp_path)])

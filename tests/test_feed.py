@@ -16,47 +16,32 @@ from scripts.runtime import entry_point, generator
 from tests.conftest import picture
 
 IMAGES = SimpleNamespace(folders=("0", "1", "2"), dataset="digits")
+ARRAYS = [picture(n, (32, 32)) for n in range(21)]
 KEYS = [(2, 0), (2, 1), (2, 2)]
 
 
-def arrays(count=21, size=32):
-    return [picture(n, (size, size)) for n in range(count)]
-
-
-def protocol(**changes):
-    usual = {"batch_size": 8, "mix_type": "cutmix", "input_size": 32}
-    return {**batches.PROTOCOL, **usual, **changes}
-
-
-def fed(labels=None, rows_of=None, **changes):
-    return Feed(arrays(), IMAGES, protocol(**changes), "cpu", labels, rows_of)
+def fed(labels=None, rows_of=None, device="cpu", arrays=ARRAYS, mix_type="cutmix"):
+    protocol = {**batches.PROTOCOL, "batch_size": 8, "mix_type": mix_type, "input_size": 32}
+    return Feed(list(arrays), IMAGES, protocol, device, labels, rows_of)
 
 
 def store(folder, epochs=(2,)):
-    """Labels of 21 images in batches of 8, without a teacher; {file: sha256}."""
+    """Labels of 21 images in batches of 8, without a teacher; (folder, {file: sha256})."""
     out = SimpleNamespace(write=lambda name, data: (folder / name).write_bytes(data))
     for epoch in epochs:
         items = list(fed().loader([(epoch, number) for number in range(3)]))
         logits = torch.randn(21, 3, generator=generator(epoch)).half()
         write_epoch(out, epoch, [item.batch for item in items], logits)
-    return {path.name: files.sha256(path) for path in folder.iterdir()}
-
-
-def mixed(feed, keys=KEYS, workers=0):
-    return [feed.mixed(item).clone() for item in feed.loader(keys, workers)]
-
-
-def same(a, b):
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+    return folder, {path.name: files.sha256(path) for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_draw_store_replay_gives_the_same_pixels(tmp_path, workers):
-    digests = store(tmp_path)
-    replayed = fed((tmp_path, digests))
-    assert same(mixed(fed()), mixed(replayed, workers=workers))
-    logits = torch.cat([item.logits for item in replayed.loader(KEYS, workers)])
-    assert torch.equal(logits, torch.randn(21, 3, generator=generator(2)).half())
+    one, replayed, found = fed(), fed(store(tmp_path)), []
+    for a, b in zip(one.loader(KEYS), replayed.loader(KEYS, workers), strict=True):
+        found.append(b.logits)
+        assert torch.equal(one.mixed(a), replayed.mixed(b))
+    assert torch.equal(torch.cat(found), torch.randn(21, 3, generator=generator(2)).half())
 
 
 @pytest.mark.parametrize("mix_type", ["none", "mixup", "cutmix"])
@@ -66,37 +51,32 @@ def test_rows_of_a_process_are_rows_of_the_batch(mix_type, resident, which):
     """Where the device crops, each process crops the whole batch; else only what its rows take."""
     rows, seen = torch.tensor(which, dtype=torch.int64), []
     whole, part = fed(mix_type=mix_type), fed(rows_of=lambda count: rows, mix_type=mix_type)
+    plain = fed(mix_type="none")
     if resident:  # as on a CUDA device with room for the images
         part.resident = torch.from_numpy(np.stack(part.arrays))
-    for a, b in zip(whole.loader(KEYS), part.loader(KEYS)):
+
+    def shifted(x, held, count):
+        seen.append(count)
+        return x + held.view(-1, 1, 1, 1)
+
+    for a, b, crop in zip(whole.loader(KEYS), part.loader(KEYS), plain.loader(KEYS)):
         assert (b.pixels is None) == resident and (resident or len(b.pixels) <= 4)
         assert torch.equal(part.mixed(b), whole.mixed(a)[rows])
         assert torch.equal(part.unmixed(b), whole.unmixed(a)[rows])
-
-        def shifted(x, held, count):
-            seen.append(count)
-            return x + held.view(-1, 1, 1, 1)
-
+        assert torch.equal(plain.mixed(crop), whole.unmixed(a))
         assert torch.equal(part.mixed(b, shifted), whole.mixed(a, shifted)[rows])
     assert seen == [8, 8, 8, 8, 5, 5]
 
 
-def test_unmixed_images_are_the_crops(tmp_path):
-    one, plain = fed(), fed(mix_type="none")
-    for a, b in zip(one.loader(KEYS), plain.loader(KEYS)):
-        assert torch.equal(a.batch.crop, b.batch.crop)
-        assert torch.equal(one.unmixed(a), plain.mixed(b))
-
-
 def test_images_that_do_not_fit_the_gpu_are_cropped_on_the_cpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**15, 2**30))
-    one = Feed(arrays(), IMAGES, protocol(), "cuda")  # 21 images have 63 KiB
+    one = fed(device="cuda")  # 21 images have 63 KiB
     assert one.resident is None and len(one.arrays) == 21
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: the images need 0.1 MiB of GPU memory, 0.0 MiB may")
     assert "cropped on the CPU" in line
-    two_sizes = [*arrays(3), np.zeros((40, 32, 3), np.uint8)]
-    assert Feed(two_sizes, IMAGES, protocol(), "cuda").resident is None
+    two_sizes = [*ARRAYS, np.zeros((40, 32, 3), np.uint8)]
+    assert fed(device="cuda", arrays=two_sizes).resident is None
     assert "images of 2 sizes, such as [32, 32] and [40, 32]" in capsys.readouterr().err
 
 
@@ -131,34 +111,29 @@ def test_small_sets_are_cropped_once_for_all_seeds(monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_label_file_is_hashed_before_its_first_batch(tmp_path, refused, monkeypatch, workers):
-    digests = store(tmp_path, range(3))
-    keys = [(epoch, number) for epoch in range(3) for number in range(3)]
+def test_every_label_file_is_hashed_before_its_first_batch(tmp_path, refused, workers):
+    stored, seen = store(tmp_path, range(3)), []
     path = tmp_path / label_file(2)
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # a bit of the logits
-    seen = []
 
     def run(argv):
-        seen.extend(item.epoch for item in fed((tmp_path, digests)).loader(keys, workers))
+        keys = [(epoch, number) for epoch in range(3) for number in range(3)]
+        seen.extend(item.epoch for item in fed(stored).loader(keys, workers))
 
     refused(run, [], "epoch_0002", "changed since")
     assert seen == [0, 0, 0, 1, 1, 1]
+    path.write_bytes(b"")
+    refused(run, [], "epoch_0002", "not a label file")
 
 
 def test_a_label_file_is_hashed_once(tmp_path, monkeypatch):
-    digests, hashed, sha256 = store(tmp_path, range(2)), [], files.sha256
+    stored, hashed, sha256 = store(tmp_path, range(2)), [], files.sha256
     monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path.name) or sha256(path))
     monkeypatch.setattr(feed, "KEPT_BYTES", 0)  # a second seed reads again
     keys = [(epoch, number) for epoch in range(2) for number in range(3)]
-    assert len(list(fed((tmp_path, digests)).loader([*keys, *keys]))) == 12
+    assert len(list(fed(stored).loader([*keys, *keys]))) == 12
     assert hashed == [label_file(0), label_file(1)]
-
-
-def test_a_bad_file_met_by_a_worker_is_one_line(tmp_path, refused):
-    (tmp_path / label_file(2)).write_bytes(b"")
-    bad = fed((tmp_path, {}))
-    refused(lambda argv: list(bad.loader([(2, 0)], num_workers=1)), [], "epoch_0002")
 
 
 def test_a_reading_process_that_is_killed_is_one_line(refused, monkeypatch):

@@ -10,13 +10,11 @@ from safetensors.torch import load_file, save
 
 from matching import batches, generate_soft_label
 from matching import labels as module
-from matching.feed import Feed
 from matching.images import open_images
 from matching.labels import EpochLabels, LabelError, label_file, open_labels
 from scripts import files
+from scripts.runtime import entry_point
 from tests.conftest import copy, reseal
-
-# ---- the name
 
 NAMED = {
     "": "resnet18",
@@ -42,62 +40,54 @@ def test_folders_are_named_by_what_is_not_the_default(flags):
 
 # ---- one file
 
-SPOILT = {
+SPOILT = {  # tensor, change, what the error says
     "epoch": ("epoch", lambda t: t + 1, "holds epoch 3, expected 2"),
-    "an image twice": ("index", lambda t: torch.where(t == 5, 6, t), "each once"),
-    "an unknown image": ("index", lambda t: torch.where(t == 5, 99, t), "each once"),
-    "crop outside": ("crop", lambda t: t + torch.tensor([20, 0, 0, 0]), "outside the images"),
-    "empty crop": ("crop", lambda t: t * torch.tensor([1, 1, 0, 1]), "outside the images"),
+    "an image twice": ("index", lambda t: torch.where(t == 5, 6, t).int(), "each once"),
+    "an unknown image": ("index", lambda t: torch.where(t == 5, 99, t).int(), "each once"),
+    "crop outside": ("crop", lambda t: t + torch.tensor([20, 0, 0, 0]).int(), "outside the images"),
+    "empty crop": ("crop", lambda t: t * torch.tensor([1, 1, 0, 1]).int(), "outside the images"),
     "partner outside": ("partner", lambda t: t + 8, "mix partners"),
     "box outside": ("box", lambda t: t + 32, "boxes outside 32"),
     "lambda": ("lam", lambda t: t + 2, "lambdas"),
     "lambda of nothing": ("lam", lambda t: t * torch.nan, "lambdas"),
     "other batches": ("start", lambda t: torch.tensor([0, 10, 20, 21]), "begin at [0, 10"),
-    "fewer classes": ("logits", lambda t: t[:, :2], "[21, 2]"),
+    "fewer classes": ("logits", lambda t: t[:, :2].contiguous(), "[21, 2]"),
     "fewer images": ("logits", lambda t: t[:20], "[20, 3]"),
     "NaN": ("logits", lambda t: torch.where(t == t[9, 1], torch.nan, t), "not finite"),
-    "flips": ("flip", lambda t: t.int(), "flip"),
-    "no lambda": ("lam", None, "expected ["),
+    "flips": ("flip", lambda t: t.int(), "holds flip of (torch.int32"),
+    "no lambda": ("lam", lambda t: None, "holds lam of None"),
 }
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     """Epoch 2 of 21 images in batches of 8, without a teacher: its tensors."""
-    folder = tmp_path_factory.mktemp("stored")
-    arrays = [torch.zeros(32, 32, 3, dtype=torch.uint8).numpy()] * 21
-    protocol = {**batches.PROTOCOL, "batch_size": 8, "mix_type": "cutmix", "input_size": 32}
-    feed = Feed(arrays, SimpleNamespace(folders="012", dataset="digits"), protocol, "cpu")
-    drawn = [feed[2, number].batch for number in range(3)]
+    folder, sizes = tmp_path_factory.mktemp("stored"), torch.full((21, 2), 32)
+    protocol = {**batches.PROTOCOL, "mix_type": "cutmix", "input_size": 32}
+    parts = enumerate(batches.epoch_batches(42, 2, 21, 8))
+    drawn = [batches.draw_batch(protocol, 2, nth, index, sizes[index]) for nth, index in parts]
     out = SimpleNamespace(write=lambda name, data: (folder / name).write_bytes(data))
     module.write_epoch(out, 2, drawn, torch.randn(21, 3).half())
     return load_file(folder / label_file(2))
 
 
 def check(folder, digest=None):
-    epoch = EpochLabels(folder, 2, 21, 8)
-    epoch.check(torch.full((21, 2), 32), 3, 32, digest)
+    EpochLabels(folder, 2, 21, 8).check(torch.full((21, 2), 32), 3, 32, digest)
 
 
 @pytest.mark.parametrize("what", SPOILT)
 def test_a_file_that_does_not_fit_is_refused(stored, tmp_path, what):
     name, change, words = SPOILT[what]
-    tensors = dict(stored)
-    if change is None:
-        del tensors[name]
-    else:
-        changed = change(tensors[name])
-        tensors[name] = (
-            changed if what == "flips" else changed.to(stored[name].dtype)
-        ).contiguous()
-    (tmp_path / "epoch_0002.safetensors").write_bytes(save(tensors))
+    tensors = {**stored, name: change(stored[name])}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    (tmp_path / label_file(2)).write_bytes(save(tensors))
     with pytest.raises(LabelError) as error:
         check(tmp_path)
     assert words in str(error.value) and "epoch_0002" in str(error.value)
 
 
 def test_truncated_and_foreign_files_are_refused(stored, tmp_path):
-    data, path = save(stored), tmp_path / "epoch_0002.safetensors"
+    data, path = save(stored), tmp_path / label_file(2)
     for content in (b"", data[:100], data[:-1], b"\x80\x04cos\nsystem\n."):
         path.write_bytes(content)
         with pytest.raises(LabelError, match="not a label file"):
@@ -111,48 +101,36 @@ def test_truncated_and_foreign_files_are_refused(stored, tmp_path):
 # ---- labels of other images: most mismatches are tested where a student meets them, test_train_FKD
 
 
-def opened(images, folder, **given):
-    return open_labels(folder, open_images("--train_dir", images), given)
+def opened(images, folder, verify=False, **given):
+    return open_labels(folder, open_images("--train_dir", images), given, verify)
 
 
-def _remove_class(images, folder):
+def test_labels_of_other_images_are_refused(random, labels, tmp_path, refused):
+    images = copy(random, tmp_path)
     shutil.rmtree(images / "2")
     reseal(images, classes=files.read_json(images / "manifest.json")["classes"][:2])
+    refused(lambda argv: opened(images, labels), [], "class 2 = 2", "count 12")
 
 
-ODD = {
-    "a class removed": (_remove_class, {}, "class 2 = 2"),
-    "labels of another data set": (lambda i, n: reseal(n, dataset="cifar10"), {}, "cifar10"),
-    "two teachers for one": (None, {"teacher_checkpoint": 2}, "has sha256"),
-    "a teacher that is not there": (None, {"teacher_checkpoint": ["a"]}, "a: no such file"),
-    "several differences": (None, {"epochs": 4, "flip": 0.0, "mixup": 1.0}, "--flip 0.0"),
-}
-
-
-@pytest.mark.parametrize("what", ODD)
-def test_labels_that_do_not_fit_are_refused(what, random, teacher, labels, tmp_path, refused):
-    change, given, words = ODD[what]
-    images, folder = copy(random, tmp_path), copy(labels, tmp_path)
-    if change:
-        change(images, folder)
-    if given.get("teacher_checkpoint") == 2:
-        given = {"teacher_checkpoint": [str(teacher)] * 2}
-    refused(lambda argv: opened(images, folder, **given), [], words)
-
-
-def test_what_is_given_again_or_asked_for_less_fits(random, teacher, labels):
+def test_what_is_given_must_fit(random, teacher, labels, refused):
     given = {"teacher_checkpoint": [str(teacher)], "arch": ["convnet_mini"], "use_fp16": True}
     folder, manifest = opened(random, labels, **given, epochs=2, mix_type="cutmix", flip=None)
     assert folder == labels and manifest["arguments"]["epochs"] == 3
+    for odd, words in (
+        ({"teacher_checkpoint": [str(teacher)] * 2}, "--teacher_checkpoint sha256:"),
+        ({"teacher_checkpoint": ["a"]}, "a: No such file"),
+        ({"epochs": 4, "flip": 0.0, "mixup": 1.0}, "--flip 0.0"),
+    ):
+        refused(entry_point(lambda argv, odd=odd: opened(random, labels, **odd)), [], words)
 
 
 def test_one_of_many_label_folders_is_found(random, labels, tmp_path, refused):
     assert opened(random, labels.parent)[0] == labels
-    refused(lambda argv: opened(random, tmp_path), [], "no finished labels")
+    refused(lambda argv: opened(random, tmp_path), [], "of 0 finished labels 0 fit")
     for name in ("x", "y"):
         shutil.copytree(labels, tmp_path / f"{random.name}_{name}")
-    refused(lambda argv: opened(random, tmp_path), [], "2 label folders fit")
-    refused(lambda argv: opened(random, tmp_path, flip=0.0), [], "2 label folders, none fits")
+    refused(lambda argv: opened(random, tmp_path), [], "of 2 finished labels 2 fit")
+    refused(lambda argv: opened(random, tmp_path, flip=0.0), [], "of 2 finished labels 0 fit")
     args = files.read_json(tmp_path / f"{random.name}_y" / "args.json")["arguments"]
     reseal(tmp_path / f"{random.name}_y", arguments={**args, "flip": 0.25})
     assert opened(random, tmp_path, flip=0.25)[0].name == f"{random.name}_y"
@@ -170,8 +148,4 @@ def test_a_large_set_is_hashed_at_the_start_only_on_request(
     refused(lambda argv: opened(random, folder), [], "epoch_0001", "changed since")
     monkeypatch.setattr(module, "HASHED_AT_START", 0)
     assert opened(random, folder)[0] == folder  # found when it is read: test_feed
-
-    def verified(argv):
-        open_labels(folder, open_images("--train_dir", random), {}, verify=True)
-
-    refused(verified, [], "epoch_0001", "changed since")
+    refused(lambda argv: opened(random, folder, verify=True), [], "epoch_0001", "changed since")

@@ -16,12 +16,12 @@ def stable_diffusion(tiny_sd):
     return generators.load(str(tiny_sd), CPU)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def encoder(stable_diffusion):
     return stable_diffusion.encoder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def synthesis(stable_diffusion):
     return stable_diffusion.pipeline
 
@@ -51,12 +51,6 @@ def test_a_latent_does_not_depend_on_its_batch(encoder):
     together = encoder(images, [generator(7, i) for i in range(4)])
     alone = torch.cat([encoder(images[i : i + 1], [generator(7, i)]) for i in range(4)])
     assert (together - alone).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("shape", [(1, 4, 32, 32), (1, 1, 32, 32), (3, 32, 32)])
-def test_encoding_refuses_what_has_not_three_channels(encoder, shape):
-    with pytest.raises(ValueError, match="expected \\(B, 3, H, W\\)"):
-        encoder(torch.rand(*shape))
 
 
 def test_synthesis_is_diffusers_loop_with_36_calls(synthesis, monkeypatch):
@@ -111,12 +105,11 @@ def test_an_image_does_not_depend_on_its_batch(synthesis):
         assert (together[i] - alone[0]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (4, 8, 8), (1, 8, 8, 8)])
-def test_synthesis_refuses_latents_of_another_shape(synthesis, shape):
+@pytest.mark.parametrize("shape", [(1, 4, 32, 32), (1, 1, 32, 32), (3, 32, 32)])
+def test_other_shapes_and_numbers_of_prompts_are_refused(encoder, synthesis, shape):
+    with pytest.raises(ValueError, match="expected \\(B, 3, H, W\\)"):
+        encoder(torch.rand(*shape))
     with pytest.raises(ValueError, match="expected \\(B, 4, h, w\\)"):
-        synthesis("zero", torch.rand(*shape))
-
-
-def test_synthesis_refuses_another_number_of_prompts(synthesis):
+        synthesis("zero", torch.rand(*shape).movedim(-1, -3))
     with pytest.raises(ValueError, match="2 prompts for 1 latents"):
         synthesis(["zero", "one"], torch.rand(1, 4, 8, 8))

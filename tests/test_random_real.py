@@ -1,31 +1,32 @@
 """The baseline of real images: the data set's own, chosen by the seed."""
 
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
-from distillation import gen_syn_image, random_real
+from distillation import image_folder, random_real
 from distillation.datasets import open_split
 from scripts import output
-from tests.conftest import image_folder, make_random, picture, tree
+from tests.conftest import make_random, picture, picture_folder, tree
 
 ARGV = ["--dataset", "digits", "--classes", "0-2", "--ipc", "3", "--image_size", "8"]
 
 
 def test_the_images_are_the_data_sets_own_and_change_with_the_seed():
-    first, second = random_real.main(ARGV), random_real.main([*ARGV, "--seed", "1"])
-    assert first.name == "digits_ipc3_random_imagesize8_classes-0-2"
-    assert second.name == "digits_ipc3_random_seed1_imagesize8_classes-0-2"
+    folders = random_real.main(ARGV), random_real.main([*ARGV, "--seed", "1"])
+    assert folders[0].name == "digits_ipc3_random_imagesize8_classes-0-2"
+    assert folders[1].name == "digits_ipc3_random_seed1_imagesize8_classes-0-2"
     split = open_split("digits", None)
     real = {split.arrays[row].tobytes() for row in split.items[1]}
     chosen, others = (
         [np.array(Image.open(path)).tobytes() for path in sorted((folder / "1").iterdir())]
-        for folder in (first, second)
+        for folder in folders
     )
     assert len(set(chosen)) == 3 and set(chosen) <= real and chosen != others
-    manifest = image_folder.read_images("--data", first)
+    manifest = image_folder.read_images("--data", folders[0])
     assert manifest["arm"] == "random" and manifest["classes"][1]["prompt"] == "one"
-    rows = (first / "images.jsonl").read_text().splitlines()
-    assert '"prompt": "zero", "source": "' in rows[0]
+    assert '"prompt": "zero", "source": "' in (folders[0] / "images.jsonl").read_text()
     assert image_folder.origin(manifest) == {"generator": None, "real_images": 404}
 
 
@@ -45,8 +46,7 @@ def test_shards_make_the_same_bytes(random):
 
 def test_fewer_images_than_ipc_and_bad_images_are_refused(refused):
     refused(random_real.main, [*ARGV, "--max_images_per_class", "2"], "--ipc 3", "only 2 images")
-    cat = image_folder("data", ["cat"]) + "/train/cat"
-    with open(f"{cat}/1.png", "wb") as file:
-        file.write(b"x")
+    bad = Path(picture_folder("data", ["cat"]), "train/cat/1.png")
+    bad.write_bytes(b"x")
     argv = ["--dataset", "imagefolder", "--data_dir", "data", "--ipc", "3"]
-    refused(random_real.main, argv, f"{cat}/1.png: not an image")
+    refused(random_real.main, argv, f"{bad}: not an image")

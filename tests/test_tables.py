@@ -81,6 +81,9 @@ def test_variables_choose_cells_and_flags_go_to_every_stage():
         assert getattr(args, "data_dir", getattr(args, "val_dir", "my data")) == "my data"
     trained = [w for module, w in lines_of(5, BASELINES="", **networks) if "train_FKD" in module]
     assert [words[words.index("--model") + 1] for words in trained] == ["vit_b_16"] * 2
+    only = lines_of(5, ONLY="distillation/gen_prototype validate/train_FKD", **networks)
+    names = {module for module, _ in only}
+    assert names == {"distillation.gen_prototype", "validate.train_FKD"}
     chosen = {"METHOD": "stm", "TEACHER": "resnet50", "STUDENT": "resnet18", "BASELINES": ""}
     [stm] = [words for module, words in lines_of(3, **chosen) if module == "matching.stm"]
     assert stm[stm.index("--arch") + 1] == "resnet18"  # whoever labels the images later

@@ -157,10 +157,10 @@ def test_minutes_set_the_number_of_steps(tmp_path, monkeypatch):
     )
     settings = {"vae_share": 0.25, "minutes": 4, "vae_steps": 7}
     training = train_tiny_sd.Training(None, torch.device("cpu"), settings, 1, 0, 0)
-    assert training._number_of_steps("vae", None) == int(60 / 0.11)
-    assert training._number_of_steps("unet", None) == int(180 / 0.11)
+    assert training.number_of_steps("vae", None) == int(60 / 0.11)
+    assert training.number_of_steps("unet", None) == int(180 / 0.11)
     settings["minutes"] = 0
-    assert training._number_of_steps("vae", None) == 7
+    assert training.number_of_steps("vae", None) == 7
 
 
 @pytest.mark.parametrize(

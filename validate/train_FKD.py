@@ -424,6 +424,7 @@ def plan_student(settings, train_dir, val_dir, fkd_path, root, waits_for):
     needed = 4 * seeds * models.parameters_of(build) if all(network) else 0
     folder = Path(root) / student_name(Path(fkd_path or name).name, settings)
     output.plan(folder, 0, 2 * seeds, needed, waits_for)
+    return folder
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
 
 A new data set is one entry of `ALL`, its prompts in label-prompt/NAME.txt, and its launchers.
 
-Class index = position of the folder name in sorted order, for real and synthetic images alike: what
-torchvision's ImageFolder gives, and what its ImageNet teachers were trained with. Everything is
-keyed by class index and folder name, never by prompt: two ImageNet classes share the word "crane".
+Class index = position of the folder name in sorted order, for real and synthetic images alike, as
+torchvision's ImageFolder has it. Everything is keyed by class index and folder name, never by
+prompt: two ImageNet classes share the word "crane".
 """
 
 import contextlib
@@ -81,23 +81,23 @@ class Split:
             for item in self.items[position]:
                 if self.arrays is not None:
                     state.update(self.arrays[item].tobytes())
-                elif missing_ok and not os.path.exists(item):
-                    state.update(f"{item.name} missing\n".encode())
-                else:
+                    continue
+                size = "missing"
+                if not missing_ok or os.path.exists(item):
                     status = os.stat(item)
                     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
                         refuse(f"{item}: not a file")
-                    state.update(f"{item.name} {status.st_size}\n".encode())
+                    size = status.st_size
+                state.update(f"{item.name} {size}\n".encode())
         return state.hexdigest()
 
     def digest(self):
         """sha256 over folder names and image contents: which images a model was trained on."""
-        state = hashlib.sha256()
+        state, arrays = hashlib.sha256(), self.arrays
         for folder, items in zip(self.folders, self.items):
             state.update(f"{folder} {len(items)}\n".encode())
             for item in items:
-                in_memory = self.arrays is not None
-                state.update(self.arrays[item].tobytes() if in_memory else item.read_bytes())
+                state.update(item.read_bytes() if arrays is None else arrays[item].tobytes())
         return state.hexdigest()
 
 
@@ -160,21 +160,21 @@ def squash(image, size):
     return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
-# ---- where images are: each function is a `find` of ALL
+# ---- where images are: (dataset, root, split, flag, download) -> ({class folder: items}, arrays)
 
 
 def class_folders(flag, root):
     """The names of the folders in `root`, sorted; refuses a broken link, or its class would be
     lost in silence."""
     paths = sorted(p for p in root.iterdir() if not p.name.startswith("."))
-    broken = next((p for p in paths if p.is_symlink() and not p.exists()), None)
-    if broken:
-        refuse(f"{flag} {root}: {broken} is a broken link, to {os.readlink(broken)}")
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            refuse(f"{flag} {root}: {path} is a broken link, to {os.readlink(path)}")
     return [p.name for p in paths if p.is_dir()]
 
 
 def in_folders(dataset, root, split, flag, download=False):
-    """{class folder: sorted image paths} of ROOT/split/<class>/, or of ROOT/<class>/."""
+    """ROOT/split/<class>/, or ROOT/<class>/."""
     base, wanted, others = _base(root, split), known_prompts(dataset), []
     if not _has_folders(base):
         refuse(f"{flag} {root}: no class folders in {base}; {dataset} needs {ALL[dataset].needs}")
@@ -202,9 +202,8 @@ def _images_below(folder, others):
     """
     found = []
     for parent, folders, names in os.walk(folder, followlinks=True):  # no stat: a million files
-        links = [path for path in (Path(parent, f) for f in folders) if path.is_symlink()]
-        for link in links:
-            if Path(parent).resolve().is_relative_to(link.resolve()):
+        for link in filter(os.path.islink, (os.path.join(parent, name) for name in folders)):
+            if Path(parent).resolve().is_relative_to(Path(link).resolve()):
                 refuse(f"{link}: a link to {os.readlink(link)}, a folder that it is in")
         for name in names:
             extension = os.path.splitext(name)[1].lower()

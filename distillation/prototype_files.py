@@ -136,10 +136,10 @@ class ReleaseFile:
 
     def __init__(self, path, dataset, flag="--prototype_path"):
         where, table = f"{flag} {path}", files.read_json(path)
-        if not isinstance(table, dict) or not table:
-            refuse(f"{where}: expected a JSON object {{prompt: prototypes}}")
         known = datasets.known_prompts(dataset)
         counts = Counter(known.values())
+        if not isinstance(table, dict) or not table:
+            refuse(f"{where}: expected a JSON object {{prompt: prototypes}}")
         for prompt in table:
             if not prompt.isprintable() or not prompt.strip():
                 refuse(f"{where}: {prompt!r} is not a prompt")
@@ -149,21 +149,17 @@ class ReleaseFile:
                 refuse(f"{where}: {prompt!r} is the prompt of two classes")
         # a folder is never named by a prompt: the classes of an unknown data set are numbered
         order = known or {f"{n:04d}": prompt for n, prompt in enumerate(sorted(table))}
-        self.dataset, self.content = dataset, files.sha256(path)
-        self.classes, self.latents = [], []
-        for index, (folder, prompt) in enumerate(order.items()):
-            if prompt in table:
-                self.classes.append({"index": index, "folder": folder, "prompt": prompt})
-                try:
-                    self.latents.append(np.asarray(table[prompt], dtype=np.float16))
-                except (ValueError, TypeError):
-                    refuse(f"{where}: the prototypes of {prompt!r} are not a rectangular list")
-                check_latents(self.latents[-1], f"{where}: {prompt!r}")
-        shapes = {latents.shape for latents in self.latents}
-        if len(shapes) > 1:
-            refuse(f"{where}: prototypes of different shapes, {' and '.join(map(str, shapes))}")
-        self.per_class, *shape = shapes.pop()
-        self.latent_shape = tuple(shape)
+        classes = enumerate(order.items())
+        classes = [{"index": n, "folder": f, "prompt": p} for n, (f, p) in classes if p in table]
+        try:
+            self.latents = np.asarray([table[c["prompt"]] for c in classes], np.float16)
+        except (ValueError, TypeError) as error:
+            refuse(f"{where}: not rectangular lists of one shape: {error}")
+        for c, latents in zip(classes, self.latents):
+            check_latents(latents, f"{where}: {c['prompt']!r}")
+        _, self.per_class, *shape = self.latents.shape
+        self.dataset, self.classes, self.latent_shape = dataset, classes, tuple(shape)
+        self.content = files.sha256(path)
 
     def __getitem__(self, position) -> Prototypes:
         return Prototypes(self.latents[position], np.ones(self.per_class, dtype=np.int64))

@@ -58,7 +58,8 @@ def label_file(epoch):
 
 def label_bytes(count, classes, settings):
     """Bytes of one epoch's file, of `count` images."""
-    steps, width = batches.batches_of(count, settings["batch_size"]), 4 - 2 * settings["use_fp16"]
+    steps = batches.batches_of(count, settings["batch_size"])
+    width = 2 if settings["use_fp16"] else 4
     return count * (25 + width * classes) + 32 * steps + 1500
 
 

@@ -128,25 +128,27 @@ class Bench:
         where = ("--out", self.root, f"{stage}-{self.folders}", stage)
         return output.Output(*where, settings, {}, self.process)
 
-    def model(self, **how):
-        """The generator, with random weights."""
+    def models(self):
+        """{way: generator}, with random weights."""
         from misc import train_tiny_sd
 
         folder, small = self.root / "generator", (0, self.size["pixels"], (4,) * 4, (16, 32), 32)
         if not folder.exists():
             pipe = stable_diffusion() if self.gpu else train_tiny_sd.tiny_pipeline(*small, 77)
             pipe.save_pretrained(folder)
-        return generators.load(str(folder), self.device, **how)
+        fast = {"channels_last": True, "compile": True}
+        ways = {"ours": {}, "channels_last + compile": fast} if self.gpu else {"ours": {}}
+        return {n: generators.load(str(folder), self.device, **how) for n, how in ways.items()}
 
     def race(self, stage, what, unit, ways, counts, same, device=CPU, turns=None, **facts):
         """Run all ways in turns; one row for each beside "release".
 
-        ways     {name: function};   counts: {name: its units}, or one number for all
+        ways     {name: function};   counts   units of the release's way, and of the others
         same     (the release's result, another's, its name) -> (words, whether they agree)
-        facts    targets: {name: ratio, or 0}; least: units; note, known
+        facts    target: ratio, or 0; least: units; note, known
         """
         turns, clock = turns or self.size["turns"], 0 if device.type == "cuda" else 1
-        targets, threads = facts.pop("targets", {}), torch.get_num_threads()
+        target, threads = facts.pop("target", 0), torch.get_num_threads()
         times, results = {name: [] for name in ways}, {}
         for name in ways if device.type == "cuda" else ():  # kernels are chosen or compiled
             ways[name]()
@@ -158,8 +160,8 @@ class Bench:
                 results[name] = ways[name]()
                 times[name].append(spent(device)[clock] - before[clock])
         torch.set_num_threads(threads)
-        counts = counts if isinstance(counts, dict) else dict.fromkeys(ways, counts)
-        rates = {name: [counts[name] / max(t, 1e-9) for t in times[name]] for name in ways}
+        units = {name: counts[name != "release"] for name in ways}
+        rates = {name: [units[name] / max(t, 1e-9) for t in times[name]] for name in ways}
         for name in list(ways)[1:]:
             words, agree = same(results["release"], results[name], name)
             ratios = [b / a for a, b in zip(rates["release"], rates[name])]
@@ -168,9 +170,9 @@ class Bench:
             row |= {"release": median(rates["release"]), "ours": median(rates[name])}
             row |= {"ratio": median(ratios), "ratios": ratios, "n": turns}
             row |= {"agree": bool(agree), "same": words, **facts}
-            if targets.get(name):
-                fast = row["ratio"] >= targets[name] and row["ours"] >= row.get("least", 0)
-                row |= {"target": targets[name], "met": bool(agree and fast)}
+            if target:
+                fast = row["ratio"] >= target and row["ours"] >= row.get("least", 0)
+                row |= {"target": target, "met": bool(agree and fast)}
             if self.profile:
                 row["top_costs"] = {n: top_costs(ways[n]) for n in ("release", name)}
             self.rows.append(row)
@@ -258,10 +260,11 @@ def stage_1(bench):
     ways = {"release": lambda: release_images([(paths[i], 512) for i in some]).mul(255).byte()}
     ways["ours"] = lambda: squashed[0, some][0]
     note = {"known": 200, "note": "decoding and resizing are most of it, on both sides"}
-    bench.race(1, "JPEGs read and squashed to 512 px", "image", ways, len(some), equal, **note)
+    counts, what = [len(some)] * 2, "JPEGs read and squashed to 512 px"
+    bench.race(1, what, "image", ways, counts, equal, **note)
 
     items = tuple(paths[i % few] for i in range(many))
-    split, model = dataclasses.replace(split, items=(items,)), bench.model()
+    split, found = dataclasses.replace(split, items=(items,)), bench.models()
     order = np.argsort(gen_prototype.class_order(split, 0, 0))[:few]
     argv = ["--size", str(side), "--km_expand", "1", "--on_small_class", "repeat"]
     stage, workers = gen_prototype.get_args(argv).settings, bench.size["workers"]
@@ -276,20 +279,13 @@ def stage_1(bench):
             out.write(f"0.{form}", prototype_files.class_bytes(found, {"prompt": "tench"}, form))
         return rows if cache else rows[order]
 
-    target = bench.root / "release.json"
-    ways = {
-        "release": lambda: release_prototypes(model, paths, side, workers, min(10, few), target)
-    }
-    ways["ours"] = partial(ours, model)
-    if bench.gpu:
-        fast = bench.model(channels_last=True, compile=True)
-        ways["channels_last + compile"] = partial(ours, fast)
-    counts, facts = {**dict.fromkeys(ways, many), "release": few}, {"device": bench.device}
-    targets, same = (
-        dict.fromkeys(ways, 2.5 * bench.gpu),
-        close("latents", 0.05 if bench.gpu else 1e-3),
-    )
-    bench.race(1, "images to prototypes", "image", ways, counts, same, targets=targets, **facts)
+    target, model = bench.root / "release.json", found["ours"]
+    reading = (paths, side, workers, min(10, few), target)
+    ways = {"release": lambda: release_prototypes(model, *reading)}
+    ways |= {name: partial(ours, model) for name, model in found.items()}
+    same, facts = close("latents", 0.05 if bench.gpu else 1e-3), {"device": bench.device}
+    what, target_ratio = "images to prototypes", 2.5 * bench.gpu
+    bench.race(1, what, "image", ways, (few, many), same, target=target_ratio, **facts)
 
     shape = (1300, *model.latent_shape(side))
     latents = np.random.default_rng(0).normal(0, 1, shape).astype(np.float16)
@@ -299,9 +295,9 @@ def stage_1(bench):
     for ipc in (10, 200):
         for form in prototype_files.FORMATS:
             ways[f"{ipc} per class, {form}"] = partial(ours, model, cache, ipc, form)
-    counts, what = {**dict.fromkeys(ways, 1300), "release": many}, "another IPC, from the cache"
-    facts |= {"targets": dict.fromkeys(ways, 12), "note": "against our own way from images"}
-    bench.race(1, what, "image", ways, counts, lambda a, b, _: equal(latents, b), **facts)
+    facts |= {"target": 12, "note": "against our own way from images"}
+    same = lambda a, b, _: equal(latents, b)  # noqa: E731
+    bench.race(1, "another IPC, from the cache", "image", ways, (many, 1300), same, **facts)
 
     found, path = Prototypes(latents[:10], np.ones(10)), bench.root / "0.safetensors"
     path.write_bytes(prototype_files.class_bytes(found, {"prompt": "tench"}, "safetensors"))
@@ -319,9 +315,9 @@ def stage_1(bench):
             rows = prototype_files.read_class(path, data)[0].latents
         return torch.from_numpy(rows)
 
-    ways, counts = {"release": read_release, "ours": read_ours}, {"release": 3, "ours": 60}
+    ways = {"release": read_release, "ours": read_ours}
     what = "prototypes read, 10 per class: JSON, safetensors and its sha256"
-    bench.race(1, what, "class", ways, counts, equal, targets={"ours": 100})
+    bench.race(1, what, "class", ways, (3, 60), equal, target=100)
 
 
 # ---- stage 2
@@ -329,16 +325,12 @@ def stage_1(bench):
 
 def stage_2(bench):
     few, many = bench.size["synthesis"]
-    model, draw = bench.model(), np.random.default_rng(1)
-    argv = [
-        "--prototype_path",
-        "x",
-        "--ipc",
-        "10",
-        "--num_inference_steps",
-        f"{bench.size['steps']}",
-    ]
-    settings = gen_syn_image.of_arm(gen_syn_image.get_args(argv).settings, "d4m")
+    found, draw, steps = bench.models(), np.random.default_rng(1), str(bench.size["steps"])
+    argv = ["--prototype_path", "x", "--ipc", "10", "--num_inference_steps", steps]
+    settings, model = (
+        gen_syn_image.of_arm(gen_syn_image.get_args(argv).settings, "d4m"),
+        found["ours"],
+    )
     names = range(-(-many // 10))
     classes = [{"index": c, "folder": f"c{c}", "prompt": f"tench {c}"} for c in names]
     jobs = image_folder.list_jobs(classes, 10, 10)[:many]
@@ -372,13 +364,9 @@ def stage_2(bench):
         words = f"pixels differ by {off.max()} of 255 at most, {off.mean():.2g} in the mean"
         return words, off.mean() <= 4 if bench.gpu else off.max() <= 4  # fp16 on a GPU
 
-    ways = {"release": release, "ours": partial(ours, model)}
-    if bench.gpu:
-        fast = bench.model(channels_last=True, compile=True)
-        ways["channels_last + compile"] = partial(ours, fast)
-    counts = {**dict.fromkeys(ways, many), "release": few}
-    facts = {"device": bench.device, "targets": dict.fromkeys(ways, 6 * bench.gpu)}
-    bench.race(2, "prototypes to PNGs", "image", ways, counts, same, **facts)
+    ways = {"release": release, **{name: partial(ours, model) for name, model in found.items()}}
+    facts = {"device": bench.device, "target": 6 * bench.gpu}
+    bench.race(2, "prototypes to PNGs", "image", ways, (few, many), same, **facts)
 
 
 # ---- stages 3 and 4
@@ -470,7 +458,7 @@ class Replay:
 def stage_3(bench):
     size, device = bench.size, bench.device
     replay = Replay(bench, min(size["batch"], 1024), 224, size["batch"], CPU)
-    batch, count = replay.drawn[0], len(replay.drawn[0].index)
+    batch, counts = replay.drawn[0], [len(replay.drawn[0].index)] * 2
     draws = (batch.index, batch.crop, batch.flip, 224)
     ways = {"release": lambda: np.stack([np.asarray(crop) for crop in replay.release.crops(0)])}
     ways["ours"] = lambda: crops.crop_on_cpu(replay.arrays, *draws).numpy()
@@ -479,7 +467,7 @@ def stage_3(bench):
         odd = int((a != b).sum())
         return f"{odd} of {a.size / 1e6:.0f} M bytes differ", not odd
 
-    bench.race(3, "crops replayed: PNG, crop, flip", "image", ways, count, same, known=427)
+    bench.race(3, "crops replayed: PNG, crop, flip", "image", ways, counts, same, known=427)
 
     def fed():
         replay.forget()
@@ -491,7 +479,7 @@ def stage_3(bench):
 
     ways = {"release": lambda: next(replay.release.mixed(CPU, 0))[1:], "ours": fed}
     what = "feeding: crop, flip, mix, labels to a normalised batch, hash included"
-    bench.race(3, what, "image", ways, count, both, targets={"ours": 2.5}, least=1000)
+    bench.race(3, what, "image", ways, counts, both, target=2.5, least=1000)
 
     replay = Replay(bench, size["epoch"], size["side"], size["batch"], device)
     feed, workers = replay.new_feed(device), size["spawned"] * bench.gpu
@@ -519,9 +507,9 @@ def stage_3(bench):
     ways = {"release": made_release, "ours": partial(made, teacher)}
     ways["bf16 + channels_last"] = partial(made, fast, "bf16", True)
     ways = ways if bench.gpu else dict(list(ways.items())[:2])
-    facts = {"device": device, "targets": dict.fromkeys(ways, 5 * bench.gpu)}
+    facts, counts = {"device": device, "target": 5 * bench.gpu}, [size["epoch"]] * 2
     what, same = f"labels made by {bench.arch}, {size['side']} px", close("logits", 0.01)
-    bench.race(3, what, "image", ways, size["epoch"], same, **facts)
+    bench.race(3, what, "image", ways, counts, same, **facts)
 
 
 def release_epoch(model, replay, device, workers):
@@ -563,14 +551,6 @@ def our_epoch(bench, replay, bn_batch, **flags):
     return epoch, network
 
 
-class One(torch.utils.data.Dataset):
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, _):
-        return 0
-
-
 def stage_4(bench):
     size, turns = bench.size, 2 * bench.size["turns"] + 1
 
@@ -583,21 +563,21 @@ def stage_4(bench):
 
     for batch in sorted({size["batch"], min(size["batch"], 100)}, reverse=True):
         replay = Replay(bench, 10 * batch, 32, batch, CPU)
-        read = partial(load_pickle, replay.folder)
-        ways = {"release": lambda read=read: [read(n)[:1] for n in range(10)][0]}
-        ways |= {"ours": partial(ours, replay, False), "hashed and checked": partial(ours, replay)}
-        facts = {"targets": {"ours": 2.5 * (batch == size["batch"])}, "turns": turns}
-        note = "checked once per file; the release never does"
-        bench.race(4, f"labels read, batch {batch}", "batch", ways, 10, equal, note=note, **facts)
+        pickles = replay.folder
+        release = lambda f=pickles: [load_pickle(f, n)[:1] for n in range(10)][0]  # noqa: E731
+        for words in ("", ", hashed and checked: once per file; the release never does"):
+            ways = {"release": release, "ours": partial(ours, replay, bool(words))}
+            target = 2.5 * (batch == size["batch"] and not words)
+            what = f"labels read, batch {batch}{words}"
+            bench.race(4, what, "batch", ways, (10, 10), equal, turns=turns, target=target)
 
     def spawn():
         options = {"num_workers": size["spawned"], "multiprocessing_context": "spawn"}
-        list(torch.utils.data.DataLoader(One(), **options))
+        list(torch.utils.data.DataLoader(torch.zeros(1), **options))
 
     what = f"start of an epoch: {size['spawned']} of the release's 8 workers, our labels opened"
-    ways, facts = {"release": spawn, "ours": partial(ours, replay)}, {"targets": {"ours": 50}}
-    nothing = ("nothing to compare", True)
-    bench.race(4, what, "epoch", ways, 1, lambda *_: nothing, **facts)
+    ways, nothing = {"release": spawn, "ours": partial(ours, replay)}, ("nothing to compare", True)
+    bench.race(4, what, "epoch", ways, (1, 1), lambda *_: nothing, target=50)
 
     replay = Replay(bench, size["epoch"], size["side"], size["batch"], bench.device)
     half = -(-size["batch"] // 2)
@@ -612,9 +592,9 @@ def stage_4(bench):
     ways["bf16 + channels_last + fused"], _ = our_epoch(bench, replay, chunk, **fast)
     ways[f"{half} images per pass"], _ = our_epoch(bench, replay, half)
     note = f"{chunk} images per pass where no other number is named, the release's {half}"
-    facts = {"device": bench.device, "targets": dict.fromkeys(ways, 8 * bench.gpu), "note": note}
+    facts, counts = {"target": 8 * bench.gpu, "note": note}, [size["epoch"]] * 2
     what, same = f"an epoch of {bench.arch}, {size['side']} px", close("losses", 0.5)
-    bench.race(4, what, "image", ways, size["epoch"], same, **facts)
+    bench.race(4, what, "image", ways, counts, same, bench.device, **facts)
 
 
 STAGES = {1: stage_1, 2: stage_2, 3: stage_3, 4: stage_4}

@@ -148,21 +148,20 @@ class StableDiffusion:
     def _check(self, wanted):
         """Raises ValueError for what would give wrong results in silence."""
         pipe, factor = self.pipeline, self.pipeline.vae.config.scaling_factor
-        if not (isinstance(factor, (int, float)) and 0 < factor < math.inf):
-            raise ValueError(f"the scaling factor of its VAE is {factor!r}, expected above 0")
+        if not 0 < factor < math.inf:
+            raise ValueError(f"the scaling factor of its VAE is {factor}, expected above 0")
         for name in wanted:
             if name not in self.networks:
                 raise ValueError(f"it has no {name}")
             _check_whole(name, [n for n, p in self.networks[name].named_parameters() if p.is_meta])
-        if "unet" not in wanted:
-            return
-        # transformers makes a tokenizer up if its file is not there
-        words, expected = len(pipe.tokenizer.get_vocab()), pipe.text_encoder.config.vocab_size
-        if words != expected:
-            raise ValueError(f"its tokenizer has {words} words, its text_encoder {expected}")
-        takes, gives = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
-        if takes != gives:
-            raise ValueError(f"its UNet takes {takes} channels, its VAE gives {gives}")
+        if "unet" in wanted:
+            # transformers makes a tokenizer up if its file is not there
+            words, expected = len(pipe.tokenizer.get_vocab()), pipe.text_encoder.config.vocab_size
+            if words != expected:
+                raise ValueError(f"its tokenizer has {words} words, its text_encoder {expected}")
+            takes, gives = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+            if takes != gives:
+                raise ValueError(f"its UNet takes {takes} channels, its VAE gives {gives}")
 
     def _cast(self, dtype):
         for network in self.networks.values():
@@ -226,9 +225,8 @@ class StableDiffusion:
 
 
 # by what model_index.json calls its class
-FAMILIES = dict.fromkeys(
-    ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"), StableDiffusion
-)
+NAMES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+FAMILIES = dict.fromkeys(NAMES, StableDiffusion)
 
 
 def _pipeline(checkpoint, networks, absent, how):

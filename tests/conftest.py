@@ -12,7 +12,6 @@ Session fixtures (made once, by the stages' own `main`; copy before changing):
 """
 
 import contextlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -73,72 +72,9 @@ def tiny_sd(tmp_path_factory):
 
 
 def build_tiny_sd(folder, seed):
-    from diffusers import (
-        AutoencoderKL,
-        PNDMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from misc import train_tiny_sd
 
-    letters = [chr(c) for c in range(33, 127)]
-    words = ["<|startoftext|>", "<|endoftext|>"] + letters + [c + "</w>" for c in letters]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    names = (str(folder / "vocab.json"), str(folder / "merges.txt"))
-    tokenizer = CLIPTokenizer(*names, model_max_length=32)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8, 8),
-            down_block_types=["DownEncoderBlock2D"] * 3,
-            up_block_types=["UpDecoderBlock2D"] * 3,
-            norm_num_groups=4,
-            latent_channels=4,
-            sample_size=32,
-        )
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            attention_head_dim=4,
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=16,
-        )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(words),
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=32,
-                bos_token_id=0,
-                eos_token_id=1,
-                pad_token_id=1,
-            )
-        )
-    scheduler = PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        unet=unet,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder, safe_serialization=True)
+    train_tiny_sd.tiny_pipeline(seed).save_pretrained(folder)
     return folder
 
 
@@ -280,9 +216,6 @@ def picture_folder(root, classes, count=3, split="train"):
         for i in range(count):
             Image.fromarray(picture(100 * number + i)).save(folder / f"{i}.png")
     return root
-
-
-image_folder = picture_folder  # until every test uses the new name
 
 
 @pytest.fixture(scope="session")

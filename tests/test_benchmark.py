@@ -68,15 +68,15 @@ def test_a_row_knows_whether_its_target_is_met(tmp_path, monkeypatch):
     def row(agree=True, **facts):
         here = bench(tmp_path)
         ways = {"release": lambda: 0, "ours": lambda: 1}
-        here.race(3, "x", "image", ways, 100, lambda *_: ("same", agree), **facts)
+        here.race(3, "x", "image", ways, (100, 100), lambda *_: ("same", agree), **facts)
         return here.rows[0]
 
-    first = row(targets={"ours": 2.5})
+    first = row(target=2.5)
     assert first["ratios"] == [4, 8] and first["ratio"] == 6 and first["ours"] == 150
     assert first["met"] and "2.5x: met" in benchmark.table([first])
     for odd in ({"least": 1000}, {"agree": False}):
         clock = iter([0, 4, 4, 5, 5, 5.5, 5.5, 9.5])
-        assert not row(targets={"ours": 2.5}, **odd)["met"]
+        assert not row(target=2.5, **odd)["met"]
 
 
 def test_whatever_is_timed_on_a_cpu_has_one_torch_thread(tmp_path, monkeypatch):
@@ -86,7 +86,7 @@ def test_whatever_is_timed_on_a_cpu_has_one_torch_thread(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: now.__setitem__(0, n))
     seen = []
     ways = {name: lambda: seen.append(now[0]) for name in ("release", "ours")}
-    bench(tmp_path).race(3, "x", "image", ways, 1, lambda *_: ("same", True))
+    bench(tmp_path).race(3, "x", "image", ways, (1, 1), lambda *_: ("same", True))
     assert seen == [1] * 4 and now == [3]
 
 

@@ -5,7 +5,6 @@ import os
 import struct
 import urllib.error
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +12,16 @@ import torchvision
 from PIL import Image
 
 from distillation import datasets
-from distillation.datasets import BadImage, known_prompts, open_split, read_label_file, read_rgb
-from tests.conftest import image_folder, picture
+from distillation.datasets import BadImage, open_split, read_rgb
+from distillation.label_files import known_prompts, read_label_file
+from tests.conftest import picture, picture_folder
 
 COUNTS = {"imagenet": 1000, "imagenette": 10, "imagewoof": 10, "imagenet100": 100}
 COUNTS |= {"tiny_imagenet": 200, "cifar10": 10, "cifar100": 100, "digits": 10, "imagefolder": 0}
+
+
+def opened(argv):
+    return open_split(*argv)
 
 
 def one_pixel(path, value=100):
@@ -49,8 +53,7 @@ def test_the_prompts_that_the_release_gets_wrong():
 
 def test_a_data_set_without_a_teacher_recipe_is_an_error():
     with pytest.raises(TypeError, match="teacher"):
-        datasets.DataSet(datasets.in_folders, "folders", None, train_images=None)
-    assert datasets.ALL["cifar10"].teacher.learning_rate == 0.1
+        datasets.DataSet(datasets.in_folders, "folders", train_images=None)
     assert datasets.ALL["imagenet"].teacher == (90, 256, 0.1, 1e-4, 5, "rrc", 0.5)
 
 
@@ -63,7 +66,7 @@ def test_digits_are_split_by_class_and_never_overlap():
 
 
 def test_imagefolders_prompts_are_its_folder_names_or_a_label_file(tmp_path):
-    image_folder(tmp_path, ["tabby_cat", "dog"], 1)
+    picture_folder(tmp_path, ["tabby_cat", "dog"], 1)
     split = open_split("imagefolder", tmp_path)
     assert split.folders == ("dog", "tabby_cat") and split.prompts == ("dog", "tabby cat")
     labels = tmp_path / "labels.txt"
@@ -97,7 +100,7 @@ def test_tiny_imagenets_val_is_read_by_its_annotations(tmp_path, refused):
     assert [i[0].name for i in val.items][:2] == ["val_0.JPEG", "val_1.JPEG"]
     assert len(open_split("tiny_imagenet", tmp_path).items[0]) == 1
     (tmp_path / "val/val_annotations.txt").write_text("".join(rows[1:]))
-    refused(lambda argv: open_split("tiny_imagenet", *argv), [tmp_path, "val"], "val_0.JPEG")
+    refused(opened, ["tiny_imagenet", tmp_path, "val"], "val_0.JPEG")
 
 
 def test_a_flat_imagenet_val_with_each_of_its_ground_truth_files(tmp_path, refused):
@@ -115,16 +118,16 @@ def test_a_flat_imagenet_val_with_each_of_its_ground_truth_files(tmp_path, refus
         assert all(len(one) == 1 for one in items)
         assert [items[0][0].stem[-4:], items[999][0].stem[-4:]] == ["1000", "0001"]
 
-    words = ("--data_dir", "is flat", "LOC_val_solution.csv")
-    refused(lambda argv: is_read(), [], *words)
-    kaggle, lines = (tmp_path / name for name in ("LOC_val_solution.csv", GROUND_TRUTH_LINES))
+    argv = ["imagenet", tmp_path, "val"]
+    refused(opened, argv, "--data_dir", "is flat", "LOC_val_solution.csv")
     rows = [f"ILSVRC2012_val_{i:08d},{wnid} 1 2 3 4 " for i, wnid in enumerate(wnids, 1)]
+    kaggle = tmp_path / "LOC_val_solution.csv"
     kaggle.write_text("ImageId,PredictionString\n" + "\n".join(rows) + "\n")
     is_read()
     kaggle.unlink()
-    lines.write_text("\n".join(wnids) + "\n")
+    (tmp_path / GROUND_TRUTH_LINES).write_text("\n".join(wnids) + "\n")
     is_read()
-    lines.unlink()
+    (tmp_path / GROUND_TRUTH_LINES).unlink()
     types = [("ILSVRC2012_ID", "O"), ("WNID", "O")]
     synsets = np.array([(i, wnid) for i, wnid in enumerate(wnids, 1)], dtype=types)
     data = tmp_path / "ILSVRC2012_devkit_t12" / "data"
@@ -150,32 +153,28 @@ def test_damaged_ground_truth(what, tmp_path, refused):
     (tmp_path / "val").mkdir()
     (tmp_path / name).write_bytes(content)
     (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n")
-    argv = ["imagenette", tmp_path, "val"]
-    refused(lambda argv: open_split(*argv), argv, name, "ground truth", word)
+    refused(opened, ["imagenette", tmp_path, "val"], name, "ground truth", word)
 
 
 def test_a_missing_class_is_named_and_a_subset_is_found_in_a_whole_imagenet(tmp_path, refused):
     wnids = list(known_prompts("imagenette"))
     for wnid in [*wnids[:-1], "n01443537"]:
         one_pixel(tmp_path / "train" / wnid / "a.JPEG")
-    refused(lambda argv: open_split("imagenette", *argv), [tmp_path], wnids[-1], "1 of 10")
+    refused(opened, ["imagenette", tmp_path], wnids[-1], "1 of 10")
     one_pixel(tmp_path / "train" / wnids[-1] / "a.JPEG")
     assert open_split("imagenette", tmp_path).folders == tuple(wnids)
 
 
-def test_a_root_that_is_missing_says_what_is_needed(refused):
+def test_a_root_that_is_missing_and_a_failed_download(tmp_path, refused, monkeypatch):
     refused(lambda argv: open_split("cifar10", None), [], "--data_dir: missing", "cifar-10-batches")
-    refused(lambda argv: open_split("imagenet", "gone"), [], "--data_dir gone", "train/<wnid>/")
+    refused(opened, ["imagenet", "gone"], "--data_dir gone", "train/<wnid>/")
 
-
-def test_a_download_without_internet(tmp_path, refused, monkeypatch):
     def download(self):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", download)
-    argv = ["cifar10", tmp_path]
-    words = ("no route to host", "cifar-10-batches-py")
-    refused(lambda argv: open_split(*argv, download=True), argv, tmp_path, *words)
+    words = (tmp_path, "no route to host", "cifar-10-batches-py")
+    refused(lambda argv: open_split(*argv, download=True), ["cifar10", tmp_path], *words)
 
 
 def test_squash_is_the_releases_resize():
@@ -188,51 +187,33 @@ def test_squash_is_the_releases_resize():
 # ---- odd folders
 
 
-def a_folder_inside_itself(cat):
-    os.symlink(".", cat / "loop")
-    return "cat/loop", "a folder that it is in"
+ODD_FOLDERS = {
+    "a loop": lambda cat: os.symlink(".", cat / "loop"),
+    "a broken link": lambda cat: os.symlink("/gone/dog", cat.parent / "dog2"),
+    "a pipe": lambda cat: os.mkfifo(cat / "z.png"),
+    "a device": lambda cat: cat.rename(cat.with_name("nul")),
+    "one on some file systems": lambda cat: (cat.parent / "CAT").mkdir(),
+}
+WORDS = {
+    "a loop": "cat/loop: a link to ., a folder that it is in",
+    "a pipe": "cat/z.png: not a file",
+}
+WORDS |= {
+    "a broken link": "dog2 is a broken link, to /gone/dog",
+    "a device": "'nul': not a safe name",
+}
 
 
-def a_class_that_is_a_broken_link(cat):
-    os.symlink("/gone/dog", cat.parent / "dog2")
-    return ("dog2 is a broken link, to /gone/dog",)
-
-
-def a_pipe_among_the_images(cat):
-    os.mkfifo(cat / "z.png")
-    return "cat/z.png", "not a file"
-
-
-def a_name_that_no_other_system_takes(cat):
-    cat.rename(cat.with_name("nul"))
-    return "'nul'", "not a safe name"
-
-
-def two_classes_that_are_one_elsewhere(cat):
-    (cat.parent / "CAT").mkdir()
-    return "'CAT' and 'cat'", "one on some file systems"
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        a_folder_inside_itself,
-        a_class_that_is_a_broken_link,
-        a_pipe_among_the_images,
-        a_name_that_no_other_system_takes,
-        two_classes_that_are_one_elsewhere,
-    ],
-    ids=lambda f: f.__name__,
-)
-def test_odd_folders(spoil, tmp_path, refused):
-    image_folder(tmp_path, ["cat", "dog"])
-    words = spoil(tmp_path / "train/cat")
-    refused(lambda argv: open_split("imagefolder", *argv).fingerprint(), [tmp_path], *words)
+@pytest.mark.parametrize("what", ODD_FOLDERS)
+def test_odd_folders(what, tmp_path, refused):
+    ODD_FOLDERS[what](picture_folder(tmp_path, ["cat", "dog"]) / "train/cat")
+    words = WORDS.get(what, f"'CAT' and 'cat' are {what}")
+    refused(lambda argv: open_split("imagefolder", *argv).fingerprint(), [tmp_path], words)
 
 
 def test_hidden_files_are_no_images_and_other_formats_are_warned_about(tmp_path, capsys):
     """macOS leaves ._0.png beside 0.png on other file systems."""
-    cat = image_folder(tmp_path, ["cat"]) / "train/cat"
+    cat = picture_folder(tmp_path, ["cat"]) / "train/cat"
     (cat / "._0.png").write_bytes(b"x")
     Image.fromarray(picture(1)).save(cat / "moving.gif")
     items = open_split("imagefolder", tmp_path).items[0]
@@ -326,9 +307,8 @@ def png(width, height, depth, colour, rows):
     """A PNG written by hand, for what Pillow does not write."""
 
     def chunk(name, data):
-        return (
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        )
+        check = struct.pack(">I", zlib.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + check
 
     head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     parts = chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
@@ -359,6 +339,7 @@ CMYK = Image.fromarray(RGB).convert("CMYK")
 ALPHA = np.dstack([RGB, np.tile(np.arange(24, dtype=np.uint8) * 10, (24, 1))])
 JPEG = saved(RGB, "JPEG")
 AS_GRAY = np.repeat(RGB[..., :1], 3, axis=2)
+AS_BITS = np.where(AS_GRAY > 127, 255, 0)
 PALETTE = np.array(palette_with_transparency().convert("RGBA"))[..., :3]
 HALVES, SEVENS = np.full((24, 24), 0.5, np.float32), np.full((24, 24), -7, np.int32)
 
@@ -378,11 +359,7 @@ ODD = {
     "CMYK JPEG": ("x.jpg", saved(CMYK, "JPEG", quality=95), "close"),
     "gray": ("x.png", saved(RGB[..., 0], "PNG"), AS_GRAY),
     "gray with alpha": ("x.png", saved(Image.fromarray(RGB).convert("LA"), "PNG"), "luma"),
-    "1 bit": (
-        "x.png",
-        saved(Image.fromarray(RGB[..., 0] > 127), "PNG"),
-        np.where(AS_GRAY > 127, 255, 0),
-    ),
+    "1 bit": ("x.png", saved(Image.fromarray(RGB[..., 0] > 127), "PNG"), AS_BITS),
     "16-bit gray": ("x.png", saved(GRAY16, "PNG"), GRAY8),
     "16-bit RGB": ("x.png", png(24, 24, 16, 2, ROWS16), RGB),
     "palette with transparency": ("x.png", saved(palette_with_transparency(), "PNG"), PALETTE),
@@ -433,14 +410,13 @@ def test_any_flipped_byte_or_cut_is_a_picture_or_a_bad_image(form, tmp_path):
 
 
 def test_class_sizes_are_checked_before_anything_is_loaded(tmp_path, refused):
-    image_folder(tmp_path, ["big"], count=5)
-    image_folder(tmp_path, ["small"], count=3)
-    split = open_split("imagefolder", tmp_path)
-    refused(lambda a: datasets.check_class_sizes(split, 4), [], "--ipc 4", "small", "only 3 images")
-    datasets.check_class_sizes(split, 4, "repeat")
+    picture_folder(tmp_path, ["big"], count=5)
+    picture_folder(tmp_path, ["small"], count=3)
+
+    def check(argv):
+        datasets.check_class_sizes(open_split("imagefolder", tmp_path), 4, *argv)
+
+    refused(check, ["error"], "--ipc 4", "small", "only 3 images", "--on_small_class repeat")
+    check(["repeat"])
     (tmp_path / "train/void").mkdir()
-    split = open_split("imagefolder", Path(tmp_path))
-    for small in ("error", "repeat"):
-        refused(
-            lambda a, s=small: datasets.check_class_sizes(split, 2, s), [], "void has no images"
-        )
+    refused(check, ["repeat"], "void has no images")

@@ -14,7 +14,7 @@ from distillation import gen_prototype
 from matching import images as image_sets
 from matching.models import create_model
 from misc import figures
-from tests.conftest import STAGE_1, image_folder, make_random
+from tests.conftest import STAGE_1, make_random, picture_folder
 from tests.test_paper_tables import fake
 from validate import paper_tables
 
@@ -188,8 +188,8 @@ def test_tsne_of_real_and_synthetic(two_sets, tmp_path):
 
 def test_tsne_of_many_classes_takes_ten_and_opens_no_other_image(tmp_path, monkeypatch):
     names = [f"c{n:02d}" for n in range(19)]
-    image_folder(tmp_path / "data", names, 2, "val")
-    images = image_folder(tmp_path / "made", names, 2, "train") / "train"
+    picture_folder(tmp_path / "data", names, 2, "val")
+    images = picture_folder(tmp_path / "made", names, 2, "train") / "train"
     opened, original = [], figures.datasets.read_rgb
 
     def read(path):

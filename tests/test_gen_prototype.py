@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +9,11 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from distillation import gen_prototype, gen_syn_image, random_real
-from distillation.prototypes import PrototypeFolder
+from distillation import gen_prototype, random_real
+from distillation.prototype_files import PrototypeFolder
 from scripts import files, generators, output
 from scripts.runtime import POSTERIOR, generator
-from tests.conftest import STAGE_1, copy, everything, exits, image_folder, picture, tree
+from tests.conftest import STAGE_1, copy, everything, picture, picture_folder, tree
 from tests.test_datasets import ODD
 
 CPU = torch.device("cpu")
@@ -37,6 +36,12 @@ def of_folder(model, *more):
     """Flags of stage 1 on data/, an `imagefolder`."""
     argv = ["--dataset", "imagefolder", "--data_dir", "data", "--ipc", "2", "--size", "32"]
     return [*argv, "--num_workers", "0", *model, *map(str, more)]
+
+
+def close(folder, other):
+    """Whether two prototype folders hold nearly the same."""
+    pairs = [(PrototypeFolder(folder)[n], PrototypeFolder(other)[n]) for n in range(3)]
+    return all(np.allclose(a.latents, b.latents, atol=2e-3) for a, b in pairs)
 
 
 def test_the_folder_of_stage_1(prototypes):
@@ -73,37 +78,27 @@ def test_shards_and_workers_make_the_same_bytes(prototypes, model):
         folder = gen_prototype.main(argv)
         assert output.is_complete(folder) == (shard == "0/2")
     assert tree(folder) == tree(prototypes)
-
-
-def test_safetensors_hold_the_same_prototypes(prototypes, model):
-    folder = gen_prototype.main([*STAGE_1, *model, "--prototype_format", "safetensors"])
-    ours, theirs = PrototypeFolder(folder), PrototypeFolder(prototypes)
-    for n in range(3):
-        assert ours[n].latents.tobytes() == theirs[n].latents.tobytes()
+    other = ["--prototype_format", "safetensors", "--save_prototype_path", "other"]
+    assert close(gen_prototype.main([*STAGE_1, *model, *other]), prototypes)
 
 
 def test_a_dry_run_says_what_it_would_make_and_writes_nothing(model, capsys, prototypes):
     before = everything(".")
-    with exits(0):
-        gen_prototype.main([*STAGE_1, *model, "--dry_run", "--latent_cache", "cache"])
+    gen_prototype.main([*STAGE_1, *model, "--dry_run", "--latent_cache", "cache"])
     printed = capsys.readouterr().out
     assert f"output/prototypes/{prototypes.name}: 0 done, 3 to do" in printed
     assert everything(".") == before
 
 
 def test_without_kmeans_the_images_of_random_real_go_through_the_vae(model, tiny_sd):
-    """`--kmeans none`, then `--arm decoded`: those images, encoded and decoded, and no others."""
+    """`--kmeans none`: the prototypes are those images' latents, and no others."""
     flags = ["--dataset", "digits", "--classes", "0-2", "--ipc", "3", "--seed", "5"]
     stage_1 = [*flags, "--kmeans", "none", "--km_expand", "1", "--num_workers", "0", *model]
     folder = gen_prototype.main([*stage_1, "--latent_cache", "cache"])
     assert folder.name == "digits-ipc3-kmexpand1_seed5_kmeans-none_classes-0-2"
     assert not Path("cache").exists()  # whole classes only
-    stage_2 = ["--dataset", "digits", "--ipc", "3", "--km_expand", "1", "--seed", "5", *model]
-    stage_2 += ["--prototype_path", str(folder), "--arm", "decoded"]
-    [decoded] = gen_syn_image.main(stage_2)
-    assert decoded.name == "digits_ipc3_decoded_seed5_kmeans-none_classes-0-2"
-    real = random_real.main(flags)
-    vae, source = generators.load(str(tiny_sd), CPU, part="encoder"), PrototypeFolder(folder)
+    real, source = random_real.main(flags), PrototypeFolder(folder)
+    vae = generators.load(str(tiny_sd), CPU, part="encoder")
     for c in range(3):
         pixels = [np.array(Image.open(real / f"{c}/{c}_000{i}.png")) for i in range(3)]
         pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
@@ -133,7 +128,7 @@ def test_the_cache_serves_another_ipc_without_encoding(model, encoded):
 
 
 def test_cached_latents_are_those_of_these_images_or_none(model, refused, encoded):
-    image_folder("data", ["cat", "dog"])
+    picture_folder("data", ["cat", "dog"])
     argv = of_folder(model, "--latent_cache", "cache", "--save_prototype_path")
     gen_prototype.main([*argv, "a"])
     assert sum(encoded) == 6
@@ -144,120 +139,59 @@ def test_cached_latents_are_those_of_these_images_or_none(model, refused, encode
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
-    words = ("--latent_cache", "_cat.safetensors", "not those that were written")
-    refused(gen_prototype.main, [*argv, "c"], *words)
+    words = ("--latent_cache", "_cat.safetensors", "remove this file")
+    refused(gen_prototype.main, [*argv, "c"], *words, "not those that were written")
     path.write_bytes(data[:-3])
-    refused(gen_prototype.main, [*argv, "d"], *words[:2], "remove this file")
-
-
-def test_readers_start_before_a_cached_class_is_handed_out(model, tiny_sd, monkeypatch):
-    """The thread of k-means runs from then on, and a fork would copy its locks."""
-    started = []
-
-    class Loader(gen_prototype.DataLoader):
-        def __iter__(self):
-            started.append(self.batch_sampler)
-            return super().__iter__()
-
-    class Cache(dict):
-        folder, load, save = Path("."), dict.get, lambda self, *_: None
-
-    monkeypatch.setattr(gen_prototype, "DataLoader", Loader)
-    settings = gen_prototype.get_args([*STAGE_1, *model]).settings
-    split, vae = gen_prototype.open_images(settings, None), generators.load(str(tiny_sd), CPU)
-    kept = Cache({0: (np.zeros((12, 4, 8, 8), np.float16), [])})
-    classes = gen_prototype.class_latents(vae, split, [0, 1], settings, kept)
-    assert next(classes)[0] == 0 and len(started) == 1 and started[0][0][0][0] == 1
-    assert next(classes)[1].shape == (12, 4, 8, 8)
+    refused(gen_prototype.main, [*argv, "d"], *words)
 
 
 # ---- class sizes and bad images
 
 
-def outcomes(sizes, ipcs, capsys):
-    """How many of (class size, ipc, --on_small_class) end in prototypes."""
-    made, settings = 0, {"km_expand": 1, "kmeans": "minibatch"}
+SIZES = ([0, 1, 2, 9, 10, 11, 49, 50, 60], [1, 2, 10, 11, 50])
+EVERY = pytest.param(range(61), range(1, 51), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("small", ["error", "repeat"])
+@pytest.mark.parametrize("sizes, ipcs", [SIZES, EVERY])
+def test_every_class_size_gives_prototypes_or_one_line(sizes, ipcs, small, refused):
+    settings = {"km_expand": 1, "kmeans": "minibatch", "on_small_class": small}
     for size in sizes:
         latents = np.random.default_rng(size).standard_normal((size, 4, 2, 2)).astype(np.float16)
         for ipc in ipcs:
-            for small in ("error", "repeat"):
-                s = {**settings, "ipc": ipc, "on_small_class": small}
-                try:
-                    found = gen_prototype.cluster(latents, s, CPU, "c1")
-                except SystemExit as leaving:
-                    assert leaving.code == 2 and (size == 0 or (size < ipc and small == "error"))
-                    line = capsys.readouterr().err
-                    assert line.count("\n") == 1 and f"--ipc {ipc}: class c1" in line
-                    continue
-                assert found.latents.shape == (ipc, 4, 2, 2) and np.isfinite(found.latents).all()
-                assert size < ipc or found.sizes.sum() == size
-                made += 1
-    return made
+            what = (latents, {**settings, "ipc": ipc}, CPU, "c1")
+            if size == 0 or (size < ipc and small == "error"):
+                refused(
+                    lambda argv, w=what: gen_prototype.cluster(*w), [], f"--ipc {ipc}: class c1"
+                )
+                continue
+            found = gen_prototype.cluster(*what)
+            assert found.latents.shape == (ipc, 4, 2, 2) and np.isfinite(found.latents).all()
+            assert size < ipc or found.sizes.sum() == size
 
 
-def test_every_class_size_gives_prototypes_or_one_line(capsys):
-    sizes, ipcs = [0, 1, 2, 9, 10, 11, 49, 50, 60], [1, 2, 10, 11, 50]
-    assert outcomes(sizes, ipcs, capsys) == 90 - 10 - 14
-
-
-@pytest.mark.slow
-def test_class_sizes_0_to_60_by_ipc_1_to_50(capsys):
-    fits = sum(min(50, size) for size in range(61))
-    assert outcomes(range(61), range(1, 51), capsys) == fits + 60 * 50
-
-
-def test_small_classes_can_be_repeated(model):
-    folder = gen_prototype.main([*STAGE_1, *model, "--ipc", "14", "--on_small_class", "repeat"])
-    latents = PrototypeFolder(folder)[0].latents
-    assert len(latents) == 14 and np.array_equal(latents[:2], latents[12:])
-
-
-def odd_data_set():
-    """A class of three good images, and one of three and all odd ones; names of the bad ones."""
-    image_folder("data", ["good", "odd"])
-    names = [f"{n:02d}_{file}" for n, (file, _, _) in enumerate(ODD.values())]
-    for name, (_, data, _) in zip(names, ODD.values()):
-        Path("data/train/odd", name).write_bytes(data)
+def test_skip_lists_the_bad_images_and_error_names_the_first(model, refused):
+    """A class of three good images, and one of three and all odd ones."""
+    picture_folder("data", ["good", "odd"])
+    bad = ["zz.png"]
+    for n, (file, data, found) in enumerate(ODD.values()):
+        Path(f"data/train/odd/{n:02d}_{file}").write_bytes(data)
+        bad += [f"{n:02d}_{file}"] * (found is None)
     os.symlink("/gone", "data/train/odd/zz.png")
-    bad = [name for name, (_, _, picture) in zip(names, ODD.values()) if picture is None]
-    return [*bad, "zz.png"]
-
-
-def test_skip_leaves_out_the_bad_images_with_a_list_and_error_names_the_first(model, refused):
-    bad = odd_data_set()
     folder = gen_prototype.main(of_folder(model, "--on_bad_image", "skip"))
     facts = files.read_json(folder / "0001_odd.json")
-    assert sorted(path.rsplit("/", 1)[1] for path in facts["skipped"]) == bad and len(bad) == 12
+    assert sorted(Path(path).name for path in facts["skipped"]) == sorted(bad) and len(bad) == 12
     assert facts["images"] == 3 + len(ODD) - 11 == sum(facts["cluster_sizes"])
     refused(gen_prototype.main, of_folder(model), "data/train/odd/zz.png: No such file")
     Path("data/train/odd/zz.png").unlink()
     again = of_folder(model, "--save_prototype_path", "again")
     line = refused(gen_prototype.main, again, "--on_bad_image skip")
     assert any(f"data/train/odd/{name}" in line for name in bad)
+    assert not list(Path("again").rglob("0001*"))
 
 
-@pytest.mark.parametrize("name", [name for name, (*_, picture) in ODD.items() if picture is None])
-def test_each_bad_image_alone_stops_the_run_with_its_path(name, refused, tiny_sd, monkeypatch):
-    model = stand_in_model(monkeypatch)
-    file, data, _ = ODD[name]
-    path = image_folder("data", ["c"]) + f"/train/c/{file}"
-    Path(path).write_bytes(data)
-    refused(gen_prototype.main, of_folder(model), path)
-    assert not list(Path("output").rglob("0000*"))
-
-
-def stand_in_model(monkeypatch):
-    """A generator that only halves images, for runs that must not get far."""
-    facts = {"vae_sha256": "0", "precision": "fp32"}
-    model = SimpleNamespace(facts=facts, device=CPU, latent_shape=lambda size: (3, size, size))
-    model.encode = lambda images, draws: images / 2
-    monkeypatch.setattr(generators, "load", lambda *args, **how: model)
-    return ["--device", "cpu"]
-
-
-def test_identical_images_in_a_class_are_warned_about(monkeypatch, capsys):
-    model = stand_in_model(monkeypatch)
-    image_folder("data", ["c"])
+def test_identical_images_in_a_class_are_warned_about(model, capsys):
+    picture_folder("data", ["c"])
     Path("data/train/c/again.png").write_bytes(Path("data/train/c/0.png").read_bytes())
     gen_prototype.main(of_folder(model))
     assert "warning: class c: 1 of 4 images are copies" in capsys.readouterr().err
@@ -268,66 +202,67 @@ def test_two_classes_with_one_prompt_stay_two_classes(prototypes, model, capsys)
     Path("labels.txt").write_text("\n".join(prompts))
     folder = gen_prototype.main([*STAGE_1, *model, "--label_file_path", "labels.txt"])
     assert "classes 0 and 1 share the prompt 'crane'" in capsys.readouterr().err
-    ours, theirs = PrototypeFolder(folder), PrototypeFolder(prototypes)
-    assert all((ours[n].latents == theirs[n].latents).all() for n in range(3))
+    assert close(folder, prototypes)
 
 
 # ---- latents that are not finite, memory
 
 
-def test_latents_that_are_not_finite_are_made_again_in_fp32(prototypes, model, monkeypatch, capsys):
-    """The first answers for 10 images of the 36 hold NaN or infinity; asked again all is well."""
-    spoilt, original = [], generators.StableDiffusion.encode
-    values = [float("nan"), float("inf"), -float("inf")]
+@pytest.fixture
+def changed_encode(monkeypatch):
+    """changed_encode(f): StableDiffusion.encode becomes f(images, latents)."""
+    original = generators.StableDiffusion.encode
 
-    def encode(self, images, draws):
-        latents = original(self, images, draws)
+    def change(function):
+        def encode(self, images, draws):
+            return function(images, original(self, images, draws))
+
+        monkeypatch.setattr(generators.StableDiffusion, "encode", encode)
+
+    return change
+
+
+def test_latents_that_are_not_finite_are_made_again_in_fp32(
+    prototypes, model, changed_encode, capsys, refused
+):
+    """The first answers for 10 images of the 36 hold NaN or infinity; asked again all is well."""
+    spoilt, values = [], [float("nan"), float("inf"), -float("inf")]
+
+    def spoil(images, latents):
         if len(images) > 1:  # a batch, not a second try
             for row in range(min(len(images), 10 - len(spoilt))):
                 latents[row, row % 4, 0, row] = values[row % 3]
                 spoilt.append(row)
         return latents
 
-    monkeypatch.setattr(generators.StableDiffusion, "encode", encode)
-    source = PrototypeFolder(gen_prototype.main([*STAGE_1, *model]))
+    changed_encode(spoil)
+    folder = gen_prototype.main([*STAGE_1, *model])
     assert capsys.readouterr().err.count("made again in fp32") == 10 == len(spoilt)
-    for n in range(3):
-        theirs = PrototypeFolder(prototypes)[n].latents
-        assert np.allclose(source[n].latents, theirs, atol=2e-3)
-
-
-def test_a_latent_that_stays_nan_is_an_error_that_names_the_image(model, monkeypatch, refused):
-    def encode(self, images, draws):
-        return torch.full((len(images), 4, 8, 8), float("nan"))
-
-    monkeypatch.setattr(generators.StableDiffusion, "encode", encode)
+    assert close(folder, prototypes)
+    changed_encode(lambda images, latents: latents * float("nan"))
     words = ("image ", "of digits train", "NaN or infinity, in fp32 too")
-    refused(gen_prototype.main, [*STAGE_1, *model], *words)
-    assert not list(Path("output").rglob("0000*"))
+    argv = [*STAGE_1, *model, "--save_prototype_path", "again"]
+    refused(gen_prototype.main, argv, *words)
+    assert not list(Path("again").rglob("0000*"))
 
 
-def test_out_of_gpu_memory_halves_the_batch(prototypes, model, monkeypatch, capsys):
-    original = generators.StableDiffusion.encode
-
-    def encode(self, images, draws):
+def test_out_of_gpu_memory_halves_the_batch(prototypes, model, changed_encode, capsys):
+    def one_at_a_time(images, latents):
         if len(images) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(self, images, draws)
+        return latents
 
-    monkeypatch.setattr(generators.StableDiffusion, "encode", encode)
-    source = PrototypeFolder(gen_prototype.main([*STAGE_1, *model]))
+    changed_encode(one_at_a_time)
+    folder = gen_prototype.main([*STAGE_1, *model])
     assert capsys.readouterr().err.count("out of GPU memory") == 2  # 4, 2: remembered
-    for n in range(3):
-        ours, theirs = source[n], PrototypeFolder(prototypes)[n]
-        assert np.allclose(ours.latents, theirs.latents, atol=2e-3)
-        assert (ours.sizes == theirs.sizes).all()
+    assert close(folder, prototypes)
 
 
 # ---- what is refused
 
 
 def test_a_run_does_not_go_on_over_other_images(model, refused):
-    image_folder("data", ["cat", "dog"])
+    picture_folder("data", ["cat", "dog"])
     folder = gen_prototype.main(of_folder(model))
     for name in ("manifest.json", "0001_dog.json"):
         (folder / name).unlink()
@@ -337,10 +272,8 @@ def test_a_run_does_not_go_on_over_other_images(model, refused):
 
 FLAGS = {
     "--ipc 13": ("--ipc 13", "class 0", "only 12 images"),
-    "--ipc 0": ("--ipc",),
     "--size 30": ("--size 30", "multiple of 4"),
     "--kmeans_device cuda": ("--kmeans_device cuda", "cpu"),
-    "--kmeans_device gpu": ("--kmeans_device",),
     "--dataset mnist": ("--dataset mnist", "imagenet"),
     "--dataset cifar10": ("--data_dir", "cifar-10-batches-py"),
     "--device meta": ("--device meta",),

@@ -161,12 +161,6 @@ def test_odd_flags_are_refused(label, refused, tmp_path, flags):
     assert everything(tmp_path) == set()
 
 
-def test_too_little_space_is_refused_before_work(label, refused, monkeypatch):
-    monkeypatch.setattr(files, "free_space", lambda folder: 1000)
-    refused(lambda argv: label("labels"), [], "--fkd_path", "MiB")
-    assert os.listdir(f"labels/{NAME}") == ["args.json"]
-
-
 # ---- --dry_run
 
 

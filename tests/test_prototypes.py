@@ -187,8 +187,11 @@ RELEASE = {
     "of two classes": ({"crane": ONE}, "is the prompt of two classes"),
     "empty": ({}, "expected a JSON object"),
     "no prompt": ({" ": ONE}, "is not a prompt"),
-    "not rectangular": ({"crane, bird": [[1], [2, 3]]}, "not a rectangular list"),
-    "several shapes": ({"crane, bird": ONE, "crane, machine": ONE * 2}, "different shapes"),
+    "not rectangular": ({"crane, bird": [[1], [2, 3]]}, "not rectangular lists of one shape"),
+    "several shapes": (
+        {"crane, bird": ONE, "crane, machine": ONE * 2},
+        "not rectangular lists of one shape",
+    ),
 }
 
 

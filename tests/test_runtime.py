@@ -12,7 +12,7 @@ import torch
 
 from scripts import runtime
 from scripts.runtime import Parser, number
-from tests.conftest import ROOT, exits, image_folder
+from tests.conftest import ROOT, exits, picture_folder
 
 STAGES = {
     "distillation.gen_prototype": ["--dataset", "digits"],
@@ -212,6 +212,6 @@ def test_bars_can_be_turned_off():
 
 @pytest.mark.parametrize("flag", ["save_prototype_path", "latent_cache", "label_file_path"])
 def test_names_too_long_for_the_system(flag, model, refused, tmp_path):
-    image_folder(tmp_path, ["cat"])
+    picture_folder(tmp_path, ["cat"])
     argv = ["--dataset", "imagefolder", "--data_dir", tmp_path, "--size", "32", *model]
     refused(main_of("distillation.gen_prototype"), [*argv, f"--{flag}", "x" * 300], "x" * 20)

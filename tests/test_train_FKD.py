@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from matching import generate_soft_label, train_teacher
 from scripts import files, output
 from scripts.runtime import Process
-from tests.conftest import BATCHES, TEACHER, copy, image_folder, reseal, tree
+from tests.conftest import BATCHES, TEACHER, copy, picture_folder, reseal, tree
 from tests.test_training import largest_difference, small_net, weights  # noqa: F401
 from validate import train_FKD
 
@@ -99,7 +99,7 @@ def test_labels_are_found_below_a_root(train, labels, random, tmp_path, refused)
     for name in ("x", "y"):
         shutil.copytree(labels, root / f"{random.name}_{name}")
     refused(lambda argv: train(labels=root), [], "2 fit", f"{random.name}_x")
-    refused(lambda argv: train(labels=tmp_path), [], "no finished labels")
+    refused(lambda argv: train(labels=tmp_path), [], "--fkd_path", "finished labels")
 
 
 def test_every_option_of_the_recipes_runs(train, drawn, small_net):  # noqa: F811
@@ -406,7 +406,8 @@ def test_a_folder_begun_with_other_values_is_not_continued(train, refused):
 def test_other_test_images_are_not_taken_for_those_of_a_finished_run(tmp_path, refused):
     """As many, in the same classes: a --val_dir that was repaired."""
     for split, root in (("train", "data"), ("val", "data"), ("val", "other")):
-        image_folder(tmp_path / root, ["dog", "cat"][:: 1 if root == "other" else -1], split=split)
+        names = ["dog", "cat"] if root == "other" else ["cat", "dog"]
+        picture_folder(tmp_path / root, names, split=split)
     flags = ["--dataset", "imagefolder", "--train_dir", tmp_path / "data/train", "--hard_label"]
     flags += ["--model", "convnet_mini", "--epochs", "1", "--device", "cpu", "--num_workers", "0"]
     argv = [*map(str, flags), "--output_dir", str(tmp_path), "--val_dir"]

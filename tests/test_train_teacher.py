@@ -11,7 +11,7 @@ import torch
 from distillation import datasets
 from matching import train_teacher
 from scripts import files, output
-from tests.conftest import ROOT, TEACHER, image_folder, tree
+from tests.conftest import ROOT, TEACHER, picture_folder, tree
 
 
 def train(root, *more):
@@ -21,7 +21,7 @@ def train(root, *more):
 def photos(root):
     """An `imagefolder` data set of cats and dogs, for training and testing."""
     for split in ("train", "val"):
-        image_folder(root, ["cat", "dog"], split=split)
+        picture_folder(root, ["cat", "dog"], split=split)
     flags = ["--dataset", "imagefolder", "--data_dir", str(root), "--arch", "convnet_mini"]
     return [*flags, "--device", "cpu", "--num_workers", "0", "--epochs", "1", "--bn_batch", "2"]
 
@@ -126,7 +126,7 @@ def test_other_test_images_are_not_taken_for_those_of_a_finished_run(tmp_path, r
     flags = [*photos(tmp_path / "data"), "--output_dir", str(tmp_path)]
     train_teacher.main(flags)
     train_teacher.main(flags)
-    image_folder(tmp_path / "other", ["dog", "cat"], split="val")
+    picture_folder(tmp_path / "other", ["dog", "cat"], split="val")
     refused(train_teacher.main, [*flags, "--val_dir", tmp_path / "other"], "val_sha256")
 
 

@@ -146,7 +146,7 @@ def synthesize(model, settings, classes, stream, inputs, parts, root, process, w
 
     settings   stage 2's, with the arm;   classes: [{"index", "folder", "prompt"}]
     stream     (positions, out) -> iterator of (position, Prototypes)
-    inputs     for args.json;   parts: of stage 1's settings, as `image_folder.folder_name` takes them
+    inputs     for args.json;   parts: {setting of stage 1: what it adds to the folder's name}
     """
     seed = (inputs["prototype_arguments"] or {}).get("seed")
     where = (

@@ -15,7 +15,6 @@ from distillation import datasets
 from scripts import files, output
 from scripts.runtime import number, refuse, warn
 
-
 FROM_PROTOTYPES = ("d4m", "decoded")  # arms
 
 

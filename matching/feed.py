@@ -66,7 +66,7 @@ class Feed(torch.utils.data.Dataset):
         shape = (len(self.arrays), *self.arrays[0].shape)
         resident = torch.empty(shape, dtype=torch.uint8, device=self.device)
         for place, array in zip(resident, self.arrays):
-            place.copy_(torch.from_numpy(array))
+            place.copy_(torch.tensor(array))
         self.arrays.clear()  # no second copy in host memory
         return resident
 

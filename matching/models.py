@@ -9,10 +9,8 @@ ConvNets are those of DM, MTT and TESLA: instance norm and average pooling.
 """
 
 import hashlib
-import math
 import re
-import urllib.error
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,11 +64,6 @@ class ConvNet(nn.Sequential):
         super().__init__(*blocks, nn.Flatten(), head)
 
 
-def _convnet_mini(num_classes, image_size):
-    """For the demo: width 32, depth 2, on the image at half size; 4,000 images per CPU-second."""
-    return nn.Sequential(nn.AvgPool2d(2), ConvNet(num_classes, image_size // 2, width=32, depth=2))
-
-
 class BlockAP(nn.Module):
     """Residual block that halves its map by average pooling, not by stride (IDC, Minimax)."""
 
@@ -84,8 +77,7 @@ class BlockAP(nn.Module):
         self.shortcut = nn.Identity()
         if halve:
             conv = nn.Conv2d(channels_in, channels, 1, bias=False)
-            norm = nn.GroupNorm(channels, channels)
-            self.shortcut = nn.Sequential(conv, nn.AvgPool2d(2), norm)
+            self.shortcut = nn.Sequential(conv, nn.AvgPool2d(2), nn.GroupNorm(channels, channels))
 
     def forward(self, x):
         y = self.pool(F.relu(self.norm1(self.conv1(x))))
@@ -115,32 +107,30 @@ def _resnet_ap10(num_classes, image_size):
     return model
 
 
-def _torchvision(name):
-    def build(num_classes, image_size):
-        import torchvision.models  # 2 CPU-seconds, which ConvNets do not need
+def _torchvision(name, num_classes, image_size):
+    import torchvision.models  # 2 CPU-seconds, which ConvNets do not need
 
-        size = {"image_size": image_size} if name == "vit_b_16" else {}
-        if size and image_size % 16:
-            refuse(f"--input_size {image_size}: {name} needs a multiple of 16")
-        model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **size)
-        if image_size <= 64 and name.startswith("resnet"):
-            model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-            nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-            model.maxpool = nn.Identity()
-        elif image_size <= 32 and name == "mobilenet_v2":
-            model.features[0][0].stride = (1, 1)
-        return model
-
-    return build
+    size = {"image_size": image_size} if name == "vit_b_16" else {}
+    if size and image_size % 16:
+        refuse(f"--input_size {image_size}: {name} needs a multiple of 16")
+    model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **size)
+    if image_size <= 64 and name.startswith("resnet"):
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+    elif image_size <= 32 and name == "mobilenet_v2":
+        model.features[0][0].stride = (1, 1)
+    return model
 
 
 # {name: function of (num_classes, image_size) that builds it}; a new network is one line
 MODELS = {
-    **{name: _torchvision(name) for name in TEACHER_WEIGHTS},
-    "convnet_w128": lambda num_classes, image_size: ConvNet(num_classes, image_size, 128),
-    "convnet_w64": lambda num_classes, image_size: ConvNet(num_classes, image_size, 64),
-    "convnet6": lambda num_classes, image_size: ConvNet(num_classes, image_size, 128, depth=6),
-    "convnet_mini": _convnet_mini,
+    **{name: partial(_torchvision, name) for name in TEACHER_WEIGHTS},
+    "convnet_w128": ConvNet,
+    "convnet_w64": partial(ConvNet, width=64),
+    "convnet6": partial(ConvNet, depth=6),
+    # for the demo, on the image at half size: 4,000 images per CPU-second
+    "convnet_mini": lambda n, size: nn.Sequential(nn.AvgPool2d(2), ConvNet(n, size // 2, 32, 2)),
     "resnet_ap10": _resnet_ap10,
 }
 
@@ -193,27 +183,20 @@ def read_state_dict(path, flag):
     Takes a plain state dict, or one under "state_dict" or "model", and drops torch's "module." and
     "_orig_mod." prefixes. Refuses everything else.
     """
-    path = Path(path)
-    if not path.is_file():
-        refuse(
-            f"{flag} {path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}"
-        )
+    if not Path(path).is_file():
+        refuse(f"{flag} {path}: no such file")
     import safetensors.torch
 
+    unpickled = partial(torch.load, map_location="cpu", weights_only=True)
+    load = safetensors.torch.load_file if Path(path).suffix == ".safetensors" else unpickled
     try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load(path)
     except Exception as error:  # torch.load raises whatever a damaged file makes it raise
-        reason = (str(error) or type(error).__name__).split("\n")[0][:200]
-        refuse(
-            f"{flag} {path}: cannot be read as weights ({reason}); only plain tensors are loaded"
-        )
-    while isinstance(state, dict) and (
-        inner := [state[k] for k in ("state_dict", "model") if isinstance(state.get(k), dict)]
-    ):
-        state = inner[0]
+        reason = f"({error!s:.200}); only plain tensors are loaded"
+        refuse(f"{flag} {path}: cannot be read as weights {reason}")
+    for key in ("state_dict", "model"):
+        inner = state.get(key) if isinstance(state, dict) else None
+        state = inner if isinstance(inner, dict) else state
     if not (state and isinstance(state, dict) and all(map(torch.is_tensor, state.values()))):
         refuse(f"{flag} {path}: no state dict (names with tensors), nor under state_dict or model")
     return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", str(k)): v for k, v in state.items()}
@@ -224,16 +207,7 @@ def load_state(model, state, what):
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split("\n\t")[1:])[:300]
-        refuse(f"{what}: the weights of another architecture: {reason}")
-
-
-def state_digest(state):
-    """sha256 over names, shapes and values: equal for equal weights in whatever file."""
-    import safetensors.torch
-
-    plain = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    return hashlib.sha256(safetensors.torch.save(plain)).hexdigest()
+        refuse(f"{what}: the weights of another architecture: {error!s:.300}")
 
 
 # ---- teachers
@@ -260,9 +234,8 @@ def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher
     """
     folders, where, arguments, owned = list(folders), f"{flag} {checkpoint}", None, None
     if checkpoint in (None, PUBLIC):
-        state, weights = _public_weights(name, image_size, dataset)
-        digest, owned = state_digest(state), list(datasets.known_prompts("imagenet"))
-        where = f"{flag} {weights}: {name}"
+        state, weights, digest = _public_weights(name, dataset, image_size)
+        where, owned = f"{flag} {weights}: {name}", list(datasets.known_prompts("imagenet"))
     elif Path(checkpoint).is_dir():
         manifest = _teacher_manifest(name, Path(checkpoint), dataset, image_size, flag)
         state = read_state_dict(Path(checkpoint) / "model.safetensors", flag)
@@ -275,37 +248,40 @@ def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher
     owned = owned or _guess_classes(count, dataset, folders, where)
     if count != len(owned):
         refuse(f"{where}: its head has {count} classes, expected {len(owned)}")
-    columns = _columns(owned, folders, dataset, where)
+    columns = None if owned == folders else _columns(owned, folders, dataset, where)
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
         model = create_model(name, count, image_size)
     load_state(model, state, where)
-    model.eval().requires_grad_(False)
-    if columns is not None:
-        model = nn.Sequential(model, Columns(columns)).eval()
+    model = nn.Sequential(model, Columns(columns)) if columns else model
     facts = {"arch": name, "weights": weights, "sha256": digest, "classes": count}
-    return model, {**facts, "columns": columns, "arguments": arguments}
+    return model.eval().requires_grad_(False), {**facts, "columns": columns, "arguments": arguments}
 
 
-def _public_weights(name, image_size, dataset):
-    """(state dict, what they are called) of torchvision's or timm's published ImageNet weights."""
+def _public_weights(name, dataset, image_size):
+    """(state dict, name, digest of the values) of torchvision's or timm's ImageNet weights."""
+    import safetensors.torch
+
     if name.startswith("timm:"):
         model = _timm(name, pretrained=True)
         _check_input(name, model.pretrained_cfg, image_size, dataset)
-        return model.state_dict(), "timm pretrained"
-    train = "train a teacher with matching.train_teacher and pass it with --teacher_checkpoint"
-    if name not in TEACHER_WEIGHTS:
-        refuse(f"--arch {name}: nobody publishes weights for it; {train}")
-    if image_size <= 64:
-        refuse(
-            f"--arch {name}: torchvision's are for 224 px, the input is {image_size} px; {train}"
-        )
+        state, weights = model.state_dict(), "timm pretrained"
+    else:
+        state, weights = _torchvision_weights(name, image_size)
+    plain = {name: value.contiguous().clone() for name, value in state.items()}
+    return state, weights, hashlib.sha256(safetensors.torch.save(plain)).hexdigest()
+
+
+def _torchvision_weights(name, image_size):
+    if name not in TEACHER_WEIGHTS or image_size <= 64:
+        instead = "train a teacher with matching.train_teacher and pass it as --teacher_checkpoint"
+        refuse(f"--arch {name}: nobody publishes weights for {image_size} px; {instead}")
     import torchvision.models
 
     weights = torchvision.models.get_model_weights(name)[TEACHER_WEIGHTS[name]]
     cache = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
     try:
         state = weights.get_state_dict(progress=True, check_hash=True)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # no route, a firewall's page instead of the file
         elsewhere = f"fetch it elsewhere and put it at {cache}"
         refuse(f"--arch {name}: cannot fetch {weights.url} ({error}); {elsewhere}")
     return state, f"torchvision {TEACHER_WEIGHTS[name]}"
@@ -313,13 +289,11 @@ def _public_weights(name, image_size, dataset):
 
 def _check_input(name, expects, image_size, dataset):
     """Refuse timm's weights for images that do not arrive as in its pretrained_cfg, `expects`."""
-    facts = datasets.ALL[dataset]
-    theirs, ours = [*expects["mean"], *expects["std"]], [*facts.mean, *facts.std]
-    if not all(math.isclose(a, b, abs_tol=1e-3) for a, b in zip(theirs, ours, strict=True)):
-        refuse(
-            f"--arch {name}: its weights are for mean {tuple(expects['mean'])} and std "
-            f"{tuple(expects['std'])}, images of {dataset} have {facts.mean} and {facts.std}"
-        )
+    for what in ("mean", "std"):
+        theirs, ours = tuple(expects[what]), getattr(datasets.ALL[dataset], what)
+        if any(abs(a - b) > 1e-3 for a, b in zip(theirs, ours, strict=True)):
+            images = f"images of {dataset} have {ours}"
+            refuse(f"--arch {name}: its weights are for {what} {theirs}, {images}")
     wanted = tuple(expects.get("input_size") or ())[-2:]
     if expects.get("fixed_input_size") and wanted != (image_size, image_size):
         size = " x ".join(map(str, wanted))
@@ -331,14 +305,10 @@ def _teacher_manifest(name, folder, dataset, image_size, flag):
     manifest, facts = output.read_manifest(flag, folder, "teacher"), datasets.ALL[dataset]
     if all(datasets.WNID.match(c["folder"]) for c in manifest["classes"]):
         dataset = manifest["dataset"]  # such folders mean the same class in every data set
-    for what, theirs, ours in (
-        ("data set", manifest["dataset"], dataset),
-        ("architecture", manifest["arch"], name),
-        ("input size", manifest["image_size"], image_size),
-        ("normalisation", [manifest["mean"], manifest["std"]], [[*facts.mean], [*facts.std]]),
-    ):
-        if theirs != ours:
-            refuse(f"{flag} {folder}: its {what} is {theirs}, here it is {ours}")
+    ours = {"dataset": dataset, "arch": name, "image_size": image_size}
+    for what, value in {**ours, "mean": list(facts.mean), "std": list(facts.std)}.items():
+        if manifest[what] != value:
+            refuse(f"{flag} {folder}: its {what} is {manifest[what]}, here it is {value}")
     output.check_file(flag, folder, "model.safetensors", manifest)
     return manifest
 
@@ -353,10 +323,8 @@ def _head_size(name, state, image_size, where):
 
 
 def _guess_classes(count, dataset, folders, where):
-    """Class folders of a bare checkpoint: the data set's, the images', or ImageNet's for 1000.
-
-    Nothing in such a file says its class order. Every public training script has that of
-    torchvision's ImageFolder: sorted folder names.
+    """Class folders of a bare checkpoint, which does not say them: the data set's, the images', or
+    ImageNet's for 1000; in the order of torchvision's ImageFolder, as every public script has it.
     """
     for owned in (datasets.known_prompts(dataset), folders, datasets.known_prompts("imagenet")):
         if len(owned) == count:
@@ -365,29 +333,12 @@ def _guess_classes(count, dataset, folders, where):
 
 
 def _columns(owned, folders, dataset, where):
-    """Positions of `folders` among the teacher's classes; None if they are the same list."""
-    if owned == folders:
-        return None
-    position = {folder: i for i, folder in enumerate(owned)}
-    unknown = [folder for folder in folders if folder not in position]
-    if unknown and len(owned) == 1000 and not all(map(datasets.WNID.match, folders)):
-        refuse(
-            f"{where}: a teacher of ImageNet's 1000 classes needs class folders named by wnid "
-            f"(n01440764), {dataset} has {unknown[0]!r}"
-        )
-    if unknown:
-        refuse(f"{where}: the class {unknown[0]!r} is not among the teacher's {len(owned)}")
-    columns = [position[folder] for folder in folders]
-    for k in range(1, len(columns)):
-        if columns[k - 1] > columns[k]:
-            a, b = (f"{folders[i]} is column {columns[i]}" for i in (k - 1, k))
-            refuse(f"{where}: its class order is not the images': {a}, {b}")
+    """Positions of `folders` among the teacher's classes `owned`."""
+    unknown = next((folder for folder in folders if folder not in owned), None)
+    if unknown is not None:
+        known = f"the teacher's {len(owned)}, such as {owned[0]!r}"
+        refuse(f"{where}: the class {unknown!r} of {dataset} is not among {known}")
+    columns = [owned.index(folder) for folder in folders]
+    if columns != sorted(columns):
+        refuse(f"{where}: its class order is not the images': they are its columns {columns[:20]}")
     return columns
-
-
-def ranges(numbers):
-    """[0, 1, 2, 7] -> '0-2, 7', at most 12 parts."""
-    runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-    runs = [[n for _, n in run] for _, run in runs]
-    texts = [f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return ", ".join(texts if len(texts) <= 12 else [*texts[:10], f"... {texts[-1]}"])

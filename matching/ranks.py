@@ -1,10 +1,11 @@
-"""What processes that train together say to each other: sums, and whether they agree.
+"""How a batch is shared: its chunks, and what processes that train together say to each other.
 
 Own sums of gradients, not DDP: that averages over processes, which may hold different numbers of
 chunks, also none. So a step is exact for any number of processes.
 """
 
 import contextlib
+import math
 import os
 
 import torch
@@ -13,19 +14,45 @@ from scripts import files
 from scripts.runtime import refuse
 
 
+def chunk_size(batch_size, world, accumulation_steps, bn_batch):
+    """Images of one pass: --bn_batch, else batch / (processes x steps), rounded up."""
+    # differs from the release: --bn_batch fixes what there depends on the number of GPUs
+    return min(bn_batch or -(-batch_size // (world * accumulation_steps)), batch_size)
+
+
+def chunks_of(count, size):
+    """(first, end) of each chunk of a batch of `count`: of equal length, to one image.
+
+    A remainder of few images would get a BatchNorm of its own: 1024 in chunks of 73 are 12 of 73
+    and 2 of 74, as in the release, not 14 of 73 and one of 2. For that, a chunk may be a twentieth
+    longer than `size`.
+    """
+    pieces = math.ceil(count / (1.05 * size))
+    if size > 1:
+        pieces = max(1, min(pieces, count // 2))  # BatchNorm cannot train on a single image
+    ends = [round(n * count / pieces) for n in range(pieces + 1)]
+    return list(zip(ends[:-1], ends[1:]))
+
+
+def rank_chunks(count, size, rank, world):
+    """This process's chunks, [(first row in the batch, slice of its own rows)], and its rows."""
+    mine, chunks, rows = chunks_of(count, size)[rank::world], [], []
+    for first, end in mine:
+        chunks.append((first, slice(len(rows), len(rows) + end - first)))
+        rows += range(first, end)
+    return chunks, torch.tensor(rows, dtype=torch.int64)
+
+
 @contextlib.contextmanager
 def joined(process, tracker=None, folder=None):
-    """accelerate's Accelerator for several processes or a tracker, else None.
-
-    Without CUDA it needs `cpu=True`: else every process believes that it is rank 0 of 1.
-    """
+    """accelerate's Accelerator for several processes or a tracker, else None."""
     if process.dry_run or (process.world == 1 and tracker is None):
         yield None
         return
     from accelerate import Accelerator
 
+    on_cpu = process.device.type == "cpu"  # unless told, each process there is rank 0 of 1
     try:
-        on_cpu = process.device.type == "cpu"
         accelerator = Accelerator(cpu=on_cpu, log_with=tracker, project_dir=folder)
     except (ValueError, RuntimeError) as error:  # an invalid port, a host that does not answer
         at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -41,63 +68,43 @@ def joined(process, tracker=None, folder=None):
     accelerator.end_training()
 
 
-def sum_over_ranks(tensors, world):
+def sum_over_ranks(tensors, world, operation="SUM"):
     """Add up lists of tensors over all processes, in place, in one message per dtype."""
-    if world == 1:
-        return
-    for dtype in sorted({t.dtype for t in tensors}, key=str):
+    for dtype in sorted({t.dtype for t in tensors} if world > 1 else (), key=str):
         same = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in same])
-        _all_reduce(flat, world, "SUM")
+        try:
+            torch.distributed.all_reduce(flat, getattr(torch.distributed.ReduceOp, operation))
+        except RuntimeError as error:
+            again = f"run the same command to go on ({error!s:.200})"
+            refuse(f"another of the {world} processes has died; {again}")
         for t, part in zip(same, flat.split([t.numel() for t in same])):
             t.copy_(part.view_as(t))
 
 
-def _all_reduce(flat, world, operation):
-    import torch.distributed as dist
-
-    try:
-        dist.all_reduce(flat, getattr(dist.ReduceOp, operation))
-    except RuntimeError as error:
-        reason = str(error).split("\n")[0][:200]
-        again = "run the same command to go on"
-        refuse(f"another of the {world} processes has died; {again} ({reason})")
-
-
-def check_ranks(out, trained):
+def check_agreement(out, trained):
     """Refuse processes that were started with different settings, or see different checkpoints.
 
     Each node's own disk, or a late network file system: their gradients are summed, so nothing
-    else would show it.
-
-    trained   epochs that this process finds trained, one number per seed
+    else would show it.   trained: epochs that this process finds trained, of all seeds
     """
-    process, where = out.process, f"{out.flag} {out.folder}"
-    if process.world == 1:
-        return
     settings = int(files.digest_of([out.settings, out.inputs])[:12], 16)
-    low, high = _extremes([settings], process)[0]
-    if low != high:  # first, as the seeds are settings
-        refuse(f"{where}: the {process.world} processes were started with different settings")
-    for low, high in _extremes(trained, process):
-        if low != high:
-            refuse(f"ranks do not see the same {where}: epoch {low} and {high}")
-
-
-def _extremes(values, process):
-    """The least and the largest over all processes of each of some integers."""
-    found = torch.tensor([[v, -v] for v in values], device=process.device)
-    _all_reduce(found, process.world, "MIN")
-    return [(low, -high) for low, high in found.tolist()]
+    found = torch.tensor([settings, -settings, trained, -trained], device=out.process.device)
+    sum_over_ranks([found], out.process.world, "MIN")
+    least, most, fewest, greatest = found.tolist()
+    where = f"{out.flag} {out.folder}"
+    if least != -most:
+        refuse(f"{where}: the {out.process.world} processes were started with different settings")
+    if fewest != -greatest:
+        refuse(f"ranks do not see the same {where}: {fewest} and {-greatest} epochs in it")
 
 
 def sum_gradients(model, world):
     """Every process gets the sum of all gradients; one that had no chunk counts as zero."""
-    if world > 1:
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        sum_over_ranks([p.grad for p in parameters], world)
+    parameters = [p for p in model.parameters() if p.requires_grad] if world > 1 else []
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    sum_over_ranks([p.grad for p in parameters], world)
 
 
 @torch.no_grad()
@@ -118,14 +125,12 @@ def average_buffers(model, chunks, world):
 
 
 def stop_asked(out):
-    """Whether a stop signal has reached any of the processes: all leave, or none."""
+    """Whether a stop signal has reached any of the processes: all leave, or none.
+
+    Waits for all of them.
+    """
     asked = torch.tensor([float(out.signals.name is not None)], device=out.process.device)
     sum_over_ranks([asked], out.process.world)
+    if asked:
+        out.signals.name = out.signals.name or "SIGTERM"
     return bool(asked)
-
-
-def leave_together(out):
-    """Exit with status 75 once all are here: who leaves while rank 0 saves may get it killed."""
-    sum_over_ranks([torch.zeros(1, device=out.process.device)], out.process.world)
-    out.signals.name = out.signals.name or "SIGTERM"
-    out.leave_if_asked()

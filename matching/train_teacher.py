@@ -8,12 +8,14 @@ OUTPUT_DIR/<name>/{model.safetensors, results.json, manifest.json}; stages 3 and
 as --teacher_checkpoint. The same command goes on from the last checkpoint, to the same weights.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from PIL import Image
 
 from distillation import datasets
-from matching import batches, crops, models, ranks, training
+from matching import batches, crops, evaluation, models, ranks, training
 from scripts import files, output, runtime
 from scripts.runtime import AUGMENT, Parser, generator, number, refuse
 
@@ -22,12 +24,12 @@ FIXED = {"sgd": True, "cos_stretch": 1.0, "step_factor": 0.2, "ema": 0.0}
 
 
 def default_recipe(dataset, arch):
-    """{flag: value} of the data set's entry in datasets.ALL; empty if it has no teacher's recipe.
+    """{flag: value} of the data set's entry in datasets.ALL; only its size without a recipe.
 
     ConvNets have no norm before their head, and stay at chance at 0.1: 0.01, as DC, DM and MTT.
     """
-    recipe = datasets.ALL[dataset].teacher
-    values = recipe._asdict() if recipe else {}
+    facts = datasets.ALL[dataset]
+    values = {"input_size": facts.image_size, **(facts.teacher._asdict() if facts.teacher else {})}
     if arch.startswith("convnet") and values.get("learning_rate", 0) > 0.02:
         values["learning_rate"] = 0.01
     return values
@@ -74,7 +76,7 @@ class RealImages(torch.utils.data.Dataset):
         seed, batch_size = self.settings["seed"], self.settings["batch_size"]
         index = batches.epoch_batches(seed, epoch, self.count, batch_size)[nth]
         where = self.settings["bn_batch"], self.process.rank, self.process.world
-        mine = index[training.rank_chunks(len(index), *where)[1]]
+        mine = index[ranks.rank_chunks(len(index), *where)[1]]
         pixels = np.empty((len(mine), self.size, self.size, 3), np.uint8)
         for k, i in enumerate(mine.tolist()):
             pixels[k] = self.augmented(i, generator(seed, AUGMENT, epoch, i))
@@ -109,44 +111,39 @@ class RealImages(torch.utils.data.Dataset):
 
 def get_args(argv=None):
     parser = Parser("matching.train_teacher", __doc__)
+    setting, natural, share = parser.setting, number(int, 0), number(float, 0, 1)
     parser.heading("recipe (by data set: see distillation/datasets.py)")
 
     def by_dataset(*names, help, **options):
         def default(args):
             return default_recipe(args.dataset, args.arch).get(names[-1].lstrip("-"))
 
-        parser.setting(*names, default=default, help=f"{help} [by data set]", **options)
+        setting(*names, default=default, help=f"{help} [by data set]", **options)
 
-    natural, rate, share = number(int, 0), number(float, above=0), number(float, 0, 1)
+    count, rate, decay = number(int, 1), number(float, above=0), number(float, 0)
     by_dataset("--epochs", type=number(int, 1, 10**6), short="epochs", help="passes over the data")
-    by_dataset("-b", "--batch_size", type=number(int, 1), short="b", help="images, all processes")
+    by_dataset("-b", "--batch_size", type=count, short="b", help="images, all processes")
     by_dataset("-lr", "--learning_rate", type=rate, short="lr", help="peak, of SGD")
-    decay = number(float, 0)
     by_dataset("--weight_decay", type=decay, short="wd", help="on matrices and convolutions")
     by_dataset("--warmup_epochs", type=natural, short="warmup", help="linear")
-    kinds = ("pad_crop", "rrc", "none")
-    kind = "pad by an eighth and crop; RandomResizedCrop; nothing"
-    by_dataset("--augment", choices=kinds, short="augment", help=kind)
+    kinds = {"choices": ("pad_crop", "rrc", "none"), "short": "augment"}
+    by_dataset("--augment", help="pad by an eighth and crop; RandomResizedCrop; nothing", **kinds)
     by_dataset("--flip", type=share, short="flip", help="probability of a horizontal flip")
-    size = {"type": number(int, 1), "short": "size", "help": "pixels [by data set]"}
-    parser.setting(
-        "--input_size", default=lambda args: datasets.ALL[args.dataset].image_size, **size
-    )
+    by_dataset("--input_size", type=count, short="size", help="pixels")
     below = number(float, 0, below=1)
-    parser.setting("--momentum", type=below, default=0.9, short="momentum", help="of SGD")
+    setting("--momentum", type=below, default=0.9, short="momentum", help="of SGD")
     names = training.SCHEDULES
-    parser.setting("--schedule", choices=names, default="cosine", short="schedule", help="by epoch")
-    parser.setting("--label_smoothing", type=share, default=0.0, short="smooth", help="share")
-    area = number(float, above=0, most=1)
-    least = "least share of the area in a crop"
-    parser.setting("--min_scale_crops", type=area, default=0.08, short="crops", help=least)
-    parser.setting("--max_scale_crops", type=area, default=1.0, short="to", help="largest share")
+    setting("--schedule", choices=names, default="cosine", short="schedule", help="by epoch")
+    setting("--label_smoothing", type=share, default=0.0, short="smooth", help="share")
+    area, least = number(float, above=0, most=1), "least share of the area in a crop"
+    setting("--min_scale_crops", type=area, default=0.08, short="crops", help=least)
+    setting("--max_scale_crops", type=area, default=1.0, short="to", help="largest share")
     datasets.add_dataset_flags(parser)
     parser.flag("--val_dir", help="real test images [--data_dir]")
     parser.heading("teacher")
     network = {"default": "resnet18", "help": "see matching/models.py"}
-    parser.setting("-a", "--arch", type=models.model_name, **network)
-    parser.setting("--seed", type=natural, default=0, short="seed", help="of weights and batches")
+    setting("-a", "--arch", type=models.model_name, **network)
+    setting("--seed", type=natural, default=0, short="seed", help="of weights and batches")
     parser.flag("--output_dir", default="output/teachers", help="the folder is made below this one")
     training.add_training_flags(parser)
     runtime.add_process_flags(parser)
@@ -155,8 +152,7 @@ def get_args(argv=None):
         refuse(f"--shard {args.shard}: training is one job; use torchrun for several processes")
     for name, value in args.settings.items():
         if value is None and name not in ("classes", "bn_batch"):
-            entry = f"{args.dataset} has no teacher's recipe in distillation/datasets.py"
-            refuse(f"--{name}: missing; {entry}")
+            refuse(f"--{name}: missing; distillation/datasets.py has no recipe of {args.dataset}")
     if args.warmup_epochs != args.settings.defaults["warmup_epochs"]:
         training.check_warmup(args.warmup_epochs, args.epochs)
     batches.check_scales(args.min_scale_crops, args.max_scale_crops)
@@ -168,62 +164,41 @@ def main(argv=None):
     args = get_args(argv)
     process = runtime.this_process(args.device, args.shard, args.dry_run, args.wait)
     forward = training.Forward(process.device, args.amp, args.channels_last, args.compile)
-    train, val = open_splits(
-        args.dataset,
-        args.data_dir,
-        args.val_dir,
-        args.classes,
-        args.max_images_per_class,
-        args.download,
-    )
+    part = args.classes, args.max_images_per_class, args.download
+    train = datasets.open_split(args.dataset, args.data_dir, "train", None, *part)
+    datasets.check_class_sizes(train, 1)
+    root = ("--val_dir", args.val_dir) if args.val_dir else ("--data_dir", args.data_dir)
+    val = evaluation.open_test(*root, args.dataset, train.folders, args.download)
     inputs = {"train_images": train.count, "images_sha256": train.fingerprint()}
     inputs |= {"val_images": val.count, "val_sha256": val.fingerprint()}
     steps = args.gradient_accumulation_steps
-    chunk = training.chunk_size(args.batch_size, process.world, steps, args.bn_batch)
-    settings = args.settings.filled(bn_batch=chunk)
-    settings["bn_batch"] = chunk
-    name = f"{args.dataset}_{args.arch.replace(':', '-')}"
-    name = output.folder_name(name, *settings.parts())
+    chunk = ranks.chunk_size(args.batch_size, process.world, steps, args.bn_batch)
+    shown = args.settings.only(name for name in args.settings if name != "bn_batch")
+    name = output.folder_name(f"{args.dataset}_{args.arch.replace(':', '-')}", *shown.parts())
+    settings = {**args.settings, "bn_batch": chunk}
     where = ("--output_dir", args.output_dir, name, "teacher", settings, inputs, process)
     with ranks.joined(process), output.Output(*where, together=True) as out:
         lessons = RealImages(train, out.settings, process, args.num_workers)
-        states = training.open_seeds(out, [args.seed], lessons)
-        if states:
-            test = training.tester(val, args.input_size, forward, process, args.num_workers)
-            training.train(out, states, lessons, forward, test, args.checkpoint_every)
+        how = args.input_size, forward, process, args.num_workers
+        score = partial(evaluation.tester, val, *how)
+        training.train(out, [args.seed], lessons, forward, score, args.checkpoint_every)
         if process.is_main:
             finish(out, lessons)
     return out.folder
 
 
-def open_splits(dataset, data_dir, val_dir, classes, max_images_per_class, download):
-    """The training and the test images: of the same classes, none of them empty."""
-    options = {"classes": classes, "download": download}
-    flag, root = ("--val_dir", val_dir) if val_dir else ("--data_dir", data_dir)
-    train = datasets.open_split(
-        dataset, data_dir, "train", max_per_class=max_images_per_class, **options
-    )
-    val = datasets.open_split(dataset, root, "val", flag=flag, **options)
-    odd = sorted(set(val.folders) ^ set(train.folders))
-    if odd:
-        refuse(f"{flag} {root}: its classes are not those of --data_dir, first {odd[0]}")
-    datasets.check_class_sizes(train, 1)
-    datasets.check_class_sizes(val, 1, flag=f"{flag} {root}")
-    return train, val
-
-
 def finish(out, lessons):
     """results.json and the manifest."""
     split, facts = lessons.split, lessons.facts
-    rows = lessons.files_of(out.settings["seed"])[1]
-    result = training.read_rows(out, rows, out.settings["epochs"])
+    result = training.read_rows(out, lessons.files_of(out.settings["seed"])[1])
     parameters = models.parameters_of(lessons.network)
     results = {"arguments": out.settings | out.inputs, "parameters": parameters, **result}
     top1, top5 = result["last"]["top1"], result["last"]["top5"]
     made_of = {"dataset": split.dataset, "arch": out.settings["arch"], "image_size": lessons.size}
     made_of |= {"mean": facts.mean, "std": facts.std, "classes": datasets.class_table(split)}
-    made_of |= {"top1": top1, "train_sha256": split.digest() if split.arrays is not None else None}
-    out.finish(made_of, {"results.json": lambda: files.json_text(results)}, "epochs")
+    out.finish(
+        made_of | {"top1": top1}, {"results.json": lambda: files.json_text(results)}, "epochs"
+    )
     print(f"{out.folder}: top-1 {top1:.2f}, top-5 {top5:.2f}")
 
 

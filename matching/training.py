@@ -1,7 +1,6 @@
 """Training a network, teacher or student: one loop, one checkpoint, one stop (paper, 3.3 and 4.1).
 
-    states = open_seeds(out, seeds, lessons)                     # {seed: its checkpoint}
-    train(out, states, lessons, forward, test, checkpoint_every)  # one network per seed
+    train(out, seeds, lessons, forward, open_test, checkpoint_every)  # one network per seed
 
 A batch is cut into chunks of `bn_batch` images: what BatchNorm sees together. A chunk is one
 forward and backward pass, its loss is divided by the images of the whole batch, and the gradients
@@ -13,20 +12,15 @@ import contextlib
 import copy
 import io
 import math
-import statistics
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
-import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from distillation import datasets
 from matching import batches, models, ranks
-from matching.images import fits_gpu, in_threads
 from scripts import files
 from scripts.runtime import DROPOUT, WEIGHTS, memory_for, number, refuse, seed_of
 
@@ -60,13 +54,13 @@ def make_optimizer(model, sgd, lr, weight_decay, momentum=0.9, fused=False):
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    options = {"fused": True} if fused else {}
+    options = {"lr": lr, "fused": fused or None}
     if sgd:
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, **options)
-    return torch.optim.AdamW(groups, lr=lr, **options)
+        return torch.optim.SGD(groups, momentum=momentum, **options)
+    return torch.optim.AdamW(groups, **options)
 
 
-def lr_factor(schedule, epoch, epochs, cos_stretch=1.0, warmup_epochs=0, step_factor=0.2):
+def lr_factor(schedule, epoch, epochs, cos_stretch=1.0, warmup_epochs=0, step_factor=0.2, **_):
     """Learning rate of `epoch` (from 0) over the peak.
 
     cosine   (1 + cos(pi t / (Z E))) / 2: to 0 for a stretch Z of 1 (the release's --cos), to half
@@ -139,77 +133,29 @@ def mse_ce_loss(outputs, goal, ce_weight, **_):
 LOSSES = {"kl": kl_loss, "mse_ce": mse_ce_loss}  # {--loss: function}
 
 
-# ---- chunks
-
-
-def chunk_size(batch_size, world, accumulation_steps, bn_batch):
-    """Images of one pass: --bn_batch, else batch / (processes x steps), rounded up."""
-    # differs from the release: --bn_batch fixes what there depends on the number of GPUs
-    return min(bn_batch or -(-batch_size // (world * accumulation_steps)), batch_size)
-
-
-def chunks_of(count, size):
-    """(first, end) of each chunk of a batch of `count`: of equal length, to one image.
-
-    A remainder of few images would get a BatchNorm of its own: 1024 in chunks of 73 are 12 of 73
-    and 2 of 74, as in the release, not 14 of 73 and one of 2. For that, a chunk may be a twentieth
-    longer than `size`.
-    """
-    pieces = math.ceil(count / (1.05 * size))
-    if size > 1:
-        pieces = max(1, min(pieces, count // 2))  # BatchNorm cannot train on a single image
-    ends = [round(n * count / pieces) for n in range(pieces + 1)]
-    return list(zip(ends[:-1], ends[1:]))
-
-
-def rank_chunks(count, size, rank, world):
-    """This process's chunks, [(first row in the batch, slice of its own rows)], and its rows."""
-    mine, start, out = chunks_of(count, size)[rank::world], 0, []
-    for first, end in mine:
-        out.append((first, slice(start, start + end - first)))
-        start += end - first
-    rows = [torch.arange(first, end) for first, end in mine]
-    return out, torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
-
-
-# ---- forward passes and steps
+# ---- forward passes
 
 
 class Forward:
     """How forward passes run, by the flags of the same names."""
 
     def __init__(self, device, amp="none", channels_last=False, compiled=False):
-        self.device, self.amp = device, amp
-        self.channels_last, self.compiled = channels_last, compiled
+        self.device, self.amp, self.compiled = device, amp, compiled
+        self.layout = torch.channels_last if channels_last else torch.preserve_format
+        self.dtype = torch.float64 if amp == "fp64" else torch.float32
 
     def place(self, model):
         """The network on the device, in its precision and layout."""
-        model = model.to(self.device, torch.float64 if self.amp == "fp64" else torch.float32)
-        if self.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        return torch.compile(model) if self.compiled else model
-
-    def lay_out(self, x):
-        """Images (B, 3, S, S) as the network takes them."""
-        x = x.double() if self.amp == "fp64" else x
-        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+        model = model.to(self.device, self.dtype, memory_format=self.layout)
+        if self.compiled:
+            model.compile()
+        return model
 
     def __call__(self, model, x):
-        """Logits in float32 (float64 with --amp fp64)."""
+        """Logits in float32 (float64 with --amp fp64).   x (B, 3, S, S)"""
+        x = x.to(self.dtype, memory_format=self.layout)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp == "bf16"):
-            outputs = model(x)
-        return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
-
-
-def plain(model):
-    """The network inside a compiled one."""
-    return getattr(model, "_orig_mod", model)
-
-
-def has_random_layers(model):
-    """Whether a forward pass in train mode draws numbers (dropout, stochastic depth)."""
-    words = ("dropout", "stochasticdepth", "droppath")
-    return any(word in type(m).__name__.lower() for m in model.modules() for word in words)
+            return model(x).to(self.dtype)
 
 
 @contextlib.contextmanager
@@ -221,102 +167,10 @@ def seeded(*key, device="cpu"):
         yield
 
 
-def seeds(key, *more, device):
-    """`seeded` for a network with dropout; nothing for one without, which has no key."""
-    return seeded(*key, *more, device=device) if key else contextlib.nullcontext()
-
-
-def train_step(model, optimizer, chunks, count, loss_of, world, key=None):
-    """One optimiser step on a batch of `count` images; returns this process's share of the loss.
-
-    chunks    this process's, of rank_chunks;   loss_of(rows) -> loss summed over those rows
-    key       seeds the forward passes of a network with dropout; None for others
-    """
-    optimizer.zero_grad(set_to_none=True)
-    device = next(model.parameters()).device
-    total = torch.zeros((), device=device)
-    for first, rows in chunks:
-        # differs from the release: divided by the batch as it is, so a short one counts in full
-        with seeds(key, first, device=device):
-            loss = loss_of(rows) / count
-        loss.backward()
-        total += loss.detach().float()
-    ranks.sum_gradients(model, world)
-    optimizer.step()
-    return total
-
-
-# ---- tests
-
-
-def validation_pixels(split, size, process, num_workers=0, flag="--val_dir"):
-    """Test images of this process: (n, size, size, 3) uint8, (n,) classes; on a GPU if they fit.
-
-    Small data sets (CIFAR, Tiny-ImageNet, digits) are taken whole. Others are resized to
-    size * 256 / 224 on the shorter side and cropped in the middle, as the release.
-    """
-    whole, device = datasets.ALL[split.dataset].image_size <= 64, process.device
-    items = [(item, c) for c, names in enumerate(split.items) for item in names]
-    items = items[process.rank :: process.world]
-    out = np.empty((len(items), size, size, 3), np.uint8)
-
-    def read(k):
-        try:
-            image = split.read(items[k][0])
-        except datasets.BadImage as error:
-            return str(error)
-        as_it_is = size <= 64 and image.size == (size, size)
-        out[k] = datasets.squash(image, size) if whole or as_it_is else centre_crop(image, size)
-
-    for problem in in_threads(read, range(len(items)), num_workers, "reading test images"):
-        if problem:
-            refuse(f"{flag} {problem}")
-    pixels, targets = torch.from_numpy(out), torch.tensor([c for _, c in items], dtype=torch.int64)
-    if device.type == "cuda" and fits_gpu("the test images", out.nbytes, device, "sent each time"):
-        return pixels.to(device), targets.to(device)
-    return pixels, targets
-
-
-def centre_crop(image, size):
-    """torchvision's Resize(size * 256 / 224) of the shorter side and CenterCrop, by Pillow."""
-    short = size * 256 // 224
-    w, h = image.size
-    w, h = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
-    image = image.resize((w, h), Image.Resampling.BILINEAR)
-    left, top = round((w - size) / 2), round((h - size) / 2)
-    return image.crop((left, top, left + size, top + size))
-
-
-@torch.no_grad()
-def evaluate(model, pixels, targets, forward, mean, std, world=1, rows=256):
-    """{"top1", "top5"} in percent over all processes.   pixels (n, S, S, 3) uint8, targets (n,)"""
-    model.eval()
-    device = forward.device
-    correct = torch.zeros(3, dtype=torch.int64, device=device)  # top-1, top-5, images
-    correct[2] = len(targets)
-    for part, target in zip(pixels.split(rows), targets.split(rows)):
-        x = batches.normalise(part.to(device, non_blocking=True), mean, std)
-        outputs = forward(model, forward.lay_out(x))
-        best = outputs.topk(min(5, outputs.shape[1]), 1).indices
-        hits = best == target.to(device, non_blocking=True)[:, None]
-        correct[:2] += torch.stack([hits[:, 0].sum(), hits.sum()])
-    ranks.sum_over_ranks([correct], world)
-    top1, top5, count = correct.tolist()
-    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
-
-
-def tester(split, size, forward, process, num_workers=0):
-    """The function network -> {"top1", "top5"} on the images of `split`."""
-    pixels, targets = validation_pixels(split, size, process, num_workers)
-    facts = datasets.ALL[split.dataset]
-    options = {"mean": facts.mean, "std": facts.std, "world": process.world}
-    return partial(evaluate, pixels=pixels, targets=targets, forward=forward, **options)
-
-
-def summary(values):
-    """{"mean", "std", "n", "values"} over seeds; the sample std, None for one seed."""
-    std = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "std": std, "n": len(values), "values": values}
+def has_random_layers(model):
+    """Whether a forward pass in train mode draws numbers (dropout, stochastic depth)."""
+    words = ("dropout", "stochasticdepth", "droppath")
+    return any(word in type(m).__name__.lower() for m in model.modules() for word in words)
 
 
 # ---- the loop
@@ -340,34 +194,27 @@ class Learner:
     """One seed's network, optimiser, average of the weights, and rows: what a checkpoint holds."""
 
     def __init__(self, lessons, seed, forward):
-        settings = lessons.settings
+        self.lessons, self.seed, self.forward, self.rows = lessons, seed, forward, []
         with seeded(seed, WEIGHTS):
             model = lessons.network()
-        self.lessons, self.seed, self.forward, self.rows = lessons, seed, forward, []
         self.random, self.model = has_random_layers(model), forward.place(model)
-        sgd, rest = settings["sgd"], (settings["momentum"], settings["fused"])
+        s, sgd = lessons.settings, lessons.settings["sgd"]
         self.rate = "learning_rate" if sgd else "adamw_lr"  # the flag that says the peak
-        decay = settings["weight_decay" if sgd else "adamw_weight_decay"]
-        self.optimizer = make_optimizer(self.model, sgd, settings[self.rate], decay, *rest)
-        self.parts = {"model": plain(self.model), "optimizer": self.optimizer}
-        if settings["ema"]:  # EDC's average, which starts from the initial weights
-            self.parts["average"] = copy.deepcopy(plain(self.model)).requires_grad_(False)
+        decay = s["weight_decay" if sgd else "adamw_weight_decay"]
+        rest = s["momentum"], s["fused"]
+        self.optimizer = make_optimizer(self.model, sgd, s[self.rate], decay, *rest)
+        self.parts, self.tested = {"model": self.model, "optimizer": self.optimizer}, self.model
+        if s["ema"]:  # EDC's average, which starts from the initial weights, and is tested
+            self.tested = copy.deepcopy(self.model).requires_grad_(False)
+            self.parts["average"] = self.tested
             # not swa_utils.AveragedModel: it waits for the GPU at every step
-            self.move = torch.optim.swa_utils.get_ema_multi_avg_fn(settings["ema"])
-        self.average = self.parts.get("average")
-
-    @property
-    def tested(self):
-        return self.model if self.average is None else self.average
+            self.move = torch.optim.swa_utils.get_ema_multi_avg_fn(s["ema"])
 
     def restore(self, path, state):
-        """Go on from a checkpoint; refuses that of another network or optimiser."""
-        try:
+        """Go on from a checkpoint."""
+        with reading(path):
             for name, part in self.parts.items() if state["rows"] else ():
                 part.load_state_dict(state[name])
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).split("\n")[0][:200]
-            refuse(f"{path}: of another network or optimiser ({reason}); remove it to begin anew")
         self.rows = state["rows"]
 
     def save(self, out, path):
@@ -379,8 +226,7 @@ class Learner:
     def finish(self, out, path):
         """Weights, then rows; then the checkpoint goes."""
         weights, rows = self.lessons.files_of(self.seed)
-        state = plain(self.tested).state_dict()
-        state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        state = {k: v.detach().cpu().contiguous() for k, v in self.tested.state_dict().items()}
         out.write(weights, safetensors.torch.save(state))
         out.write(rows, files.json_text({"seed": self.seed, "rows": self.rows}))
         path.unlink(missing_ok=True)
@@ -388,56 +234,95 @@ class Learner:
     def train_epoch(self, items, process, bar):
         """One epoch over `items`; returns its row {"epoch", "lr", "loss"}."""
         settings, model, epoch = self.lessons.settings, self.model.train(), len(self.rows)
-        names = ("schedule", "epochs", "cos_stretch", "warmup_epochs", "step_factor")
-        lr = settings[self.rate] * lr_factor(epoch=epoch, **{n: settings[n] for n in names})
+        lr = settings[self.rate] * lr_factor(epoch=epoch, **settings)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        total, seen, steps = torch.zeros((), device=process.device), 0, 0
-        for steps, item in enumerate(items, 1):
+        total, seen, step = torch.zeros((), device=process.device), 0, 0
+        for step, item in enumerate(items):
             part = self.lessons.part(item)
             where = settings["bn_batch"], process.rank, process.world
-            chunks, _ = rank_chunks(part.count, *where)
-            key = (self.seed, DROPOUT, epoch, steps - 1) if self.random else None
-            total += self.step(part, chunks, process.world, key)
+            chunks, _ = ranks.rank_chunks(part.count, *where)
+            total += self.step(part, chunks, process.world, (self.seed, DROPOUT, epoch, step))
             seen += len(chunks)
             bar.update(part.count)
         ranks.average_buffers(model, seen, process.world)
-        if self.average is not None:
-            for mean, b in zip(self.average.buffers(), plain(model).buffers()):
-                mean.copy_(b)
+        for mean, value in zip(self.tested.buffers(), model.buffers()):
+            mean.copy_(value)
         ranks.sum_over_ranks([total], process.world)
-        loss = total.item() / steps
+        loss = total.item() / (step + 1)
         if not math.isfinite(loss):  # no later one would be finite
             refuse(f"epoch {epoch}: the loss is {loss}; lower --{self.rate}")
         return {"epoch": epoch, "lr": lr, "loss": loss}
 
+    def seeds(self, *key):
+        """For dropout; a network without draws nothing."""
+        return seeded(*key, device=self.forward.device) if self.random else contextlib.nullcontext()
+
     def step(self, part, chunks, world, key):
-        """One step on this process's part of a batch; returns its share of the loss."""
-        model, forward, settings = self.model, self.forward, self.lessons.settings
-        x = forward.lay_out(part.x)
+        """One optimiser step on this process's part of a batch; returns its share of the loss.
+
+        chunks   of ranks.rank_chunks;   key: seeds the forward passes of a network with dropout
+        """
+        total, settings = torch.zeros((), device=part.x.device), self.lessons.settings
         if part.unmixed is not None:  # RDED: un-mixed images refresh BatchNorm's statistics
-            unmixed = forward.lay_out(part.unmixed)
             for first, rows in chunks:
-                with torch.no_grad(), seeds(key, first, 1, device=x.device):
-                    forward(model, unmixed[rows])
+                with torch.no_grad(), self.seeds(*key, first, 1):
+                    self.forward(self.model, part.unmixed[rows])
+        self.optimizer.zero_grad()
+        for first, rows in chunks:
+            with self.seeds(*key, first):
+                outputs = self.forward(self.model, part.x[rows])
+                loss = self.lessons.loss(outputs, part.goal.of(rows), **settings)
+            # differs from the release: divided by the batch as it is, so a short one counts in full
+            loss = loss / part.count
+            loss.backward()
+            total += loss.detach().float()
+        ranks.sum_gradients(self.model, world)
+        self.optimizer.step()
+        if settings["ema"]:
+            self.move(*(list(m.parameters()) for m in (self.tested, self.model)), None)
+        return total
 
-        def loss_of(rows):
-            return self.lessons.loss(forward(model, x[rows]), part.goal.of(rows), **settings)
 
-        loss = train_step(model, self.optimizer, chunks, part.count, loss_of, world, key)
-        if self.average is not None:
-            weights = [list(m.parameters()) for m in (self.average, plain(model))]
-            self.move(*weights, None)
-        return loss
+@contextlib.contextmanager
+def reading(path):
+    """What fails inside fails for a file that is damaged or of another run: one line."""
+    try:
+        yield
+    except Exception as error:  # torch.load raises whatever a damaged file makes it raise
+        reason = f"{type(error).__name__}: {error!s:.200}"
+        refuse(f"{path}: not of this run ({reason}); remove it to train this seed again")
+
+
+def read_checkpoint(path, epochs):
+    """What `Learner.save` wrote after one of the epochs before the last; no rows: no checkpoint."""
+    if not path.exists():
+        return {"rows": []}
+    with reading(path):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        done = [row["epoch"] for row in state["rows"]]
+        if done != list(range(len(done))) or not 0 < len(done) < epochs:
+            raise ValueError(f"not after one of the {epochs} epochs")
+    return state
+
+
+def read_rows(out, name):
+    """{"seed", "last", "best", "rows"} of a finished seed, from its file of rows."""
+    with reading(out.folder / name):
+        found = files.read_json(out.folder / name)
+        tested = [row for row in found["rows"] if "top1" in row]
+        tested = [{name: row[name] for name in ("epoch", "top1", "top5")} for row in tested]
+        best = max(tested, key=lambda row: row["top1"])
+        return {"seed": found["seed"], "last": tested[-1], "best": best, "rows": found["rows"]}
 
 
 def open_seeds(out, seeds, lessons):
     """{seed: (path, state) of its checkpoint} of the seeds that are not finished.
 
-    With --dry_run: prints what would be trained, and exits. Refuses processes that would train
+    With --dry_run prints what would be trained, and leaves. Refuses processes that would train
     apart, before any gradient is summed.
     """
-    epochs, states = lessons.settings["epochs"], {}
+    epochs, states, done = lessons.settings["epochs"], {}, 0
     weights = 4 * models.parameters_of(lessons.network)
     todo = out.todo(seeds, lessons.files_of, weights)
     out.units = len(seeds) * epochs  # what the closing line counts
@@ -447,44 +332,32 @@ def open_seeds(out, seeds, lessons):
             states[seed] = path, read_checkpoint(path, epochs)
         elif out.process.is_main:
             path.unlink(missing_ok=True)  # killed between its last file and this
-    done = [len(states[seed][1]["rows"]) if seed in states else epochs for seed in seeds]
-    ranks.check_ranks(out, done)
+        done += len(states[seed][1]["rows"]) if seed in todo else epochs
+    ranks.check_agreement(out, done)
     if states:  # weights twice, the optimiser's two averages and ours, once at a time
         files.require_space(out.flag, out.folder, 5 * weights + 2**20)
     return states
 
 
-def read_checkpoint(path, epochs):
-    """What `Learner.save` wrote after one of the epochs before the last; no rows: no checkpoint."""
-    if not path.exists():
-        return {"rows": []}
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        done = [row["epoch"] for row in state["rows"]]
-        if done != list(range(len(done))) or not 0 < len(done) < epochs:
-            raise ValueError(f"not after one of the {epochs} epochs")
-    except Exception as error:  # torch.load raises whatever a damaged file makes it raise
-        reason = (str(error) or type(error).__name__).split("\n")[0][:200]
-        refuse(f"{path}: not a checkpoint of this run ({reason}); remove it to begin anew")
-    return state
-
-
-def train(out, states, lessons, forward, test, checkpoint_every, track=None):
+def train(out, seeds, lessons, forward, open_test, checkpoint_every, track=None):
     """Train one network per seed, one after the other, over one loader.
 
-    states    of `open_seeds`;   test: network -> {"top1", "top5"};   track: (seed, row) -> None
-    lessons   settings: {flag: value} of batches, optimiser, schedule and loss
-              count: images of an epoch;   network() -> a new one;   loss: a function as those above
-              loader(keys): iterator over [(epoch, number)];   part: its item -> Part
-              files_of: seed -> names of its weights (safetensors) and rows (JSON)
+    open_test  () -> function network -> {"top1", "top5"};   track: (seed, row) -> None
+    lessons    settings: {flag: value} of batches, optimiser, schedule and loss
+               count: images of an epoch;   network() -> a new one;   loss: a function as those above
+               loader(keys): iterator over [(epoch, number)];   part: its item -> Part
+               files_of: seed -> names of its weights (safetensors) and rows (JSON)
     """
-    settings, epochs = lessons.settings, lessons.settings["epochs"]
+    states = open_seeds(out, seeds, lessons)
+    if not states:
+        return
+    test, settings, epochs = open_test(), lessons.settings, lessons.settings["epochs"]
     numbers = range(batches.batches_of(lessons.count, settings["batch_size"]))
     left = [epoch for _, state in states.values() for epoch in range(len(state["rows"]), epochs)]
     items = lessons.loader([(epoch, number) for epoch in left for number in numbers])
     bar = out.progress(total=len(left) * lessons.count, desc="training", unit="image")
     if ranks.stop_asked(out):  # while images were read
-        ranks.leave_together(out)
+        out.leave_if_asked()
     with bar, memory_for("in training", "lower --bn_batch, or raise --gradient_accumulation_steps"):
         for seed, (path, state) in states.items():
             learner = Learner(lessons, seed, forward)
@@ -504,21 +377,5 @@ def train(out, states, lessons, forward, test, checkpoint_every, track=None):
                 elif out.process.is_main and (done % checkpoint_every == 0 or asked):
                     learner.save(out, path)
                 if asked:
-                    ranks.leave_together(out)
-
-
-def read_rows(out, name, epochs):
-    """{"seed", "last", "best", "rows"} of a finished seed, from its file of rows."""
-    try:
-        found = files.read_json(out.folder / name)
-        rows, keep = found["rows"], ("epoch", "top1", "top5")
-        tested = [{k: row[k] for k in keep} for row in rows if "top1" in row]
-        if [row["epoch"] for row in rows] != list(range(epochs)):
-            raise ValueError(f"does not hold {epochs} epochs")
-        best = max(tested, key=lambda row: row["top1"])
-        return {"seed": found["seed"], "last": tested[-1], "best": best, "rows": rows}
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        reason = f"({type(error).__name__}: {error})"
-        refuse(
-            f"{out.folder / name}: not a seed's rows {reason}; remove it to train this seed again"
-        )
+                    ranks.stop_asked(out)  # waits: who leaves while rank 0 saves may get it killed
+                    out.leave_if_asked()

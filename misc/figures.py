@@ -304,7 +304,7 @@ def seconds_made(root, folder):
         return None
     own, source = timing["process_seconds"] + cached, inputs.get("source")
     if manifest.get("arm") in ("d4m", "decoded"):
-        source = inputs["prototypes"]
+        source = inputs.get("prototypes")
     if source is None:  # no prototypes, or made in the same process
         return own
     for path in root.glob(f"*/*/{output.MANIFEST}"):

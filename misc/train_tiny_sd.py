@@ -592,15 +592,11 @@ def get_args(argv=None):
     parser.set_defaults(dataset="digits")
     own_size = lambda args: datasets.ALL[args.dataset].image_size  # noqa: E731
     setting("--image_size", type=count, default=own_size, help="pixels [the data set's]")
-    parser.heading(
-        "size and length: digits 5 minutes on a CPU core, cpu CIFAR-10 in an hour, gpu 20"
-    )
-    setting(
-        "--preset", choices=PRESETS, default=_preset, help="defaults of this group [by data set]"
-    )
-    setting(
-        "--vae_factor", type=int, choices=[1, 2, 4, 8], default=_factor, help="pixels per latent"
-    )
+    parser.heading("size and length; the default of all of them is the preset's")
+    words = "digits: 5 minutes on a CPU core; cpu: CIFAR-10 in an hour; gpu: in 20 minutes"
+    setting("--preset", choices=PRESETS, default=_preset, help=f"{words} [by data set and device]")
+    words = "pixels per position of the latent, per side"
+    setting("--vae_factor", type=int, choices=[1, 2, 4, 8], default=_factor, help=words)
     setting("--vae_channels", type=count, nargs="+", default=_vae_channels, help="one per level")
     setting("--vae_layers", type=count, default=by_preset(1, 1, 2))
     widths = by_preset([32, 64], [32, 64, 128], [128, 256, 256])
@@ -661,6 +657,13 @@ def check_sizes(settings, count):
             refuse(f"--{flag} {settings[flag]}: there are only {count} training images")
 
 
+def checkpoint_bytes(settings):
+    """Of the UNet's weights, their average and AdamW's two moments, in fp32."""
+    sizes = [settings[f"unet_{name}"] for name in ("channels", "layers", "attention")]
+    with torch.device("meta"):
+        return 16 * models.count_parameters(make_unet(8, settings["text_width"], *sizes))
+
+
 def load_perceptual(checkpoint, arch, split, size, device):
     """(distance of images, facts) by a folder of train_teacher, or a bare file of `arch`."""
     flag = "--perceptual_checkpoint"
@@ -683,6 +686,9 @@ def main(argv=None):
     check_sizes(settings, split.count)
     perceptual, classifier = None, None
     if args.perceptual_checkpoint and args.perceptual_weight:
+        waits = output.awaited(args.perceptual_checkpoint, "matching.train_teacher")
+        if waits and args.dry_run:
+            return output.plan(args.output_dir, 0, 1, checkpoint_bytes(settings), waits)
         teacher = (args.perceptual_checkpoint, args.perceptual_arch)
         perceptual, classifier = load_perceptual(*teacher, split, size, process.device)
     precision = "bf16 autocast" if process.device.type == "cuda" else "fp32"
@@ -690,7 +696,7 @@ def main(argv=None):
     inputs["precision"] = precision
     where = ("--output_dir", args.output_dir, "", "tiny_sd")
     with output.Output(*where, settings, inputs, process, together=True) as out:
-        out.todo([INDEX], lambda name: [name], bytes_each=2**26)
+        out.todo([INDEX], lambda name: [name], checkpoint_bytes(settings))
         if out.complete:
             print(f"{out.folder}: is finished already")
             return

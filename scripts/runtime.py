@@ -139,7 +139,7 @@ class Settings(dict):
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        silent = action.default in (None, False) or "[" in (action.help or "[")
+        silent = action.default is None or action.default is False or "[" in (action.help or "[")
         return action.help if silent else super()._get_help_string(action)
 
 

@@ -2,19 +2,15 @@
 
 import json
 import os
-import pickle
-import shutil
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from distillation import gen_prototype, gen_syn_image
-from matching import generate_soft_label
+from distillation import gen_syn_image
 from scripts import generators
-from tests.conftest import HOSTILE, STAGE_1, STAGE_2, copy, everything, picture_folder, reseal
+from tests.conftest import HOSTILE, everything
 
 QUICK = ["--max_images_per_class", "2", "--ipc", "1"]
 RELEASE = ["--dataset", "imagefolder", "--arm", "decoded", "--image_size", "32"]

@@ -13,18 +13,15 @@ from the last checkpoint of a stopped run, to the same weights.
 """
 
 import argparse
-import dataclasses
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from distillation import datasets
-from matching import batches, generate_soft_label, labels, models, ranks, training
+from matching import batches, evaluation, generate_soft_label, models, ranks, training
 from matching import images as image_sets
-from matching.feed import Feed
+from matching.lessons import BATCH, Lessons
 from scripts import files, output, runtime
-from scripts.runtime import JITTER, Parser, number, refuse
+from scripts.runtime import Parser, number, refuse
 
 RETIRED = {
     "--keep_topk": "nothing used it",
@@ -38,6 +35,7 @@ RETIRED = {
 def get_args(argv=None):
     parser = Parser("validate.train_FKD", __doc__, RETIRED)
     flag, setting = parser.flag, parser.setting
+    switch = partial(setting, action="store_true", default=False)
     parser.heading("data")
     flag("--train_dir", help="an image folder of stage 2, or any other")
     where = "its labels folder of stage 3, or the folder above (not with --online, --hard_label)"
@@ -47,16 +45,15 @@ def get_args(argv=None):
     setting("--dataset", type=datasets.name, metavar="NAME", help=known)
     flag("--output_dir", default="output/students", help="the folder is made below this one")
     flag("--verify", action="store_true", help="hash every label file at the start")
-    switch = {"action": "store_true", "default": False}
-    setting("--online", help="the teacher labels during training; no labels folder", **switch)
-    setting("--hard_label", help="train on class indices; no teacher", **switch)
+    switch("--online", help="the teacher labels during training; no labels folder")
+    switch("--hard_label", help="train on class indices; no teacher")
     flag("--evaluate", metavar="CHECKPOINT", help="only test these weights on --val_dir")
 
     parser.heading("student")
     positive, natural, factor = number(float, above=0), number(int, 0), number(float, 0)
     below_one, share = number(float, 0, below=1), number(float, above=0, most=1)
     setting("--model", type=models.model_name, default="resnet18", help="see matching/models.py")
-    setting("--sgd", short="opt-sgd", help="SGD instead of AdamW", **switch)
+    switch("--sgd", short="opt-sgd", help="SGD instead of AdamW")
     setting("--adamw_lr", type=positive, default=0.001, short="lr", help="peak")
     decay = "on matrices and convolutions only"
     setting("--adamw_weight_decay", type=factor, default=0.01, short="wd", help=decay)
@@ -81,7 +78,7 @@ def get_args(argv=None):
     ema = "decay of averaged weights, which are tested; 0: none"
     setting("--ema", type=below_one, default=0.0, short="ema", help=ema)
     refresh = "an extra forward on un-mixed images refreshes BatchNorm (RDED)"
-    setting("--bn_refresh", short="bnrefresh", help=refresh, **switch)
+    switch("--bn_refresh", short="bnrefresh", help=refresh)
     jitter = "with --hard_label: strength (Minimax: 0.4)"
     setting("--color_jitter", type=factor, default=0.0, short="jitter", help=jitter)
     noise = "with --hard_label: PCA noise (Minimax: 0.1)"
@@ -97,201 +94,29 @@ def get_args(argv=None):
     workers = {"type": natural, "default": argparse.SUPPRESS, "help": "same as --num_workers"}
     flag("-j", "--workers", dest="num_workers", **workers)
     args = parser.parse_args(argv)
-
-    own = "--online" if args.online else "--hard_label" if args.hard_label else None
-    needed = "the labels of stage 3 (or --online, or --hard_label)"
-    teacher = args.arch or args.teacher_checkpoint
-    if args.shard != "0/1":
-        refuse(f"--shard {args.shard}: training is one job; use torchrun for several processes")
-    if args.online and args.hard_label:
-        refuse("--online and --hard_label: only one of them")
-    if not args.train_dir and not args.evaluate:
-        refuse("--train_dir: missing; an image folder of stage 2")
-    if own and args.fkd_path:
-        refuse(f"--fkd_path {args.fkd_path}: not with {own}, which reads no labels")
-    if not (own or args.fkd_path or args.evaluate):
-        refuse(f"--fkd_path: missing; {needed}")
-    if args.hard_label and teacher:
-        refuse("--hard_label: has no teacher; drop --arch and --teacher_checkpoint")
-    if (args.color_jitter or args.lighting) and not args.hard_label:
-        refuse("--color_jitter, --lighting: only with --hard_label; a teacher labels without them")
-    if len(set(args.seeds)) < len(args.seeds):
-        refuse(f"--seeds {' '.join(map(str, args.seeds))}: a seed stands twice")
+    check_flags(**vars(args))
     return args
 
 
-# ---- what a student learns from
-
-BATCH = tuple(batches.PROTOCOL)
-
-
-class Lessons:
-    """Images with labels that are stored, made now, or their classes: see training.train.
-
-    stem       name of the labels, stored or not, which names the result
-    settings   a Settings, with the batches' values that the labels were made with
-    facts      of each teacher;   made: {"amp", "channels_last"} of its labels; None: hard labels
-    content    digest of stored labels;   labelled: their epochs
-    """
-
-    def __init__(self, images, settings, process, num_workers):
-        self.arrays, self.process, self.num_workers = None, process, num_workers
-        if images.foreign:  # its content is known only from its pixels
-            self.arrays, images = image_sets.load_pixels("--train_dir", images, num_workers)
-        self.images, self.settings = images, settings.filled(dataset=images.dataset)
-        self.networks, self.facts, self.stored = [], [], None
-        self.content = self.made = self.labelled = None
-        hard = settings["hard_label"]
-        self.loss = training.hard_loss if hard else training.LOSSES[settings["loss"]]
-
-    @property
-    def count(self):
-        return len(self.images.files)
-
-    def inputs(self):
-        """Hashes of what is learnt from."""
-        teachers = [[facts["arch"], facts["sha256"]] for facts in self.facts]
-        contents = {"images": self.images.content, "labels_content": self.content}
-        return {**contents, "teacher": teachers}
-
-    def replay(self, path, checkpoints, verify):
-        """Take the labels that stage 3 made of these images; refuses others."""
-        given = {**self.settings, "teacher_checkpoint": checkpoints}
-        folder, manifest = labels.open_labels(path, self.images, given, verify)
-        made, self.facts = manifest["arguments"], manifest["teacher"]
-        fixed = {name: made[name] for name in (*BATCH, "use_fp16", "arch")}
-        self.settings, self.stem = self.settings.filled(**fixed), folder.resolve().name
-        self.stored = folder, {name: entry["sha256"] for name, entry in manifest["files"].items()}
-        self.content, self.labelled = manifest["content"], made["epochs"]
-        self.made = {name: made[name] for name in ("amp", "channels_last")}
-
-    def draw(self, checkpoints):
-        """Draw the batches now, for teachers that label them (--online) or for the classes."""
-        size = self.images.image_size or datasets.ALL[self.images.dataset].image_size
-        usual = {**batches.PROTOCOL, "input_size": size, "use_fp16": True}
-        settings = self.settings = self.settings.filled(**usual)
-        batches.check_scales(settings["min_scale_crops"], settings["max_scale_crops"])
-        if settings["hard_label"]:
-            self.stem = labels.labels_name(self.images.name, ["hard"], settings.only(BATCH))
-            return
-        settings = self.settings = settings.filled(arch=["resnet18"])
-        where = self.images.dataset, self.images.folders, settings["input_size"]
-        loaded = generate_soft_label.load_teachers(
-            settings["arch"], checkpoints, *where, self.process.device
-        )
-        self.networks, self.facts = loaded
-        self.made = {"amp": "none", "channels_last": False}
-        named = settings.only([*BATCH, "use_fp16"])
-        self.stem = f"{labels.labels_name(self.images.name, settings['arch'], named)}_online"
-
-    def cut(self, accumulation_steps):
-        """Settle --bn_batch: the images of one forward pass."""
-        given, batch_size = self.settings["bn_batch"], self.settings["batch_size"]
-        world = self.process.world
-        size = training.chunk_size(batch_size, world, accumulation_steps, given)
-        self.settings["bn_batch"] = size
-
-    def network(self):
-        classes, size = len(self.images.folders), self.settings["input_size"]
-        return models.create_model(self.settings["model"], classes, size)
-
-    def files_of(self, seed):
-        return [f"student_seed{seed}.safetensors", f"seed{seed}.json"]
-
-    def loader(self, keys):
-        arrays, rows_of = self.arrays, self.needed if self.process.world > 1 else None
-        if arrays is None:
-            arrays, _ = image_sets.load_pixels("--train_dir", self.images, self.num_workers)
-        where = self.process.device, self.stored, rows_of
-        self.feed = Feed(arrays, self.images, self.settings, *where)
-        return self.feed.loader(keys, self.num_workers)
-
-    def own(self, count):
-        """The rows of a batch of `count` that this process trains on."""
-        where = self.settings["bn_batch"], self.process.rank, self.process.world
-        return training.rank_chunks(count, *where)[1]
-
-    def needed(self, count):
-        """Its own rows; with --online the blocks that hold them, as the teacher takes them.
-
-        So no batch of the teacher depends on the number of processes.
-        """
-        rows, every, size = self.own(count), torch.arange(count), generate_soft_label.TEACHER_ROWS
-        return every[torch.isin(every // size, rows // size)] if self.networks else rows
-
-    def part(self, item):
-        """The training.Part of an item of the feed."""
-        s, count, device = self.settings, len(item.batch.index), self.process.device
-        own, logits, change = self.own(count), item.logits, None
-        if s["color_jitter"] or s["lighting"]:
-            g = runtime.generator(s["fkd_seed"], JITTER, item.epoch, item.number)
-            strength = s["color_jitter"], s["lighting"]
-            change = partial(color_jitter, strength=strength, facts=self.feed.facts, g=g)
-        x = self.feed.mixed(item, change)
-        unmixed = self.feed.unmixed(item) if s["bn_refresh"] else None
-        if self.networks:
-            logits = generate_soft_label.teacher_logits(self.networks, x, half=s["use_fp16"])
-            if item.rows is not None:  # more rows are here than this process trains on
-                where = batches.sent(torch.searchsorted(item.rows, own), device)
-                x, logits = x[where], logits[where]
-                unmixed = None if unmixed is None else unmixed[where]
-        elif logits is not None:
-            logits = batches.sent(logits if item.rows is None else logits[own], device)
-        targets = self.images.targets[item.batch.index]
-        classes = (batches.sent(targets[i], device) for i in (own, item.batch.partner[own]))
-        return training.Part(count, x, training.Goal(logits, *classes, item.batch.lam), unmixed)
-
-
-GRAY = (0.299, 0.587, 0.114)
-# of ImageNet's RGB covariance (Krizhevsky et al. 2012), as the whole field uses them
-EIGENVALUES = (0.2175, 0.0188, 0.0045)
-EIGENVECTORS = (
-    (-0.5675, 0.7192, 0.4009),
-    (-0.5808, -0.0045, -0.8140),
-    (-0.5836, -0.6948, 0.4203),
-)
-
-
-def color_jitter(x, rows, count, strength, facts, g):
-    """Minimax: brightness, contrast and saturation in random order, then PCA noise.
-
-    x          (n, 3, S, S) normalised: the rows `rows` of a batch of `count`. The draws are of the
-               whole batch, so that processes agree
-    strength   (largest change of the three, standard deviation of the noise);   facts: mean, std
-    """
-    jitter, lighting = strength
-    order = torch.rand(count, 3, generator=g).argsort(1)[rows].to(x.device)  # which comes when
-    alpha = (torch.rand(count, 3, generator=g) * 2 - 1)[rows].to(x.device) * jitter
-    noise = torch.randn(count, 3, generator=g)[rows].to(x.device) * lighting
-    constants = (facts.mean, facts.std, GRAY)
-    mean, std, gray = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in constants)
-    x = x * std + mean
-    for place in range(3):
-        kind = order[:, place].view(-1, 1, 1, 1)
-        shade = (x * gray).sum(1, keepdim=True)  # (n, 1, S, S)
-        flat = shade.mean((2, 3), keepdim=True)
-        dark = torch.zeros_like(shade)
-        towards = torch.where(kind == 0, dark, torch.where(kind == 1, flat, shade))
-        x = x + alpha[:, place].view(-1, 1, 1, 1) * (towards - x)
-    values, vectors = (torch.tensor(v, device=x.device) for v in (EIGENVALUES, EIGENVECTORS))
-    x = x + ((noise * values) @ vectors.T).view(-1, 3, 1, 1)
-    return (x - mean) / std
-
-
-def open_test(dataset, root, folders):
-    """The real test images of the classes `folders`, in that order."""
-    known = list(folders) if datasets.known_prompts(dataset) else None
-    split = datasets.open_split(dataset, root, "val", classes=known, flag="--val_dir")
-    missing = [f for f in folders if f not in split.folders]
-    if missing:
-        count = f"{len(missing)} of {len(folders)} missing"
-        refuse(f"--val_dir {root}: has no class {missing[0]} ({count})")
-    where = [split.folders.index(f) for f in folders]
-    names = ("folders", "prompts", "class_ids", "items")
-    kept = {name: tuple(getattr(split, name)[i] for i in where) for name in names}
-    split = dataclasses.replace(split, **kept)
-    datasets.check_class_sizes(split, 1, flag=f"--val_dir {root}")
-    return split
+def check_flags(train_dir, fkd_path, online, hard_label, evaluate, shard, seeds, **rest):
+    """Refuse flags that do not go together."""
+    own = "--online" if online else "--hard_label" if hard_label else None
+    if shard != "0/1":
+        refuse(f"--shard {shard}: training is one job; use torchrun for several processes")
+    if online and hard_label:
+        refuse("--online and --hard_label: only one of them")
+    if not train_dir and not evaluate:
+        refuse("--train_dir: missing; an image folder of stage 2")
+    if own and fkd_path:
+        refuse(f"--fkd_path {fkd_path}: not with {own}, which reads no labels")
+    if not (own or fkd_path or evaluate):
+        refuse("--fkd_path: missing; the labels of stage 3 (or --online, or --hard_label)")
+    if hard_label and (rest["arch"] or rest["teacher_checkpoint"]):
+        refuse("--hard_label: has no teacher; drop --arch and --teacher_checkpoint")
+    if (rest["color_jitter"] or rest["lighting"]) and not hard_label:
+        refuse("--color_jitter, --lighting: only with --hard_label; a teacher labels without them")
+    if len(set(seeds)) < len(seeds):
+        refuse(f"--seeds {' '.join(map(str, seeds))}: a seed stands twice")
 
 
 def student_name(stem, settings, labelled=None):
@@ -314,62 +139,59 @@ def main(argv=None):
     args = get_args(argv)
     process = runtime.this_process(args.device, args.shard, args.dry_run, args.wait)
     forward = training.Forward(process.device, args.amp, args.channels_last, args.compile)
-    where = args.train_dir, args.val_dir
+    where, how = (args.train_dir, args.val_dir), (forward, process, args.num_workers)
     if args.evaluate:
-        how = args.num_workers, forward, process
         return evaluate_weights(args.evaluate, args.settings, *where, *how)
     sources = [generate_soft_label.missing_inputs(args.train_dir, args.teacher_checkpoint)]
     if args.fkd_path:
         sources.append(output.awaited(args.fkd_path, "matching.generate_soft_label"))
-    missing = "; ".join(filter(None, sources))
-    if process.dry_run and missing:
-        return plan_student(args.settings, *where, args.fkd_path, args.output_dir, missing)
+    if args.dry_run and any(sources):
+        waits_for = "; ".join(filter(None, sources))
+        return plan_student(args.settings, *where, args.fkd_path, args.output_dir, waits_for)
     images = image_sets.open_images("--train_dir", args.train_dir, args.dataset)
     lessons = Lessons(images, args.settings, process, args.num_workers)
     if args.fkd_path:
         lessons.replay(args.fkd_path, args.teacher_checkpoint, args.verify)
     else:
         lessons.draw(args.teacher_checkpoint)
-    lessons.cut(args.gradient_accumulation_steps)
-    settings, test = lessons.settings, open_test(images.dataset, args.val_dir, images.folders)
+    settings, steps = lessons.settings, args.gradient_accumulation_steps
+    chunk = ranks.chunk_size(settings["batch_size"], process.world, steps, args.bn_batch)
+    settings["bn_batch"] = chunk
     training.check_warmup(args.warmup_epochs, settings["epochs"])
-    inputs = {**lessons.inputs(), "test_images": test.count, "test_sha256": test.fingerprint()}
+    test = evaluation.open_test("--val_dir", args.val_dir, images.dataset, images.folders)
+    teachers = [[facts["arch"], facts["sha256"]] for facts in lessons.facts]
+    inputs = {"images": lessons.images.content, "labels_content": lessons.content}
+    inputs |= {"teacher": teachers, "test_images": test.count, "test_sha256": test.fingerprint()}
     name = student_name(lessons.stem, settings, lessons.labelled)
     where = ("--output_dir", args.output_dir, name, "student", settings, inputs, process)
     with (
         ranks.joined(process, args.tracker, args.output_dir) as accelerator,
         output.Output(*where, together=True) as out,
     ):
-        states = training.open_seeds(out, args.seeds, lessons)
-        if states:
-            track = args.tracker and tracking(accelerator, settings)
-            size = settings["input_size"]
-            score = training.tester(test, size, forward, process, args.num_workers)
-            training.train(out, states, lessons, forward, score, args.checkpoint_every, track)
+        track = partial(log_row, accelerator, settings) if args.tracker else None
+        score = partial(evaluation.tester, test, settings["input_size"], *how)
+        training.train(out, args.seeds, lessons, forward, score, args.checkpoint_every, track)
         if process.is_main:
             finish(out, lessons)
     return out.folder
 
 
-def tracking(accelerator, settings):
-    """The function that hands a seed's row to the trackers."""
-    plain = {name: v for name, v in settings.items() if isinstance(v, (bool, int, float, str))}
-    accelerator.init_trackers("d4m", plain)
-
-    def track(seed, row):
-        values = {f"seed{seed}/{name}": value for name, value in row.items() if name != "epoch"}
-        accelerator.log(values, step=row["epoch"])
-
-    return track
+def log_row(accelerator, settings, seed, row):
+    """Hand the row of an epoch to the trackers."""
+    if not accelerator.trackers:
+        kinds = (bool, int, float, str)
+        plain = {name: value for name, value in settings.items() if isinstance(value, kinds)}
+        accelerator.init_trackers("d4m", plain)
+    values = {f"seed{seed}/{name}": value for name, value in row.items() if name != "epoch"}
+    accelerator.log(values, step=row["epoch"])
 
 
 def finish(out, lessons):
     """results.json, without seconds or paths: equal runs give equal bytes. Then the manifest."""
-    images, epochs = lessons.images, out.settings["epochs"]
-    names = [lessons.files_of(seed)[1] for seed in out.settings["seeds"]]
-    seeds = [training.read_rows(out, name, epochs) for name in names]
+    images = lessons.images
+    seeds = [training.read_rows(out, lessons.files_of(n)[1]) for n in out.settings["seeds"]]
     scores = {
-        which: {k: training.summary([seed[which][k] for seed in seeds]) for k in ("top1", "top5")}
+        which: {k: evaluation.summary([s[which][k] for s in seeds]) for k in ("top1", "top5")}
         for which in ("last", "best")
     }
     known = ("arch", "weights", "sha256", "arguments")
@@ -389,7 +211,7 @@ def finish(out, lessons):
     print(f"{out.folder}: top-1 {top1['mean']:.2f}{spread} (n = {top1['n']})")
 
 
-def evaluate_weights(path, settings, train_dir, val_dir, num_workers, forward, process):
+def evaluate_weights(path, settings, train_dir, val_dir, forward, process, num_workers):
     """--evaluate: prints and returns {"top1", "top5"} of a file of weights on the test images."""
     dataset, size, name = settings["dataset"], settings["input_size"], settings["model"]
     if train_dir:
@@ -404,9 +226,10 @@ def evaluate_weights(path, settings, train_dir, val_dir, num_workers, forward, p
     with training.seeded(0):
         model = models.create_model(name, len(folders), size)
     models.load_state(model, state, f"--evaluate {path}")
-    model, test = forward.place(model), open_test(dataset, val_dir, folders)
+    model = forward.place(model)
+    test = evaluation.open_test("--val_dir", val_dir, dataset, folders)
     with ranks.joined(process):
-        scores = training.tester(test, size, forward, process, num_workers)(model)
+        scores = evaluation.tester(test, size, forward, process, num_workers)(model)
     if process.is_main:
         found = f"top-1 {scores['top1']:.2f}, top-5 {scores['top5']:.2f}"
         print(f"{path}: {found} on {test.count} images")

@@ -1,0 +1,153 @@
+"""What a student learns from: images with labels that are stored, made now, or their classes.
+
+lessons = Lessons(images, settings, process, num_workers)
+lessons.replay(fkd_path, checkpoints, verify)   # the labels of stage 3; or
+lessons.draw(checkpoints)                       # the same draws, labelled during training
+"""
+
+from functools import partial
+
+import torch
+
+from distillation import datasets
+from matching import batches, generate_soft_label, labels, models, ranks, training
+from matching import images as image_sets
+from matching.feed import Feed
+from scripts.runtime import JITTER, generator
+
+BATCH = tuple(batches.PROTOCOL)
+
+
+class Lessons:
+    """See training.train.
+
+    stem       name of the labels, stored or not, which names the result
+    settings   a Settings, with the batches' values that the labels were made with
+    facts      of each teacher;   made: {"amp", "channels_last"} of its labels; None: hard labels
+    content    digest of stored labels;   labelled: their epochs
+    """
+
+    def __init__(self, images, settings, process, num_workers):
+        self.arrays, self.process, self.num_workers = None, process, num_workers
+        if images.foreign:  # its content is known only from its pixels
+            self.arrays, images = image_sets.load_pixels("--train_dir", images, num_workers)
+        self.images, self.settings = images, settings.filled(dataset=images.dataset)
+        self.networks, self.facts, self.stored, self.count = [], [], None, len(images.files)
+        self.content = self.made = self.labelled = None
+        hard = settings["hard_label"]
+        self.loss = training.hard_loss if hard else training.LOSSES[settings["loss"]]
+
+    def replay(self, path, checkpoints, verify):
+        """Take the labels that stage 3 made of these images; refuses others."""
+        given = {**self.settings, "teacher_checkpoint": checkpoints}
+        folder, manifest = labels.open_labels(path, self.images, given, verify)
+        made, self.facts = manifest["arguments"], manifest["teacher"]
+        fixed = {name: made[name] for name in (*BATCH, "use_fp16", "arch")}
+        self.settings, self.stem = self.settings.filled(**fixed), folder.resolve().name
+        self.stored = folder, {name: entry["sha256"] for name, entry in manifest["files"].items()}
+        self.content, self.labelled = manifest["content"], made["epochs"]
+        self.made = {name: made[name] for name in ("amp", "channels_last")}
+
+    def draw(self, checkpoints):
+        """Draw the batches now, for teachers that label them (--online) or for the classes."""
+        images, size = self.images, self.images.image_size
+        size = size or datasets.ALL[images.dataset].image_size
+        usual = {**batches.PROTOCOL, "input_size": size, "use_fp16": True}
+        settings = self.settings = self.settings.filled(**usual)
+        batches.check_scales(settings["min_scale_crops"], settings["max_scale_crops"])
+        if settings["hard_label"]:
+            self.stem = labels.labels_name(images.name, ["hard"], settings.only(BATCH))
+            return
+        settings = self.settings = settings.filled(arch=["resnet18"])
+        where = images.dataset, images.folders, settings["input_size"], self.process.device
+        loaded = generate_soft_label.load_teachers(settings["arch"], checkpoints, *where)
+        self.networks, self.facts = loaded
+        self.made = {"amp": "none", "channels_last": False}
+        named = settings.only([*BATCH, "use_fp16"])
+        self.stem = f"{labels.labels_name(images.name, settings['arch'], named)}_online"
+
+    def network(self):
+        classes, size = len(self.images.folders), self.settings["input_size"]
+        return models.create_model(self.settings["model"], classes, size)
+
+    def files_of(self, seed):
+        return [f"student_seed{seed}.safetensors", f"seed{seed}.json"]
+
+    def loader(self, keys):
+        arrays, rows_of = self.arrays, self.needed if self.process.world > 1 else None
+        if arrays is None:
+            arrays, _ = image_sets.load_pixels("--train_dir", self.images, self.num_workers)
+        where = self.process.device, self.stored, rows_of
+        self.feed = Feed(arrays, self.images, self.settings, *where)
+        return self.feed.loader(keys, self.num_workers)
+
+    def own(self, count):
+        """The rows of a batch of `count` that this process trains on."""
+        where = self.settings["bn_batch"], self.process.rank, self.process.world
+        return ranks.rank_chunks(count, *where)[1]
+
+    def needed(self, count):
+        """Its own rows; with --online the blocks that hold them, as the teacher takes them.
+
+        So no batch of the teacher depends on the number of processes.
+        """
+        rows, every, size = self.own(count), torch.arange(count), generate_soft_label.TEACHER_ROWS
+        return every[torch.isin(every // size, rows // size)] if self.networks else rows
+
+    def part(self, item):
+        """The training.Part of an item of the feed."""
+        s, count, device = self.settings, len(item.batch.index), self.process.device
+        own, logits, change = self.own(count), item.logits, None
+        if s["color_jitter"] or s["lighting"]:
+            g = generator(s["fkd_seed"], JITTER, item.epoch, item.number)
+            strength = s["color_jitter"], s["lighting"]
+            change = partial(color_jitter, strength=strength, facts=self.feed.facts, g=g)
+        x = self.feed.mixed(item, change)
+        unmixed = self.feed.unmixed(item) if s["bn_refresh"] else None
+        if self.networks:
+            logits = generate_soft_label.teacher_logits(self.networks, x, half=s["use_fp16"])
+            if item.rows is not None:  # more rows are here than this process trains on
+                where = batches.sent(torch.searchsorted(item.rows, own), device)
+                x, logits = x[where], logits[where]
+                unmixed = None if unmixed is None else unmixed[where]
+        elif logits is not None:
+            logits = batches.sent(logits if item.rows is None else logits[own], device)
+        targets = self.images.targets[item.batch.index]
+        classes = (batches.sent(targets[i], device) for i in (own, item.batch.partner[own]))
+        return training.Part(count, x, training.Goal(logits, *classes, item.batch.lam), unmixed)
+
+
+GRAY = (0.299, 0.587, 0.114)
+# of ImageNet's RGB covariance (Krizhevsky et al. 2012), as the whole field uses them
+EIGENVALUES = (0.2175, 0.0188, 0.0045)
+EIGENVECTORS = (
+    (-0.5675, 0.7192, 0.4009),
+    (-0.5808, -0.0045, -0.8140),
+    (-0.5836, -0.6948, 0.4203),
+)
+
+
+def color_jitter(x, rows, count, strength, facts, g):
+    """Minimax: brightness, contrast and saturation in random order, then PCA noise.
+
+    x          (n, 3, S, S) normalised: the rows `rows` of a batch of `count`. The draws are of the
+               whole batch, so that processes agree
+    strength   (largest change of the three, standard deviation of the noise);   facts: mean, std
+    """
+    jitter, lighting = strength
+    order = torch.rand(count, 3, generator=g).argsort(1)[rows].to(x.device)  # which comes when
+    alpha = (torch.rand(count, 3, generator=g) * 2 - 1)[rows].to(x.device) * jitter
+    noise = torch.randn(count, 3, generator=g)[rows].to(x.device) * lighting
+    constants = (facts.mean, facts.std, GRAY)
+    mean, std, gray = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in constants)
+    x = x * std + mean
+    for place in range(3):
+        kind = order[:, place].view(-1, 1, 1, 1)
+        shade = (x * gray).sum(1, keepdim=True)  # (n, 1, S, S)
+        flat = shade.mean((2, 3), keepdim=True)
+        dark = torch.zeros_like(shade)
+        towards = torch.where(kind == 0, dark, torch.where(kind == 1, flat, shade))
+        x = x + alpha[:, place].view(-1, 1, 1, 1) * (towards - x)
+    values, vectors = (torch.tensor(v, device=x.device) for v in (EIGENVALUES, EIGENVECTORS))
+    x = x + ((noise * values) @ vectors.T).view(-1, 3, 1, 1)
+    return (x - mean) / std

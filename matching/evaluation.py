@@ -20,7 +20,8 @@ def open_test(flag, root, dataset, folders, download=False):
     split = datasets.open_split(dataset, root, "val", None, known, download=download, flag=flag)
     missing = [folder for folder in folders if folder not in split.folders]
     if missing:
-        refuse(f"{flag} {root}: lacks {len(missing)} of {len(folders)} classes: {missing[0]}, ...")
+        count = f"{len(missing)} of {len(folders)} missing"
+        refuse(f"{flag} {root}: has no class {missing[0]} ({count})")
     where = [split.folders.index(folder) for folder in folders]
     names = ("folders", "prompts", "class_ids", "items")
     kept = {name: tuple(getattr(split, name)[i] for i in where) for name in names}

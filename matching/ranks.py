@@ -69,7 +69,7 @@ def joined(process, tracker=None, folder=None):
 
 
 def sum_over_ranks(tensors, world, operation="SUM"):
-    """Add up lists of tensors over all processes, in place, in one message per dtype."""
+    """Add up a list of tensors over all processes, in place, in one message per dtype."""
     for dtype in sorted({t.dtype for t in tensors} if world > 1 else (), key=str):
         same = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in same])
@@ -125,10 +125,7 @@ def average_buffers(model, chunks, world):
 
 
 def stop_asked(out):
-    """Whether a stop signal has reached any of the processes: all leave, or none.
-
-    Waits for all of them.
-    """
+    """Whether a stop signal has reached any process: all leave, or none. Waits for all of them."""
     asked = torch.tensor([float(out.signals.name is not None)], device=out.process.device)
     sum_over_ranks([asked], out.process.world)
     if asked:

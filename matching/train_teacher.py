@@ -196,9 +196,8 @@ def finish(out, lessons):
     top1, top5 = result["last"]["top1"], result["last"]["top5"]
     made_of = {"dataset": split.dataset, "arch": out.settings["arch"], "image_size": lessons.size}
     made_of |= {"mean": facts.mean, "std": facts.std, "classes": datasets.class_table(split)}
-    out.finish(
-        made_of | {"top1": top1}, {"results.json": lambda: files.json_text(results)}, "epochs"
-    )
+    made_of["top1"], text = top1, files.json_text(results)
+    out.finish(made_of, {"results.json": lambda: text}, "epochs")
     print(f"{out.folder}: top-1 {top1:.2f}, top-5 {top5:.2f}")
 
 

@@ -237,19 +237,19 @@ class Learner:
         lr = settings[self.rate] * lr_factor(epoch=epoch, **settings)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        total, seen, step = torch.zeros((), device=process.device), 0, 0
-        for step, item in enumerate(items):
+        total, seen, steps = torch.zeros((), device=process.device), 0, 0
+        for steps, item in enumerate(items, 1):
             part = self.lessons.part(item)
             where = settings["bn_batch"], process.rank, process.world
             chunks, _ = ranks.rank_chunks(part.count, *where)
-            total += self.step(part, chunks, process.world, (self.seed, DROPOUT, epoch, step))
+            total += self.step(part, chunks, process.world, (self.seed, DROPOUT, epoch, steps - 1))
             seen += len(chunks)
             bar.update(part.count)
         ranks.average_buffers(model, seen, process.world)
         for mean, value in zip(self.tested.buffers(), model.buffers()):
             mean.copy_(value)
         ranks.sum_over_ranks([total], process.world)
-        loss = total.item() / (step + 1)
+        loss = total.item() / steps
         if not math.isfinite(loss):  # no later one would be finite
             refuse(f"epoch {epoch}: the loss is {loss}; lower --{self.rate}")
         return {"epoch": epoch, "lr": lr, "loss": loss}
@@ -344,7 +344,7 @@ def train(out, seeds, lessons, forward, open_test, checkpoint_every, track=None)
 
     open_test  () -> function network -> {"top1", "top5"};   track: (seed, row) -> None
     lessons    settings: {flag: value} of batches, optimiser, schedule and loss
-               count: images of an epoch;   network() -> a new one;   loss: a function as those above
+               count: images of an epoch;   network() -> a new one;   loss: as those above
                loader(keys): iterator over [(epoch, number)];   part: its item -> Part
                files_of: seed -> names of its weights (safetensors) and rows (JSON)
     """

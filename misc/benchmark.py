@@ -37,8 +37,9 @@ from torchvision.transforms import functional as TF
 from distillation import datasets, gen_prototype, gen_syn_image, image_folder, prototype_files
 from distillation.latent_cache import LatentCache
 from distillation.prototypes import Prototypes
-from matching import batches, crops, generate_soft_label, labels, models, training
+from matching import batches, crops, generate_soft_label, labels, models, ranks, training
 from matching.feed import Feed
+from matching.lessons import Lessons
 from scripts import files, generators, output, runtime
 from scripts.runtime import Parser, entry_point, generator, refuse
 from validate import train_FKD
@@ -518,7 +519,7 @@ def release_epoch(model, replay, device, workers):
     for batch, x, logits in replay.release.mixed(device, workers):
         optimizer.zero_grad()
         count = len(batch.index)
-        for first, end in training.chunks_of(count, -(-count // 2)):
+        for first, end in ranks.chunks_of(count, -(-count // 2)):
             goal = training.Goal(logits[first:end], None, None)
             loss = training.kl_loss(model(x[first:end]), goal, temperature=20.0) / count
             loss.backward()
@@ -534,10 +535,10 @@ def our_epoch(bench, replay, bn_batch, **flags):
     settings.update(flags, bn_batch=bn_batch)
     how = (settings[name] for name in ("amp", "channels_last", "compile"))
     forward = training.Forward(bench.device, *how)
-    lessons = train_FKD.Lessons(replay.images, settings, bench.process, 0)
+    lessons = Lessons(replay.images, settings, bench.process, 0)
     lessons.stored, lessons.feed = replay.stored, replay.feed
     learner = training.Learner(lessons, 0, forward)
-    network = training.plain(learner.model)
+    network = learner.model
     start = copy.deepcopy(network.state_dict())
 
     def epoch():
@@ -603,7 +604,7 @@ STAGES = {1: stage_1, 2: stage_2, 3: stage_3, 4: stage_4}
 # ---- the report
 
 
-def number(value):
+def rounded(value):
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -616,9 +617,9 @@ def table(rows, head=True):
         met = "met" if row.get("met") else "NOT MET"
         target = f"{row.get('target')}x{least}: {met}" * ("met" in row)
         what = row["what"] + f"; {row.get('note')}" * ("note" in row)
-        release = number(row["release"]) + f" (known: {row.get('known')})" * ("known" in row)
+        release = rounded(row["release"]) + f" (known: {row.get('known')})" * ("known" in row)
         ratio = f"{row['ratio']:.3g} ({low:.3g} to {high:.3g}, n = {row['n']})"
-        cells = [f"{row['stage']}", what, release, number(row["ours"])]
+        cells = [f"{row['stage']}", what, release, rounded(row["ours"])]
         cells += [f"{row['unit']} / {row['per']}", ratio, row["same"], target]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from distillation import datasets, prototype_files
-from matching import batches, models, training
+from matching import batches, evaluation, models
 from matching.images import open_images
 from scripts import files, generators, output, runtime
 from scripts.runtime import Parser, entry_point, number, refuse
@@ -118,22 +119,24 @@ def titles_of(found, folders):
 
 
 def draw_grid(rows, names, titles, side=PAGE / 10):
-    """rows: paths of images, one row per name; titles: one per column; side: inches.   -> figure
+    """rows: paths of images (None: blank), one row per name; titles: one per column.   -> figure
 
-    All are shown at the size of the largest, pixel by pixel if they are small.
+    All are shown at the size of the largest, `side` inches, pixel by pixel if they are small.
     """
     from torchvision.utils import make_grid
 
-    pictures = [datasets.read_rgb(path) for row in rows for path in row]
+    blank, paths = Image.new("RGB", (1, 1), "white"), [path for row in rows for path in row]
+    pictures = [datasets.read_rgb(path) if path else blank for path in paths]
     size, gap = max(picture.width for picture in pictures), 2
     pictures = [torch.from_numpy(np.array(p.resize((size, size), 0))) for p in pictures]
     pictures = [p.permute(2, 0, 1) for p in pictures]
     sheet = make_grid(pictures, len(titles), padding=gap, pad_value=255).permute(1, 2, 0)
     figure, axes = pyplot().subplots(figsize=(side * len(titles), side * len(rows)))
     axes.imshow(sheet.numpy(), interpolation="nearest" if size <= 64 else "lanczos", aspect="auto")
-    room = 72 * side / 0.6  # points: a letter is 0.6 of its size wide
     for axis, texts in ((axes.xaxis, titles), (axes.yaxis, names)):
         middles = [gap + size / 2 + n * (size + gap) for n in range(len(texts))]
+        # points, of what there is for each; a letter is 0.6 of its size wide
+        room = 72 * side * len(texts) / sum(map(bool, texts)) / 0.6
         fontsize = max(4.5, min(8, room / max(1, *map(len, texts))))
         axis.set_ticks(middles, texts, fontsize=fontsize)
     axes.set_yticklabels(names, rotation=90 * (max(map(len, names)) > 2), va="center")
@@ -367,7 +370,7 @@ def tsne(
     real = datasets.open_split(dataset, data_dir, split, None, chosen, real_per_class)
     # the whole head, so that a checkpoint of all classes fits; features do not depend on it
     model, _ = models.load_teacher(arch, teacher_checkpoint, dataset, first.folders, size)
-    crop = datasets.squash if facts.image_size <= 64 else training.centre_crop
+    crop = datasets.squash if facts.image_size <= 64 else evaluation.centre_crop
     groups = [[[crop(real.read(item), size) for item in items] for items in real.items]]
     for _, found in sets:
         paths = [files_of(found, folder) for folder in real.folders]

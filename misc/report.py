@@ -80,9 +80,9 @@ def draw_sets(folders, most_rows=20, per_class=6):
     classes = sorted(path.name for path in first.iterdir() if path.is_dir())[:most_rows]
     paths = [[sorted((f / name).glob("*.png")) for f in folders.values()] for name in classes]
     count = min(per_class, *(len(found) for row in paths for found in row))
-    rows = [[path for found in row for path in found[:count]] for row in paths]
-    titles = [word for title in folders for word in [title, *[""] * (count - 1)]]
-    return figures.draw_grid(rows, classes, titles, side=0.5)
+    rows = [[path for found in row for path in (*found[:count], None)][:-1] for row in paths]
+    titles = [title if n == count // 2 else "" for title in folders for n in range(count + 1)]
+    return figures.draw_grid(rows, classes, titles[:-1], side=0.5)
 
 
 def get_args(argv=None):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from distillation import datasets
-from matching import images, models, training
+from matching import evaluation, images, models, training
 from misc import benchmark, figures, report
 from scripts import files, generators, output, runtime
 from scripts.runtime import Parser, entry_point, refuse
@@ -46,7 +46,7 @@ def arm_title(arguments, stage_1):
     return ", ".join(words)
 
 
-def rank(title):
+def place_of(title):
     return (ARMS.index(title), "") if title in ARMS else (len(ARMS), title)
 
 
@@ -87,7 +87,8 @@ def find_cells(root, generator, teachers):
         refuse(f"--output_root {root}: no student of stage 4 is there")
     order = ("ipc", "recipe", "epochs", "batch_size", "student")
     return sorted(
-        cells.values(), key=lambda c: (*(c[k] for k in order), c["teacher"] or "", rank(c["arm"]))
+        cells.values(),
+        key=lambda c: (*(c[k] for k in order), c["teacher"] or "", place_of(c["arm"])),
     )
 
 
@@ -109,7 +110,7 @@ def judge(root, folders, names, data_dir, vae, process):
     """
     facts, forward, found = datasets.ALL[DATASET], training.Forward(process.device), {}
     test = datasets.open_split(DATASET, data_dir, "val")
-    pixels, targets = training.validation_pixels(test, SIZE, process, flag="--data_dir")
+    pixels, targets = evaluation.validation_pixels(test, SIZE, process, flag="--data_dir")
     sets = {"test": (pixels, targets), "test_through_vae": (through_vae(pixels, vae), targets)}
     for name in names:
         flag, made = "--output_root", images.open_images("--output_root", root / "images" / name)
@@ -121,7 +122,7 @@ def judge(root, folders, names, data_dir, vae, process):
         network = network.to(process.device)
         top1 = {}
         for name, pair in sets.items():
-            score = training.evaluate(network, *pair, forward, facts.mean, facts.std)
+            score = evaluation.evaluate(network, *pair, forward, facts.mean, facts.std)
             top1[name] = round(score["top1"], 2)
         found[made["arch"]] = {
             "images_a_class": made["max_images_per_class"] or "all",

@@ -226,7 +226,7 @@ def saved(pipeline):
 # ---- training
 
 
-class Training(NamedTuple):
+class Trainer(NamedTuple):
     """How both networks are trained: where, with which settings, and how often to look or to save.
 
     stop_after   exit after so many steps, as if interrupted; 0: never
@@ -366,10 +366,10 @@ def feature_distance(network, mean, std):
     return distance
 
 
-def train_vae(training, pixels, tests, perceptual):
+def train_vae(trainer, pixels, tests, perceptual):
     """The autoencoder of uint8 `pixels`: squared error + KL from N(0, 1), averaged over the latent,
     + `perceptual` distance. `tests` are only looked at."""
-    settings, device = training.settings, training.device
+    settings, device = trainer.settings, trainer.device
     # PyTorch draws first weights from its global generator
     torch.manual_seed(runtime.seed_of(settings["seed"], VAE))
     vae = make_vae(settings["image_size"], settings["vae_channels"], settings["vae_layers"])
@@ -397,9 +397,9 @@ def train_vae(training, pixels, tests, perceptual):
     def sample(step):
         real = tests[:: max(1, len(tests) // 60)][:60]
         pairs = torch.stack([real / 255, reconstructions(vae, real)], 1).flatten(0, 1)
-        training.out.write(f"samples/vae_{step:06d}.png", grid(pairs, 12))
+        trainer.out.write(f"samples/vae_{step:06d}.png", png_grid(pairs, 12))
 
-    training.fit("vae", torch.nn.ModuleDict({"vae": vae}), loss_at, sample)
+    trainer.fit("vae", torch.nn.ModuleDict({"vae": vae}), loss_at, sample)
     return vae
 
 
@@ -417,7 +417,7 @@ def reconstructions(vae, pixels):
 
 
 @torch.no_grad()
-def encode(vae, pixels, flip):
+def encode_all(vae, pixels, flip):
     """Mean and std of all images' posteriors, then of mirrored ones: 2 x (N or 2N, 4, h, w) fp16.
 
     In the VAE's own memory layout, on which the last bits of the UNet's training depend.
@@ -449,10 +449,10 @@ def diffusion_loss(unet, text_encoder, tokens, which, latents, noise, timesteps,
     return (by_image * snr.clamp(max=gamma) / snr).mean(), error
 
 
-def train_unet(training, vae, pixels, labels, prompts, compiled):
+def train_unet(trainer, vae, pixels, labels, prompts, compiled):
     """UNet and text encoder on the latents of `pixels` -> the pipeline, {network: its steps}."""
-    settings, device, seed = training.settings, training.device, training.settings["seed"]
-    means, stds = encode(vae, pixels, settings["flip"] == "on")
+    settings, device, seed = trainer.settings, trainer.device, trainer.settings["seed"]
+    means, stds = encode_all(vae, pixels, settings["flip"] == "on")
     draws = torch.randn(means.shape, generator=generator(seed, MEASURE)).to(device)
     spread = float((means.float() + stds.float() * draws).std())
     vae.register_to_config(scaling_factor=round(1 / spread, 5))
@@ -490,16 +490,16 @@ def train_unet(training, vae, pixels, labels, prompts, compiled):
 
     def sample(step):
         made = text_samples(pipeline, prompts[:10], 4, seed, settings["sample_guidance"])
-        training.out.write(f"samples/unet_{step:06d}.png", grid(made.flatten(0, 1), 4))
+        trainer.out.write(f"samples/unet_{step:06d}.png", png_grid(made.flatten(0, 1), 4))
 
     trained = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
-    return pipeline, training.fit("unet", trained, loss_at, sample)
+    return pipeline, trainer.fit("unet", trained, loss_at, sample)
 
 
 # ---- pictures
 
 
-def grid(pictures, columns):
+def png_grid(pictures, columns):
     """(N, 3, H, W) in [0, 1] -> the bytes of a PNG; small pictures are shown twice as large."""
     from torchvision.utils import make_grid
 
@@ -527,10 +527,10 @@ def final_samples(pipeline, pixels, labels, prompts, settings):
     before it."""
     made = text_samples(pipeline, prompts[:10], 6, settings["seed"], settings["sample_guidance"])
     if settings["samples"] == "text":
-        return grid(made.flatten(0, 1), 6)
+        return png_grid(made.flatten(0, 1), 6)
     real = [pixels[labels == c].repeat(3, 1, 1, 1)[:3] for c in range(len(made))]
     rows = [(r / 255, reconstructions(pipeline.vae, r), m) for r, m in zip(real, made)]
-    return grid(torch.cat([part for row in rows for part in row]), 12)
+    return png_grid(torch.cat([part for row in rows for part in row]), 12)
 
 
 def model_card(settings, facts):
@@ -708,10 +708,10 @@ def main(argv=None):
         if held_out:
             tests, _ = load_images(open_named("val", *chosen), size, args.num_workers)
         every = (args.checkpoint_every, args.sample_every, args.stop_after)
-        training = Training(out, process.device, settings, *every)
-        vae = train_vae(training, pixels, tests, perceptual)
+        trainer = Trainer(out, process.device, settings, *every)
+        vae = train_vae(trainer, pixels, tests, perceptual)
         error = (reconstructions(vae, tests) - tests / 255).square().mean((1, 2, 3)).clamp(1e-10)
-        pipeline, steps = train_unet(training, vae, pixels, labels, split.prompts, args.compile)
+        pipeline, steps = train_unet(trainer, vae, pixels, labels, split.prompts, args.compile)
         facts = {
             "dataset": split.dataset,
             "split": {"name": "train", "images": split.count, "sha256": inputs["images"]},

@@ -79,6 +79,8 @@ def test_flips_have_their_probability_and_lambda_is_beta_and_the_boxs_real_area(
         top, left, bottom, right = batch.box.tolist()
         assert 0 <= top <= bottom <= 32 and 0 <= left <= right <= 32
         assert batch.lam == 1 - (bottom - top) * (right - left) / 1024
+        if 0 < min(top, left) and max(bottom, right) < 32:  # nothing cut off
+            assert bottom - top == right - left and (bottom - top) % 2 == 0
     plain = draw(0, mix_type="none")
     assert plain.lam == 1 and plain.partner.tolist() == [0, 1]
 

@@ -1,8 +1,14 @@
-"""Where a newcomer would look: a data set is one entry, a generator is one class."""
+"""Where a newcomer would look: a data set is one entry, a generator one class, a student one line,
+a recipe one launcher and one loss.
+"""
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 from distillation import (
     datasets,
@@ -14,8 +20,10 @@ from distillation import (
     random_real,
 )
 from distillation.prototype_files import PrototypeFolder, check_model
+from matching import models, train_teacher, training
 from scripts import files, generators
-from tests.conftest import picture_folder
+from tests.conftest import BATCHES, ROOT, TEACHER, picture_folder
+from validate import train_FKD
 
 SMALL = ["--ipc", "2", "--km_expand", "1", "--num_workers", "0"]
 
@@ -93,3 +101,64 @@ def test_a_generator_is_one_class(tmp_path, monkeypatch, refused):
     refused(gen_syn_image.main, [*stage_2, "--num_inference_steps", "11"], "trained with 10")
     other = SimpleNamespace(facts={"vae_sha256": "1"}, channels=3)
     refused(lambda argv: check_model(folder, source, other), [], "made with the VAE")
+
+
+def linear(num_classes, image_size):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * image_size**2, num_classes))
+
+
+def test_a_student_is_one_line(random, labels, monkeypatch, refused):
+    data, student = ["--train_dir", str(random)], ["--model", "linear", "--output_dir", "out"]
+    stored = [*data, *student, "--fkd_path", str(labels), "--num_workers", "0", "--epochs", "2"]
+    refused(train_FKD.main, stored, "linear", "convnet_w128")
+    monkeypatch.setitem(models.MODELS, "linear", linear)
+    folder = train_FKD.main(stored)
+    arguments = files.read_json(folder / "results.json")["arguments"]
+    assert arguments["model"] == "linear" and folder.name.endswith("_linear_train2")
+    weights = models.read_state_dict(folder / "student_seed0.safetensors", "")
+    assert weights["1.weight"].shape == (3, 3 * 32**2)
+    teacher = train_teacher.main([*TEACHER, "--arch", "linear", "--output_dir", "teachers"])
+    online = ["--online", "--arch", "linear", "--teacher_checkpoint", str(teacher)]
+    assert train_FKD.main([*data, *student, *online, *BATCHES]).name.endswith("_online_linear")
+
+
+def test_a_loss_is_one_function_and_one_entry(random, labels, monkeypatch, refused):
+    """It takes the settings that it names, such as --ce_weight."""
+
+    def reversed_kl(outputs, goal, temperature, ce_weight, **_):
+        p, q = (F.log_softmax(t.float() / temperature, 1) for t in (outputs, goal.logits))
+        kl = F.kl_div(q, p, reduction="sum", log_target=True)
+        return kl + ce_weight * training.hard_loss(outputs, goal)
+
+    data = ["--train_dir", str(random), "--fkd_path", str(labels), "--num_workers", "0"]
+    argv = [*data, "--model", "convnet_mini", "--output_dir", "out", "--loss", "reversed-kl"]
+    refused(train_FKD.main, argv, "--loss", "kl", "mse_ce")
+    monkeypatch.setitem(training.LOSSES, "reversed-kl", reversed_kl)
+    folder = train_FKD.main(argv)
+    assert folder.name.endswith("_convnet_mini_loss-reversed-kl")
+    other = train_FKD.main([*argv, "--ce_weight", "1"])
+    rows, more = (files.read_json(f / "results.json")["seeds"][0]["rows"] for f in (folder, other))
+    assert more[0]["loss"] > rows[0]["loss"] > 0
+
+
+LAUNCHER = """#!/bin/sh
+set -eu
+. {root}/scripts/launch.sh
+IMAGES="${{IMAGES:-NAME}}"
+run -m validate.train_FKD --train_dir "$IMAGES" --hard_label --model convnet_mini --epochs 2 \\
+    --batch_size 5 --mix_type cutmix --sgd --learning_rate 0.05 --num_workers 0 \\
+    --output_dir "${{OUT:-output}}/students" "$@"
+"""
+
+
+def test_a_recipe_is_a_launcher(random, tmp_path):
+    path = tmp_path / "train_FKD_mine.sh"
+    path.write_text(LAUNCHER.format(root=ROOT))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
+    environment |= {"IMAGES": str(random), "OUT": str(tmp_path / "out")}
+    command = ["sh", str(path), "--momentum", "0.5", "--device", "cpu"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    [folder] = (tmp_path / "out/students").iterdir()
+    arguments = files.read_json(folder / "results.json")["arguments"]
+    assert arguments["hard_label"] and arguments["learning_rate"] == 0.05
+    assert folder.name.endswith("_convnet_mini_opt-sgd_lr0.05_momentum0.5")

@@ -24,6 +24,9 @@ def test_no_error_leaves_anything_behind():
         assert not os.path.exists("a.txt")
         raise KeyError
     assert not everything(".")
+    with files.atomic("a.txt", "0-of-1") as temporary:
+        temporary.write_text("whole")
+        assert everything(".") == {".a.txt.0-of-1.tmp"}  # hidden, and what Output sweeps
 
 
 def test_a_file_system_that_cannot_sync(monkeypatch, capsys, refused):
@@ -60,6 +63,8 @@ def test_the_first_of_two_writers_wins_where_links_work(links, monkeypatch):
 def test_json_is_strict(text, refused):
     files.write("x.json", text)
     refused(lambda _: files.read_json("x.json"), [], "x.json", "cannot be read as JSON")
+    with pytest.raises(ValueError):  # nor is it written
+        files.json_text({"a": float("nan")})
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -138,7 +138,7 @@ ODD = {
     "--teacher_checkpoint a b": "2 paths for 1 --arch",
     "--teacher_checkpoint torchvision": "nobody publishes",
     "--teacher_checkpoint torchvision --dry_run": "nobody publishes",
-    "--input_size 64": "input size is 32",
+    "--input_size 64": "image_size is 32",
     "--min_scale_crops 0.5 --max_scale_crops 0.2": "--min_scale_crops 0.5: above",
     "--dataset cifar10": "made for digits",
     "--data none": "no such folder",

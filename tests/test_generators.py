@@ -72,6 +72,14 @@ def test_stage_1_loads_only_what_it_needs(tiny_sd, whole):
     assert torch.equal(encoder.encode(images, draws[0]), whole.encode(images, draws[1]))
 
 
+def test_what_is_not_finite_is_made_again_in_fp32(tiny_sd):
+    model = load(tiny_sd, part="encoder", dtype="bf16")
+    vae, results = model.networks["vae"], torch.tensor([[7.0], [torch.nan]])
+    again = lambda n: torch.full((1, 1), float(vae.dtype == torch.float32))  # noqa: E731
+    generators.mend(model, results, again, ["a", "b"])
+    assert results.tolist() == [[7.0], [1.0]] and vae.dtype == torch.bfloat16
+
+
 def test_the_safety_checker_blackens_what_it_flags(whole, tiny_sd, monkeypatch, refused):
     latents = torch.randn(2, 4, 8, 8, generator=generator(1))
     plain = whole.decode(latents)
@@ -98,6 +106,8 @@ def test_a_hash_sees_values_and_not_precision(tiny_sd, whole):
         assert model.networks["vae"].dtype == generators.DTYPES[dtype]
         assert model.facts["vae_sha256"] == whole.facts["vae_sha256"]
     vae = load(tiny_sd, part="encoder").networks["vae"]
+    # an fp16 variant's file holds these values
+    assert generators.weights_hash(vae.half().float()) == whole.facts["vae_sha256"]
     with torch.no_grad():
         next(vae.parameters()).view(-1)[0] += 1
     assert generators.weights_hash(vae) != whole.facts["vae_sha256"]

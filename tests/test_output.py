@@ -11,9 +11,10 @@ import sys
 import time
 
 import pytest
+import torch
 
 from scripts import files, output
-from scripts.runtime import Parser, add_process_flags, entry_point, number, this_process
+from scripts.runtime import Parser, Process, add_process_flags, entry_point, number, this_process
 from tests.conftest import ROOT, everything, exits, reseal, tree
 
 UNITS = 5
@@ -169,6 +170,25 @@ def test_shards_in_any_order_give_the_same_bytes(world, capsys):
     assert "other processes have the rest" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("runs", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 7])
+def test_every_unit_is_one_processs(world, runs):
+    shares = []
+    for rank in range(world):
+        process = Process(rank, world, torch.device("cpu"))
+        with output.Output("--root", "root", "stem", "fake", {}, {}, process) as out:
+            shares.append(out.todo(range(UNITS), lambda n: [f"{n}.txt"], 1, runs=runs))
+    assert sorted(sum(shares, [])) == list(range(UNITS))
+    assert not runs or sum(shares, []) == list(range(UNITS))  # neighbours stay together
+
+
+def test_an_error_of_ours_ends_the_stage():
+    with pytest.raises(KeyError):
+        stage([], at_unit=lambda out, n: {}[n])
+    with pytest.raises(ZeroDivisionError):  # beside what follows
+        stage([], at_unit=lambda out, n: out.later(lambda: 1 / 0))
+
+
 def test_a_finished_folder_is_not_signed_again(refused):
     folder = stage([])
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.txt")}
@@ -308,6 +328,23 @@ def test_a_folder_that_is_no_output(folder, words, refused):
     with exits(75):
         stage([], at_unit=stop_at(1))
     refused(lambda argv: output.read_manifest("--x", folder, "fake"), [], "--x", words)
+
+
+def test_a_cut_file_is_refused_whatever_its_date(refused):
+    folder = stage([])
+    path, before = folder / "c1/unit1.txt", (folder / "c1/unit1.txt").stat()
+    path.write_bytes(path.read_bytes()[:-1])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as half a copy with its times
+    refused(lambda argv: output.read_manifest("--x", folder, "fake"), [], "has 599 bytes, expected 600")
+
+
+def test_a_manifest_of_other_files_is_not_taken_for_this_runs(refused):
+    folder = stage([])
+    (folder / "c1/unit1.txt").rename(folder / "c1/unit9.txt")
+    entries = files.read_json(folder / output.MANIFEST)["files"]
+    entries["c1/unit9.txt"] = entries.pop("c1/unit1.txt")
+    reseal(folder, files=entries)
+    refused(stage, [], "manifest.json lists other files")
 
 
 def test_another_stage_is_refused(refused):

@@ -6,16 +6,17 @@ import re
 import pytest
 
 from distillation.datasets import ALL, known_prompts
-from matching import batches, models, train_teacher
+from matching import batches, evaluation, models, train_teacher
 from scripts import files, output
 from scripts.generators import DEFAULT_CHECKPOINT
 from validate import paper_tables
-from validate.paper_tables import DATASET_TITLES, PAPER, WHICH, cells, paper_rows, table_of
+from validate.paper_tables import PAPER, paper_rows, table_of
 
 OWN = {"imagenet": "", "tiny_imagenet": "_tnimgnt", "cifar10": "_cf10", "cifar100": "_cf100"}
 OWN |= {"digits": "_digits", "imagenette": "_nette"}
 NETWORK = "convnet_w128"
 CIFAR10 = ("cifar10", 10, "d4m", "cifar10_ipc10_s0.7_g8_kmexpand1", NETWORK, NETWORK)
+WHICH = ("result", "random", "hard")
 
 
 def teacher_arguments(dataset, arch, **changed):
@@ -37,22 +38,10 @@ def fake(root, name, dataset, ipc, arm, images, student, teacher, mean, hard=Fal
     arguments |= {"dataset": dataset, "test_images": PAPER["test_images"].get(dataset)}
     classes, source = len(known_prompts(dataset)), "imagenet" if arm == "d4m-g" else dataset
     model = {"model": DEFAULT_CHECKPOINT, "revision": None, "precision": "fp16"}
-    found = {
-        "arguments": arguments,
-        "images": {
-            "name": images,
-            "arm": arm,
-            "ipc": ipc,
-            "classes": classes,
-            "count": ipc * classes,
-            "generator": None if arm == "random" else {**model, "unet_sha256": "u"},
-            "real_images": ALL[source].train_images,
-        },
-        "teacher": [],
-        "labels": None,
-        "summary": {},
-        "seeds": [],
-    }
+    made = {"name": images, "arm": arm, "ipc": ipc, "classes": classes, "count": ipc * classes}
+    made["real_images"] = ALL[source].train_images
+    made["generator"] = None if arm == "random" else {**model, "unet_sha256": "u"}
+    found = {"arguments": arguments, "images": made, "teacher": [], "labels": None}
     if not hard:
         public = f"torchvision {models.TEACHER_WEIGHTS.get(teacher)}"
         facts = {"arch": teacher, "weights": public, "sha256": "y", "arguments": None}
@@ -60,18 +49,26 @@ def fake(root, name, dataset, ipc, arm, images, student, teacher, mean, hard=Fal
             facts |= {"weights": "train_teacher", "arguments": teacher_arguments(dataset, teacher)}
         found |= {"teacher": [facts], "labels": {"amp": "none", "channels_last": False}}
     values = [mean + i - (n - 1) / 2 for i in range(n)]
-    std = (sum((v - mean) ** 2 for v in values) / (n - 1)) ** 0.5 if n > 1 else None
-    top1 = {"mean": mean, "std": std, "n": n, "values": values}
-    found["summary"] = {"last": {"top1": top1}, "best": {"top1": {**top1, "mean": mean + 0.5}}}
+    last, best = (evaluation.summary([v + more for v in values]) for more in (0, 0.5))
+    found |= {"summary": {"last": {"top1": last}, "best": {"top1": best}}, "seeds": []}
     for where, value in changed.items():
-        *path, last = where.split(".")
-        part = found
-        for key in path:
-            part = part[int(key) if key.isdigit() else key]
+        part, last = part_of(found, where)
         part[last] = value
     folder = root / "students" / name
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(found))
+
+
+def part_of(found, where):
+    """(the part of a nested value that holds it, its key there) of a path like "teacher.0.arch"."""
+    *path, last = where.split(".")
+    for key in path:
+        found = found[int(key) if key.isdigit() else key]
+    return found, last
+
+
+def cells():
+    return [row for row in paper_rows() if "make" in row and table_of(row) != 6]
 
 
 # ---- the published numbers and their commands
@@ -95,27 +92,16 @@ def test_every_cells_command_makes_that_cell_alone(capsys):
     first = "DATASET=imagenet IPC=10 METHOD=d4m TEACHER=resnet18 STUDENT=resnet18"
     assert f"{first} sh validate/table2.sh  # table 2, paper 27.9" in lines
     for row in cells():
-        make = tuple(row["make"].items())
-        assert len(paper_tables.students(f"table{table_of(row)}.sh", make)) == 3
-        needs = paper_tables.needs(table_of(row), make, "x")
-        assert set(needs) == set(WHICH), row
-        assert {facts["student"] for facts, _ in needs.values()} == {row["make"]["STUDENT"]}
-        assert DATASET_TITLES[row["make"]["DATASET"]] == row["dataset"]
-        assert row["make"]["IPC"] == str(row["ipc"])
+        make, needs = row["make"], paper_tables.needs(row, "x")
+        script = f"table{table_of(row)}.sh"
+        assert len(paper_tables.students(script, (*make.items(),))) == 3 == len(needs)
+        assert {wanted["student"] for wanted in needs.values()} == {make["STUDENT"]}
+        assert paper_tables.DATASET_TITLES[make["DATASET"]] == row["dataset"]
+        assert make["IPC"] == str(row["ipc"])
 
 
 # ---- the right number
 
-
-def value_of(row, which):
-    """A number that no other cell, baseline or decoy has."""
-    key = dict(row["make"])
-    key |= {"METHOD": "random"} if which == "random" else {}
-    key |= {"TEACHER": "hard"} if which == "hard" else {}
-    return VALUES.setdefault(tuple(key.values()), 1 + 0.1 * len(VALUES))
-
-
-VALUES = {}
 MODEL = {"model": "sd15-tuned", "revision": None, "unet_sha256": "u"}
 OTHER_MODEL = {"model": DEFAULT_CHECKPOINT, "revision": None, "unet_sha256": "w"}
 MORE = "another result over as many students or more is shown"
@@ -144,59 +130,59 @@ DECOYS = {  # suffix of its folder -> (what is changed, what it is listed with)
 OF_OUR_TEACHERS = ("m", "o", "p", "q")  # torchvision's say nothing of their training
 
 
+def value_of(wanted):
+    """A number that no other result and no decoy has."""
+    key = wanted["images"], wanted["student"], *wanted.get("teacher", [])
+    return VALUES.setdefault(key, 1 + 0.1 * len(VALUES))
+
+
+VALUES = {}
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def root(tmp_path_factory):
     """Results of every cell and baseline, among decoys that differ in one thing each."""
     root, made, with_decoys = tmp_path_factory.mktemp("output"), set(), set()
     for row in cells():
-        make, needs = row["make"], paper_tables.needs(table_of(row), (*row["make"].items(),), "x")
-        for which in WHICH:
-            mean, facts = value_of(row, which), needs[which][0]
+        for which, wanted in paper_tables.needs(row, "x").items():
+            mean, dataset = value_of(wanted), row["make"]["DATASET"]
             if mean in made:
                 continue
             made.add(mean)
-            own = (make["DATASET"], int(make["IPC"]), facts["arm"], facts["images"])
-            own += (make["STUDENT"], make["TEACHER"])
+            own = (dataset, int(row["make"]["IPC"]), wanted["arm"], wanted["images"])
+            own += (wanted["student"], row["make"]["TEACHER"])
             fake(root, f"{len(made):03d}", *own, mean, which == "hard")
-            if which == "result" and make["DATASET"] not in with_decoys:
-                with_decoys.add(make["DATASET"])
+            if which == "result" and dataset not in with_decoys:
+                with_decoys.add(dataset)
                 for suffix, (changed, _) in DECOYS.items():
-                    if make["DATASET"] != "imagenet" or suffix not in OF_OUR_TEACHERS:
-                        decoy = 90 + len(made) / 100
-                        fake(root, f"{len(made):03d}{suffix}", *own, decoy, **{"n": 9, **changed})
-    return root, paper_tables.find_results(root)
+                    if dataset != "imagenet" or suffix not in OF_OUR_TEACHERS:
+                        name, changed = f"{len(made):03d}{suffix}", {"n": 9, **changed}
+                        fake(root, name, *own, 90 + len(made) / 100, **changed)
+    return root
 
 
-@pytest.mark.parametrize("table", (1, 2, 3, 4, 5))
-def test_the_right_cell_gets_the_right_number(results, table):
-    root, found = results
-    rows = paper_tables.table_rows(table, found, {}, root, DEFAULT_CHECKPOINT)
+def test_the_right_cell_gets_the_right_number(root):
+    rows, others = paper_tables.measured(root, DEFAULT_CHECKPOINT)
     for row in rows:
-        if "make" not in row:
+        if "make" not in row or table_of(row) == 6:
             assert not any(row.get(which) for which in WHICH)
             continue
-        for which in WHICH:
-            mean = row[which]["last"]["mean"]
-            assert mean == pytest.approx(value_of(row, which)), (row["make"], which)
-            assert row[which]["last"]["n"] == 3 and row[which]["recipe"] == "d4m"
-
-
-def test_what_is_no_cells_number_is_listed_aside(results):
-    root, found = results
-    others = paper_tables.other_results(found, DEFAULT_CHECKPOINT)
+        for which, wanted in paper_tables.needs(row, "x").items():
+            last = row[which]["last"]
+            assert last["mean"] == pytest.approx(value_of(wanted)), (row["make"], which)
+            assert last["n"] == 3 and row[which]["recipe"] == "d4m"
     names = [row["path"].split("/")[-2] for row in others]
     assert names == sorted(p.name for p in (root / "students").iterdir() if p.name[3:])
     for name, row in zip(names, others):
         assert row["why"][0].startswith(DECOYS[name[3:]][1]), (name, row["why"])
 
 
-def test_another_generator_fills_cells_only_where_it_is_named(results, capsys):
-    root, found = results
-    row = next(row for row in cells() if row["make"]["DATASET"] == "cifar10")
-    tuned = paper_tables.match_all(row, found, "sd15-tuned")
-    assert tuned["result"]["generator"] == "sd15-tuned" and tuned["result"]["last"]["mean"] > 90
-    assert tuned["random"]["last"]["mean"] == pytest.approx(value_of(row, "random"))
-    assert tuned["hard"] is None
+def test_another_generator_fills_cells_only_where_it_is_named(root, capsys):
+    rows, _ = paper_tables.measured(root, "sd15-tuned")
+    row = next(row for row in rows if row.get("make", {}).get("DATASET") == "cifar10")
+    random = value_of(paper_tables.needs(row, "x")["random"])
+    assert row["result"]["generator"] == "sd15-tuned" and row["result"]["last"]["mean"] > 90
+    assert row["random"]["last"]["mean"] == pytest.approx(random) and row["hard"] is None
     argv = ["--output_root", str(root), "--table", "1", "--dataset", "cifar10"]
     paper_tables.main([*argv, "--diffusion_checkpoints_path", "sd15-tuned"])
     assert "Images by sd15-tuned" in capsys.readouterr().out.splitlines()[0]
@@ -226,20 +212,19 @@ def test_markdown_latex_and_json_agree(tmp_path, capsys):
 
 
 def test_of_several_teachers_the_table_takes_those_of_its_recipe(tmp_path):
-    def teacher(name, top1, arch="convnet_w128", **changed):
+    def teacher(name, top1, arch=NETWORK, **changed):
         scores = {which: {"epoch": 1, "top1": top1} for which in ("last", "best")}
         found = {"arguments": teacher_arguments("cifar10", arch, **changed), "parameters": 1}
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps(found | scores))
 
     def full():
-        teachers = paper_tables.find_teachers(tmp_path)
-        rows = paper_tables.table_rows(1, [], teachers, tmp_path, "x")
-        return next(row for row in rows if row["method"] == "Full dataset").get("result")
+        rows, _ = paper_tables.measured(tmp_path, "x")
+        return next(row for row in rows if row["method"] == "Full dataset")["result"]
 
     teacher("z", 70.0, epochs=5)
     found = paper_tables.find_teachers(tmp_path)
-    assert found["cifar10", "convnet_w128"]["differs"] == ["epochs 5"] and full() is None
+    assert found["cifar10", NETWORK]["differs"] == ["epochs 5"] and full() is None
     teacher("a", 84.0)
     teacher("b", 86.0, seed=1)
     for name, changed in (("c", {"classes": ["0-4"]}), ("y", {"val_images": 100})):
@@ -271,26 +256,23 @@ def test_what_was_not_run_is_blank(tmp_path, capsys):
 
 
 def test_a_cost_is_the_papers_generators_at_512_pixels(tmp_path, capsys):
-    models = (("sd-tiny", 512), (DEFAULT_CHECKPOINT, 256), (DEFAULT_CHECKPOINT, 512))
+    kinds = (("sd-tiny", 512), (DEFAULT_CHECKPOINT, 256), (DEFAULT_CHECKPOINT, 512))
     for name, units, seconds in (("batch1", 100, 200.0), ("batch32", 40, 20.0)):
-        for n, (model, size) in enumerate(models):
+        for n, (model, size) in enumerate(kinds):
             folder = tmp_path / "cost" / name / "images" / f"imagenet_ipc10_s0.7_{n}"
             folder.mkdir(parents=True)
-            generator = {"model": model, "revision": None}
-            made = {"generator": generator, "prototype_arguments": {"size": size}}
+            made = {"generator": {"model": model, "revision": None}}
+            made["prototype_arguments"] = {"size": size}
             manifest = {"stage": "images", "inputs": made, "count": 100, "files": {}}
             manifest["checksum"] = files.digest_of(manifest)
             (folder / output.MANIFEST).write_text(json.dumps(manifest))
             timing = {"units": units, "process_seconds": seconds * (1 if n == 2 else 9)}
             (folder / output.TIMING).write_text(json.dumps({**timing, "cuda_mib": 6144}))
-    found = paper_tables.find_costs(tmp_path, "imagenet", DEFAULT_CHECKPOINT)
-    assert found["one"] == {"seconds": 2.0, "gib": 6.0, "resumed": False}
-    assert found["batch"] == {"seconds": 0.5, "gib": 6.0, "resumed": True}
-    assert not any(paper_tables.find_costs(tmp_path, "tiny_imagenet", DEFAULT_CHECKPOINT).values())
-    paper_tables.main(["--output_root", str(tmp_path), "--table", "6", "--dataset", "imagenet"])
-    [line] = [text for text in capsys.readouterr().out.splitlines() if "| D4M " in text]
-    shown = [word.strip() for word in line.split("|")[4:-1]]
-    assert shown == ["2.7", "2.00", "0.50*", "6.1", "6.0", "6.0*"]
+    paper_tables.main(["--output_root", str(tmp_path), "--table", "6"])
+    lines = [text for text in capsys.readouterr().out.splitlines() if "| D4M " in text]
+    shown = [[word.strip() for word in line.split("|")[4:-1]] for line in lines]
+    assert shown[0] == ["2.7", "2.00", "0.50*", "6.1", "6.0", "6.0*"]
+    assert shown[1] == ["2.7", "", "", "6.1", "", ""]  # Tiny-ImageNet
 
 
 ODD = ["arguments.hard_label", "images.arm", "summary.last", "teacher", "teacher.0.arch"]
@@ -301,10 +283,8 @@ ODD += ["teacher.0.arguments.dataset", "images.generator.model"]
 def test_a_result_that_does_not_say_what_it_is_is_one_line(where, tmp_path, refused):
     fake(tmp_path, "a", *CIFAR10, 50.0)
     path = tmp_path / "students" / "a" / "results.json"
-    found = part = json.loads(path.read_text())
-    *keys, last = where.split(".")
-    for key in keys:
-        part = part[int(key) if key.isdigit() else key]
+    found = json.loads(path.read_text())
+    part, last = part_of(found, where)
     part.pop(last)
     path.write_text(json.dumps(found))
     refused(paper_tables.main, ["--output_root", tmp_path], path)
@@ -312,9 +292,6 @@ def test_a_result_that_does_not_say_what_it_is_is_one_line(where, tmp_path, refu
 
 def test_a_missing_root_is_refused(tmp_path, refused):
     refused(paper_tables.main, ["--output_root", tmp_path / "nowhere"], "--output_root")
-
-
-# ---- recipes
 
 
 @pytest.mark.parametrize("recipe", ["d4m", "cda", "rded", "rd3", "edc", "minimax"])

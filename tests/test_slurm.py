@@ -1,5 +1,4 @@
-"""The sbatch files, run by sh with stand-ins for Slurm: shards, warnings passed on, back into the
-queue."""
+"""The sbatch files, by sh with stand-ins for Slurm: shards, warnings passed on, put back."""
 
 import os
 import re
@@ -21,19 +20,20 @@ trap 'echo TERM >> "$RECORD"; sleep 0.2; exit "${STATUS:-75}"' TERM
 touch "$RECORD.started"
 while :; do sleep 0.05; done
 """
-SCONTROL = """#!/bin/sh
+PROGRAMS = {"python": PYTHON, "torchrun": PYTHON}
+PROGRAMS["scontrol"] = """#!/bin/sh
 echo scontrol "$@" >> "$RECORD"
 [ "$1" != show ] || echo node17
 """
 # as Slurm's: a SIGTERM to srun itself kills the step
-SRUN = """#!/bin/sh
+PROGRAMS["srun"] = """#!/bin/sh
 shift
 "$@" &
 echo $! > "$RECORD.step"
 trap 'kill -KILL $!; exit 143' TERM HUP
 wait $!
 """
-SCANCEL = """#!/bin/sh
+PROGRAMS["scancel"] = """#!/bin/sh
 echo scancel "$@" >> "$RECORD"
 kill -TERM "$(cat "$RECORD.step")"
 """
@@ -42,14 +42,12 @@ kill -TERM "$(cat "$RECORD.step")"
 @pytest.fixture
 def slurm(tmp_path):
     """slurm(file, *flags, **variables) -> a running sbatch script; it records at tmp_path/record"""
-    programs = {"python": PYTHON, "torchrun": PYTHON}
-    programs |= {"scontrol": SCONTROL, "srun": SRUN, "scancel": SCANCEL}
-    for name, text in programs.items():
+    for name, text in PROGRAMS.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     surroundings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RECORD": str(tmp_path / "record")}
     surroundings |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "41"}
-    surroundings |= {"SLURM_JOB_NODELIST": "node[17-18]"}
+    surroundings["SLURM_JOB_NODELIST"] = "node[17-18]"
 
     def start(file, *flags, **variables):
         command, environment = ["sh", str(file), *flags], {**surroundings, **variables}
@@ -98,13 +96,13 @@ def warned(slurm, tmp_path, file, number, **variables):
 
 
 @each_file
-def test_after_a_warning_the_job_goes_back_into_the_queue(file, slurm, tmp_path):
-    assert warned(slurm, tmp_path, file, signal.SIGUSR1) == (75, ["scontrol requeue 40_2"])
-
-
-@each_file
-def test_a_cancelled_job_stays_out_of_the_queue(file, slurm, tmp_path):
-    assert warned(slurm, tmp_path, file, signal.SIGTERM) == (75, [])
+@pytest.mark.parametrize(
+    "number, then", [(signal.SIGUSR1, ["scontrol requeue 40_2"]), (signal.SIGTERM, [])]
+)
+def test_a_warned_job_is_put_back_and_a_cancelled_one_stays_out(
+    file, number, then, slurm, tmp_path
+):
+    assert warned(slurm, tmp_path, file, number) == (75, then)
 
 
 def test_a_job_that_is_refused_stays_out_of_the_queue(slurm, tmp_path):
@@ -118,15 +116,10 @@ def test_an_array_of_a_part_needs_the_number_of_shards(count, last, slurm, tmp_p
     part = {**ARRAY, "SLURM_ARRAY_TASK_MAX": last, "SLURM_ARRAY_TASK_COUNT": count}
     job = slurm(SBATCH[0], **part)
     assert job.wait(20) == 2 and "set SHARDS" in job.stderr.read()
-    assert slurm(SBATCH[0], SHARDS="4", **part).wait(20) == 0
-    assert record(tmp_path)[-1].endswith("--shard 2/4")
-
-
-def test_a_requeued_element_makes_the_same_shard(slurm, tmp_path):
-    whole = {**ARRAY, "SLURM_ARRAY_TASK_MAX": "3"}
-    jobs = [slurm(SBATCH[0], SLURM_RESTART_COUNT=n, **whole).wait(20) for n in ("0", "1")]
+    for again in ("0", "1"):  # a requeued element makes the same shard
+        assert slurm(SBATCH[0], SHARDS="4", SLURM_RESTART_COUNT=again, **part).wait(20) == 0
     first, second = record(tmp_path)
-    assert jobs == [0, 0] and first == second and first.endswith("--shard 2/4")
+    assert first == second and first.endswith("--shard 2/4")
 
 
 @each_file
@@ -136,23 +129,20 @@ def test_every_file_asks_to_be_put_back_after_preemption(file):
 
 
 @pytest.mark.slow
-def test_a_warned_stage_leaves_and_its_requeued_job_completes_it(
-    slurm, prototypes, model, tmp_path
-):
-    """A real stage 1 behind a real sbatch file: warned after its first class, and started again."""
+def test_a_requeued_job_completes_a_real_stage(slurm, prototypes, model, tmp_path):
+    """Stage 1 behind its sbatch file: warned after its first class, and started again."""
     launcher, out = tmp_path / "stage1.sh", tmp_path / "out"
     slow = "import sys, time; from scripts.output import Output; write = Output.write\n"
     slow += "Output.write = lambda *words: (write(*words), time.sleep(1))\n"
     slow += "from distillation import gen_prototype; gen_prototype.main(sys.argv[1:])"
     words = " ".join([*STAGE_1, *model, "--save_prototype_path", str(out)])
     launcher.write_text(f"exec {sys.executable} -c '{slow}' {words} \"$@\"\n")
-    variables = {"LAUNCHER": str(launcher), "PYTHONPATH": str(ROOT)}
-    file = ROOT / "scripts/slurm/gen_prototype.sbatch"
-    job = slurm(file, **variables)
+    how = {"file": SBATCH[0], "LAUNCHER": str(launcher), "PYTHONPATH": str(ROOT)}
+    job = slurm(**how)
     while not list(out.rglob("0000_0.json")) and job.poll() is None:
         time.sleep(0.01)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(120) == 75 and "scontrol requeue 41" in record(tmp_path)
     assert not list(out.rglob("manifest.json"))
-    assert slurm(file, **variables).wait(120) == 0
+    assert slurm(**how).wait(120) == 0
     assert tree(out / prototypes.name) == tree(prototypes)

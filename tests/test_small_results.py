@@ -162,7 +162,7 @@ def test_arms_are_told_apart_by_their_manifests():
     assert title({**d4m, "arm": "decoded"}, {"kmeans": "none"}) == small_results.VAE_ONLY
     assert title({"arm": "random"}, None) == "Random real"
     order = ["D4M", "Random real", "D4M, full k-means", "D4M, guidance 2"]
-    assert sorted(order[::-1], key=small_results.rank) == order
+    assert sorted(order[::-1], key=small_results.place_of) == order
 
 
 def test_a_claim_is_seen_only_where_a_t_test_says_so():

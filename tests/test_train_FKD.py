@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save
 
-from matching import generate_soft_label, train_teacher
+from matching import generate_soft_label, lessons, train_teacher, training
 from scripts import files, output
 from scripts.runtime import Process
 from tests.conftest import BATCHES, TEACHER, copy, picture_folder, reseal, tree
@@ -117,11 +117,11 @@ def test_every_option_of_the_recipes_runs(train, drawn, small_net):  # noqa: F81
 @pytest.mark.parametrize("teachers, first", [([], 300), ([None], 256)])
 def test_no_batch_of_the_teacher_depends_on_the_processes(teachers, first):
     """With --online a process takes whole blocks of 256 rows, as the teacher does of the batch."""
-    lessons = object.__new__(train_FKD.Lessons)
-    lessons.settings, lessons.networks = {"bn_batch": 300}, teachers
-    lessons.process = Process(1, 2, torch.device("cpu"))
-    assert lessons.own(600).tolist() == list(range(300, 600))
-    assert lessons.needed(600).tolist() == list(range(first, 600))
+    learnt = object.__new__(lessons.Lessons)
+    learnt.settings, learnt.networks = {"bn_batch": 300}, teachers
+    learnt.process = Process(1, 2, torch.device("cpu"))
+    assert learnt.own(600).tolist() == list(range(300, 600))
+    assert learnt.needed(600).tolist() == list(range(first, 600))
 
 
 def test_color_jitter_of_rows_is_rows_of_the_batch():
@@ -131,7 +131,7 @@ def test_color_jitter_of_rows_is_rows_of_the_batch():
 
     def jittered(rows, *strength):
         g = torch.Generator().manual_seed(3)
-        return train_FKD.color_jitter(x[rows], rows, 6, strength, facts, g)
+        return lessons.color_jitter(x[rows], rows, 6, strength, facts, g)
 
     whole = jittered(torch.arange(6), 0.4, 0.1)
     torch.testing.assert_close(jittered(torch.tensor([1, 4]), 0.4, 0.1), whole[[1, 4]])
@@ -185,26 +185,37 @@ def test_the_tracker_is_optional(train, refused):
         assert list(train("--epochs", 1, "--tracker", "tensorboard").parent.rglob("events.out*"))
 
 
-# ---- what does not fit is refused
+# ---- what does not fit is refused: one change (images, labels) in real outputs of stages 2 and 3
 
 
-def edit_image(images, name="1/1_0002.png"):
-    with Image.open(images / name) as image:
+def saved(path, change):
+    with Image.open(path) as image:
         image.load()
-    image.rotate(90).save(images / name)
+    change(image).save(path)
 
 
-def edit_tensor(labels, name, change):
-    path = labels / "epoch_0001.safetensors"
-    tensors = load_file(path)
-    tensors[name] = change(tensors[name]).contiguous()
-    path.write_bytes(save(tensors))
-    reseal(labels)
+def edit_image(images, labels=None):
+    saved(images / "1/1_0002.png", lambda image: image.rotate(90))
+
+
+def regenerate(images, labels):
+    edit_image(images)
+    reseal(images)
+
+
+def edit_tensor(name, change):
+    def edit(images, labels):
+        path = labels / "epoch_0001.safetensors"
+        tensors = load_file(path)
+        tensors[name] = change(tensors[name]).contiguous()
+        path.write_bytes(save(tensors))
+        reseal(labels)
+
+    return edit
 
 
 def swap(a, b):
-    third = a.with_name("third")
-    a.rename(third)
+    third = a.rename(a.with_name("third"))
     b.rename(a)
     third.rename(b)
 
@@ -212,8 +223,7 @@ def swap(a, b):
 def rename_class(images, labels):
     (images / "1").rename(images / "1b")
     classes = files.read_json(images / "manifest.json")["classes"]
-    renamed = [{**c, "folder": c["folder"].replace("1", "1b")} for c in classes]
-    reseal(images, classes=renamed)
+    reseal(images, classes=[{**c, "folder": c["folder"].replace("1", "1b")} for c in classes])
 
 
 def remove_image(images, labels):
@@ -221,22 +231,15 @@ def remove_image(images, labels):
     reseal(images, count=11)
 
 
-def other_epoch(images, labels):
-    shutil.copy(labels / "epoch_0000.safetensors", labels / "epoch_0001.safetensors")
-    reseal(labels)
+def exchange(images, labels):
+    swap(images / "0/0_0001.png", images / "2/2_0001.png")
+    reseal(images)
 
 
 def other_size(images, labels):
     for path in images.glob("*/*.png"):
-        with Image.open(path) as image:
-            image.load()
-        image.resize((48, 48)).save(path)
+        saved(path, lambda image: image.resize((48, 48)))
     reseal(images, image_size=48)
-
-
-def edited(images, labels):
-    text = (labels / "manifest.json").read_text()
-    (labels / "manifest.json").write_text(text.replace('"cutmix"', '"none"', 1))
 
 
 def flip_bit(images, labels):
@@ -252,14 +255,9 @@ def cut_short(images, labels):
     path.write_bytes(path.read_bytes()[:-8])
 
 
-def regenerate(images, labels):
-    edit_image(images)
-    reseal(images)
-
-
-def exchange(images, labels):
-    swap(images / "0/0_0001.png", images / "2/2_0001.png")
-    reseal(images)
+def other_epoch(images, labels):
+    shutil.copy(labels / "epoch_0000.safetensors", labels / "epoch_0001.safetensors")
+    reseal(labels)
 
 
 def lose_an_epoch(images, labels):
@@ -267,116 +265,104 @@ def lose_an_epoch(images, labels):
     reseal(labels)
 
 
-def add_image(images, labels):
-    shutil.copy(images / "0/0_0000.png", images / "0/0_0004.png")
+def edited(images, labels):
+    text = (labels / "manifest.json").read_text()
+    (labels / "manifest.json").write_text(text.replace('"cutmix"', '"none"', 1))
 
 
 def billion(images, labels):
-    reseal(
-        labels, arguments={**files.read_json(labels / "args.json")["arguments"], "epochs": 10**9}
-    )
+    made = files.read_json(labels / "args.json")["arguments"]
+    reseal(labels, arguments={**made, "epochs": 10**9})
 
 
-# {one change in real outputs of stages 2 and 3: (the change, flags, what the line says)}
+def gone(name):
+    return lambda images, labels: (labels / name).unlink()
+
+
+def exchange_epochs(images, labels):
+    swap(labels / "epoch_0000.safetensors", labels / "epoch_0001.safetensors")
+
+
+# {name: (the change, or flags, what the line says)}
 MISMATCHES = {
-    "images made again with another seed": (regenerate, [], "content"),
-    "one image edited, its manifest not": (lambda i, n: edit_image(i), [], "1/1_0002.png"),
-    "two images exchanged between classes": (exchange, [], "content"),
-    "an image removed": (remove_image, [], "2_0003"),
-    "an image added, its manifest not": (add_image, [], "0_0004"),
-    "a class renamed": (rename_class, [], "1b"),
-    "a class folder removed": (lambda i, n: shutil.rmtree(i / "2"), [], "2"),
-    "images of another size": (other_size, [], "48"),
-    "images of another arm": (lambda i, n: reseal(i, arm="d4m"), [], "d4m"),
-    "another data set": (None, ["--dataset", "cifar10"], "cifar10"),
-    "another mix type": (None, ["--mix_type", "mixup"], "cutmix"),
-    "another alpha": (None, ["--cutmix", "0.5"], "--cutmix 0.5"),
-    "another input size": (None, ["--input_size", "64"], "--input_size 64"),
-    "another batch size": (None, ["--batch_size", "4"], "--batch_size 4"),
-    "more epochs than labels": (None, ["--epochs", "4"], "--epochs 4"),
-    "another seed of the draws": (None, ["--fkd_seed", "1"], "--fkd_seed 1"),
-    "other crops": (None, ["--min_scale_crops", "0.5"], "0.08"),
-    "other flips": (None, ["--flip", "0"], "--flip 0"),
-    "another precision": (None, ["--no_use_fp16"], "--use_fp16 False"),
-    "another teacher": (None, ["--arch", "resnet18"], "convnet_mini"),
-    "other weights of the teacher": ("teacher", [], "sha256"),
-    "two epochs' files exchanged": (
-        lambda i, n: swap(n / "epoch_0000.safetensors", n / "epoch_0001.safetensors"),
-        [],
-        "epoch_000",
+    "images made again with another seed": (regenerate, "content"),
+    "one image edited, its manifest not": (edit_image, "1/1_0002.png"),
+    "two images exchanged between classes": (exchange, "content"),
+    "an image removed": (remove_image, "2_0003"),
+    "an image added, its manifest not": (
+        lambda i, n: shutil.copy(i / "0/0_0000.png", i / "0/0_0004.png"),
+        "0_0004",
     ),
-    "a file of another epoch, manifest and all": (other_epoch, [], "holds epoch 0"),
-    "a bit of the logits flipped": (flip_bit, [], "epoch_0001"),
-    "a label file cut short": (cut_short, [], "epoch_0001"),
-    "a label file missing": (
-        lambda i, n: (n / "epoch_0001.safetensors").unlink(),
-        [],
-        "epoch_0001",
-    ),
-    "an epoch missing, manifest and all": (lose_an_epoch, [], "2 files"),
-    "a billion epochs": (billion, [], "1000000000 epochs"),
+    "a class renamed": (rename_class, "1b"),
+    "a class folder removed": (lambda i, n: shutil.rmtree(i / "2"), "2"),
+    "images of another size": (other_size, "48"),
+    "images of another arm": (lambda i, n: reseal(i, arm="d4m"), "d4m"),
+    "another data set": (["--dataset", "cifar10"], "cifar10"),
+    "another mix type": (["--mix_type", "mixup"], "cutmix"),
+    "another alpha": (["--cutmix", "0.5"], "--cutmix 0.5"),
+    "another input size": (["--input_size", "64"], "--input_size 64"),
+    "another batch size": (["--batch_size", "4"], "--batch_size 4"),
+    "more epochs than labels": (["--epochs", "4"], "--epochs 4"),
+    "another seed of the draws": (["--fkd_seed", "1"], "--fkd_seed 1"),
+    "other crops": (["--min_scale_crops", "0.5"], "0.08"),
+    "other flips": (["--flip", "0"], "--flip 0"),
+    "another precision": (["--no_use_fp16"], "--use_fp16 False"),
+    "another teacher": (["--arch", "resnet18"], "convnet_mini"),
+    "other weights of the teacher": ("teacher", "sha256"),
+    "two epochs' files exchanged": (exchange_epochs, "epoch_000"),
+    "a file of another epoch, manifest and all": (other_epoch, "holds epoch 0"),
+    "a bit of the logits flipped": (flip_bit, "epoch_0001"),
+    "a label file cut short": (cut_short, "epoch_0001"),
+    "a label file missing": (gone("epoch_0001.safetensors"), "epoch_0001"),
+    "an epoch missing, manifest and all": (lose_an_epoch, "2 files"),
+    "a billion epochs": (billion, "1000000000 epochs"),
     "logits of another number of classes": (
-        lambda i, n: edit_tensor(n, "logits", lambda t: torch.cat([t, t], 1)),
-        [],
+        edit_tensor("logits", lambda t: torch.cat([t, t], 1)),
         "[12, 6]",
     ),
     "an image twice in an epoch": (
-        lambda i, n: edit_tensor(n, "index", lambda t: torch.where(t == 3, 4, t)),
-        [],
+        edit_tensor("index", lambda t: torch.where(t == 3, 4, t)),
         "each once",
     ),
-    "crops of larger images": (
-        lambda i, n: edit_tensor(n, "crop", lambda t: t * 2),
-        [],
-        "outside the images",
-    ),
-    "logits that are not finite": (
-        lambda i, n: edit_tensor(n, "logits", lambda t: t * torch.inf),
-        [],
-        "not finite",
-    ),
-    "the labels' arguments edited": (edited, [], "edited"),
-    "another normalisation": (lambda i, n: reseal(n, mean=[0.1, 0.2, 0.3]), [], "mean [0.1"),
-    "labels that are not finished": (
-        lambda i, n: (n / "manifest.json").unlink(),
-        [],
-        "not finished",
-    ),
-    "labels of another stage": (lambda i, n: reseal(n, stage="hard_labels"), [], "hard_labels"),
-    "images given as labels": ("images", [], "stage"),
+    "crops of larger images": (edit_tensor("crop", lambda t: t * 2), "outside the images"),
+    "logits that are not finite": (edit_tensor("logits", lambda t: t * torch.inf), "not finite"),
+    "the labels' arguments edited": (edited, "edited"),
+    "another normalisation": (lambda i, n: reseal(n, mean=[0.1, 0.2, 0.3]), "mean [0.1"),
+    "labels that are not finished": (gone("manifest.json"), "not finished"),
+    "labels of another stage": (lambda i, n: reseal(n, stage="hard_labels"), "hard_labels"),
+    "images given as labels": ("images", "stage"),
 }
 
 
 @pytest.mark.parametrize("what", MISMATCHES)
 def test_a_mismatch_is_refused_in_one_line(what, train, random, labels, tmp_path, refused):
-    change, flags, word = MISMATCHES[what]
-    images, labels = copy(random, tmp_path), copy(labels, tmp_path)
+    change, word = MISMATCHES[what]
+    images, labels, flags = copy(random, tmp_path), copy(labels, tmp_path), []
     if change == "teacher":
         flags = ["--output_dir", str(tmp_path / "teachers"), "--seed", "5"]
         flags = ["--teacher_checkpoint", train_teacher.main([*TEACHER, *flags])]
     elif change == "images":
         labels = images
-    elif change:
+    elif isinstance(change, list):
+        flags = change
+    else:
         change(images, labels)
     refused(lambda argv: train(*flags, images=images, labels=labels), [], word)
     assert not list(tmp_path.glob("out/*/student*")) and not list(tmp_path.glob("out/*/check*"))
 
 
-def test_untouched_copies_are_taken(train, random, labels, tmp_path):
-    assert train(images=copy(random, tmp_path), labels=copy(labels, tmp_path))
-
-
-def test_labels_that_vanish_during_training(train, labels, tmp_path, refused, monkeypatch):
-    from matching import training
-
-    mine, original = copy(labels, tmp_path), training.Learner.train_epoch
+def test_labels_that_vanish_during_training(train, random, labels, tmp_path, refused, monkeypatch):
+    images, labels = copy(random, tmp_path), copy(labels, tmp_path)
+    assert train(images=images, labels=labels, root=tmp_path / "a")  # untouched copies are taken
+    original = training.Learner.train_epoch
 
     def train_epoch(*args):
-        (mine / "epoch_0001.safetensors").unlink(missing_ok=True)
+        (labels / "epoch_0001.safetensors").unlink(missing_ok=True)
         return original(*args)
 
     monkeypatch.setattr(training.Learner, "train_epoch", train_epoch)
-    refused(lambda argv: train(labels=mine), [], "epoch_0001.safetensors")
+    again = {"images": images, "labels": labels, "root": tmp_path / "b"}
+    refused(lambda argv: train(**again), [], "epoch_0001.safetensors")
 
 
 def test_foreign_images_and_labels_of_them(train, random, online, tmp_path, capsys, refused):
@@ -386,9 +372,8 @@ def test_foreign_images_and_labels_of_them(train, random, online, tmp_path, caps
     flags = ["--data", theirs, "--dataset", "digits", "--fkd_path", tmp_path / "labels"]
     [labels] = generate_soft_label.main([*map(str, [*flags, *online[1:], *BATCHES])])
     folder = train("--dataset", "digits", images=theirs, labels=labels)
-    assert (
-        results(folder)["images"]["foreign"] and capsys.readouterr().err.count("no manifest") == 2
-    )
+    assert results(folder)["images"]["foreign"]
+    assert capsys.readouterr().err.count("no manifest") == 2
     assert largest_difference(weights(folder), weights(train())) == 0  # the same pixels
     edit_image(theirs)
     refused(lambda argv: train("--dataset", "digits", images=theirs, labels=labels), [], "content")
@@ -397,10 +382,21 @@ def test_foreign_images_and_labels_of_them(train, random, online, tmp_path, caps
 # ---- the folder
 
 
-def test_a_folder_begun_with_other_values_is_not_continued(train, refused):
+def test_a_folder_that_was_begun(train, refused):
     folder = train()
+    whole = (folder / "manifest.json").read_bytes()
+    for name in ("manifest.json", "student_seed0.safetensors"):  # rows alone are no finished seed
+        (folder / name).unlink()
+    assert (train() / "manifest.json").read_bytes() == whole
     (folder / "manifest.json").unlink()
     refused(lambda argv: train("--eval_every", 7), [], "eval_every 2", "7")
+    rows = (folder / "seed0.json").read_text()
+    for text in ("{}", '{"seed": 0, "rows": [1, 2, 3]}', "[]", rows.replace("top5", "top9")):
+        (folder / "seed0.json").write_text(text)
+        refused(lambda argv: train(), [], "seed0.json", "remove it to train this seed again")
+    (folder / "seed0.json").write_text(rows)
+    (train() / "student_seed0.safetensors").write_bytes(b"changed")
+    refused(lambda argv: train(), [], "student_seed0", "7 bytes")
 
 
 def test_other_test_images_are_not_taken_for_those_of_a_finished_run(tmp_path, refused):
@@ -415,59 +411,39 @@ def test_other_test_images_are_not_taken_for_those_of_a_finished_run(tmp_path, r
     refused(train_FKD.main, [*argv, tmp_path / "other"], "test_sha256")
 
 
-def test_rows_without_their_weights_are_not_a_finished_seed(train):
-    folder = train()
-    before = (folder / "manifest.json").read_bytes()
-    for name in ("manifest.json", "student_seed0.safetensors"):
-        (folder / name).unlink()
-    assert (train() / "manifest.json").read_bytes() == before
-
-
-@pytest.mark.parametrize("text", ["{}", '{"seed": 0, "rows": [1, 2, 3]}', "[]", "top9"])
-def test_rows_that_no_run_wrote_are_refused(text, train, refused):
-    folder = train()
-    (folder / "manifest.json").unlink()
-    rows = (folder / "seed0.json").read_text()
-    (folder / "seed0.json").write_text(text if text[0] in "{[" else rows.replace("top5", text))
-    refused(lambda argv: train(), [], "seed0.json", "remove it to train this seed again")
-
-
-def test_a_finished_folder_that_changed_is_refused(train, refused):
-    folder = train()
-    (folder / "student_seed0.safetensors").write_bytes(b"changed")
-    refused(lambda argv: train(), [], "student_seed0", "7 bytes")
-
-
 # ---- --dry_run and flags
 
 
-def dry_run(train, capsys, *flags, **options):
-    capsys.readouterr()
-    train("--dry_run", *flags, **options)
-    [line] = [text for text in capsys.readouterr().out.splitlines() if text.startswith("plan: ")]
-    return line
+@pytest.fixture
+def dry_run(train, capsys):
+    """dry_run(*flags, **options): the line of the plan."""
+
+    def run(*flags, **options):
+        capsys.readouterr()
+        train("--dry_run", *flags, **options)
+        return next(s for s in capsys.readouterr().out.splitlines() if s.startswith("plan: "))
+
+    return run
 
 
-def test_dry_run_says_what_would_be_trained(train, labels, tmp_path, capsys, refused):
-    line = dry_run(train, capsys, "--seeds", 0, 1)
+def test_dry_run_says_what_would_be_trained(train, dry_run, tmp_path, refused):
+    line = dry_run("--seeds", 0, 1)
     assert "_convnet_mini_schedule-cosine_T4_seeds-0+1: 0 done, 4 to do" in line
     assert not (tmp_path / "out").exists()
     refused(lambda argv: train("--dry_run", "--batch_size", 4), [], "--batch_size 4")
     train()
-    assert "2 done, 0 to do" in dry_run(train, capsys)
+    assert "2 done, 0 to do" in dry_run()
 
 
-def test_dry_run_names_the_stage_that_has_yet_to_run(
-    train, random, labels, tmp_path, capsys, refused
-):
+def test_dry_run_names_the_stage_that_has_yet_to_run(train, dry_run, labels, tmp_path, refused):
     absent = tmp_path / "labels" / labels.name
-    line = dry_run(train, capsys, labels=absent)
+    line = dry_run(labels=absent)
     assert f"waits for {absent}: python -m matching.generate_soft_label" in line
     assert f"{labels.name}_convnet_mini_schedule-cosine_T4: 0 done, 2 to do, 0.0 MiB" in line
     begun = copy(labels, tmp_path)
     (begun / output.MANIFEST).unlink()
-    assert f"waits for {begun}" in dry_run(train, capsys, labels=begun)
-    line = dry_run(train, capsys, images=tmp_path / "digits_ipc4_random", labels=absent)
+    assert f"waits for {begun}" in dry_run(labels=begun)
+    line = dry_run(images=tmp_path / "digits_ipc4_random", labels=absent)
     assert "python -m distillation.gen_syn_image" in line
     flags = ["--dry_run", "--seeds", "1", "1"]  # the rest is checked all the same
     refused(lambda argv: train(*flags, labels=absent), [], "--seeds 1 1")
@@ -486,17 +462,13 @@ def test_flags_that_make_no_sense_are_refused(random, labels, tmp_path, refused)
         ([*data, "--hard_label", "--arch", "resnet18"], "no teacher"),
         ([*stored, "--color_jitter", "0.4"], "--hard_label"),
         ([*stored, "--seeds", "1", "1"], "--seeds 1 1"),
-        ([*stored, "--seeds", str(2**63)], "--seeds"),
         ([*stored, "--shard", "0/2"], "torchrun"),
         ([*stored, "--wandb_api_key", "x"], "--wandb_api_key", "--tracker"),
         ([*stored, "--keep-topk", "1000"], "--keep_topk"),
         ([*stored, "--start-epoch", "5"], "resumes"),
         ([*stored, "--model", "resnet19"], "resnet19"),
-        ([*stored, "--temperature", "nan"], "nan"),
         ([*stored, "--temperature", "1e39"], "1e39"),  # infinite in float32
-        ([*stored, "--adamw_lr", "0"], "--adamw_lr"),
         ([*stored, "--sgd", "--momentum", "1"], "--momentum"),
-        ([*stored, "--ce_weight=-1"], "--ce_weight"),
         ([*stored, "--warmup_epochs", "3"], "--warmup_epochs 3"),
         ([*data, "--fkd_path", tmp_path / "none"], "none", "no such folder"),
     ):

@@ -84,7 +84,9 @@ def test_is_configured_as_stable_diffusion_v1_5(pipeline):
 
 def test_latents_have_unit_variance(pipeline):
     split = datasets.open_split("digits", None, "train", max_per_class=20)
-    means, stds = train_tiny_sd.encode(pipeline.vae, train_tiny_sd.load_images(split, 32)[0], False)
+    means, stds = train_tiny_sd.encode_all(
+        pipeline.vae, train_tiny_sd.load_images(split, 32)[0], False
+    )
     draws = torch.randn(means.shape, generator=torch.Generator().manual_seed(0))
     latents = (means.float() + stds.float() * draws) * pipeline.vae.config.scaling_factor
     assert abs(float(latents.std()) - 1) < 0.05
@@ -156,11 +158,11 @@ def test_minutes_set_the_number_of_steps(tmp_path, monkeypatch):
         lambda *_, **__: SimpleNamespace(timeit=lambda n: SimpleNamespace(mean=0.1)),
     )
     settings = {"vae_share": 0.25, "minutes": 4, "vae_steps": 7}
-    training = train_tiny_sd.Training(None, torch.device("cpu"), settings, 1, 0, 0)
-    assert training.number_of_steps("vae", None) == int(60 / 0.11)
-    assert training.number_of_steps("unet", None) == int(180 / 0.11)
+    trainer = train_tiny_sd.Trainer(None, torch.device("cpu"), settings, 1, 0, 0)
+    assert trainer.number_of_steps("vae", None) == int(60 / 0.11)
+    assert trainer.number_of_steps("unet", None) == int(180 / 0.11)
     settings["minutes"] = 0
-    assert training.number_of_steps("vae", None) == 7
+    assert trainer.number_of_steps("vae", None) == 7
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,13 @@
 # temperature, crops and CutMix at 32 px, in batches of 25 (CPU) or 100.
 #
 #   sh validate/cifar10_small.sh            2 CPU cores: ConvNet-W64 teacher and student, IPC 10
-#   SCALE=gpu sh validate/cifar10_small.sh  IPC 10 and 50, 2 teachers, 3 students, 2 recipes (never
-# run)
+#   SCALE=gpu sh validate/cifar10_small.sh  IPC 10 and 50, 2 teachers, 3 students, 2 recipes
+#                                           (never run)
 #   MINUTES=7 timeout 540 sh ...            in sessions of 9 minutes, which OUT has to outlive
 #   ARMS="d4m random" sh ...                only these
 #
 # DATA_DIR holds {train,val}/CLASS/*.png, or cifar-10-batches-py. RESULTS=misc/results is the
-# committed page. Students start at seed 1: the teacher is seed 0 of the same network, and would
-# share its first weights with one of them.
+# committed page. Seeds start at 1: seed 0 of the same network is the teacher.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh
@@ -29,21 +28,21 @@ SEEDS="${SEEDS:-1 2 3}"
 ARMS="${ARMS:-d4m random text decoded vae noise full s0.3 s0.5 s0.9 g1 g2 g4}"
 case "$SCALE" in
     cpu)
-        MODEL="${MODEL:-misc/tiny-sd-cifar10}" MINUTES="${MINUTES:-85}" JOBS="${JOBS:-2}"
+        MODEL="${MODEL:-misc/tiny-sd-cifar10}" MINUTES="${MINUTES:-85}" JOBS="${JOBS:-2}" WORKERS=0
         IPCS="${IPCS:-10}" TEACHERS="${TEACHERS:-convnet_w64}" STUDENTS="${STUDENTS:-convnet_w64}"
-        RECIPES="${RECIPES:-d4m}" BATCH_SIZE="${BATCH_SIZE:-25}" WORKERS=0
-        TEACHER_IMAGES="${TEACHER_IMAGES:-500}" TEACHER_EPOCHS="${TEACHER_EPOCHS:-60}"
+        RECIPES="${RECIPES:-d4m}" BATCH_SIZE="${BATCH_SIZE:-25}"
         TEACHER_BATCH="${TEACHER_BATCH:-50}"
+        TEACHER_IMAGES="${TEACHER_IMAGES:-500}" TEACHER_EPOCHS="${TEACHER_EPOCHS:-60}"
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # networks this small are slower on more
         ;;
     gpu)
         MODEL="${MODEL:-output/cifar10_small/models/tiny-sd-cifar10}"
-        MINUTES="${MINUTES:-1000}" JOBS="${JOBS:-1}"
-        IPCS="${IPCS:-10 50}" TEACHERS="${TEACHERS:-resnet18 convnet_w128}"
+        MINUTES="${MINUTES:-1000}" JOBS="${JOBS:-1}" WORKERS=4 IPCS="${IPCS:-10 50}"
+        TEACHERS="${TEACHERS:-resnet18 convnet_w128}"
         STUDENTS="${STUDENTS:-convnet_w128 resnet18 mobilenet_v2}"
-        RECIPES="${RECIPES:-d4m rd3}" BATCH_SIZE="${BATCH_SIZE:-100}" WORKERS=4
-        TEACHER_IMAGES="${TEACHER_IMAGES:-0}" TEACHER_EPOCHS="${TEACHER_EPOCHS:-50}"
+        RECIPES="${RECIPES:-d4m rd3}" BATCH_SIZE="${BATCH_SIZE:-100}"
         TEACHER_BATCH="${TEACHER_BATCH:-128}"
+        TEACHER_IMAGES="${TEACHER_IMAGES:-0}" TEACHER_EPOCHS="${TEACHER_EPOCHS:-50}"
         ;;
     *) refuse "SCALE $SCALE: expected cpu or gpu" ;;
 esac
@@ -148,12 +147,12 @@ both() { # A B: these functions, side by side where JOBS allows
     if [ "$JOBS" -lt 2 ] || [ "${DRY_RUN:-0}" != 0 ]; then
         "$1"
         "$2"
-    else
-        "$1" &
-        first=$!
-        "$2" &
-        await $first $!
+        return
     fi
+    "$1" &
+    first=$!
+    "$2" &
+    await $first $!
 }
 
 END=$(($(date +%s) + MINUTES * 60))

@@ -6,19 +6,17 @@
 
 A result fills a cell if it is what the cell's command makes: `DRY_RUN=1 sh validate/table2.sh` says
 which images, networks and recipe that needs. What was not run stays blank; a result that fills no
-cell is listed after the tables, with what differs from the nearest one. The headline is the last
-epoch; the best epoch, chosen on the test set, stands beside it.
+cell is listed after the tables, with what differs from the nearest one.
 """
 
 import os
 import shlex
 import subprocess
-from collections import Counter
 from functools import cache
 from pathlib import Path
 
 from distillation import datasets
-from matching import batches, models, train_teacher, training
+from matching import batches, evaluation, models, train_teacher
 from scripts import files, generators, output
 from scripts.runtime import Parser, entry_point, refuse
 from validate import train_FKD
@@ -26,14 +24,10 @@ from validate import train_FKD
 HERE = Path(__file__).parent
 PAPER = files.read_json(HERE / "paper_numbers.json")
 DATASET_TITLES, MODEL_TITLES = PAPER["datasets"], PAPER["models"]
-WHICH = ("result", "random", "hard")  # D4M's number, and the two that stand beside it
 
 
 def paper_rows():
-    """Every published number, as a dict. `make`: the variables that make a row of D4M's own.
-
-    Table 4 has text-to-image as well, which the paper does not report and a fair run needs.
-    """
+    """Every published number, as a dict. `make`: the variables that make a row of D4M's own."""
     return PAPER["rows"]
 
 
@@ -41,37 +35,31 @@ def table_of(row):
     return int(row["table"].removeprefix("Table "))
 
 
-def cells():
-    """The rows of D4M's own accuracies."""
-    return [row for row in paper_rows() if "make" in row and table_of(row) != 6]
-
-
 # ---- what a result needs, to fill a cell
 
 
 @cache
 def students(script, variables=()):
-    """What stage 4 would be asked to train by a script of this folder; variables: pairs."""
+    """What stage 4 is asked to train by a script of this folder; variables: pairs."""
     environment = {"PATH": os.environ["PATH"], "DRY_RUN": "1", "ONLY": "validate/train_FKD"}
-    environment |= dict(variables)
-    run = subprocess.run(["sh", HERE / script], env=environment, capture_output=True, check=True)
-    lines = [shlex.split(line) for line in run.stdout.decode().splitlines()]
+    how = {"env": environment | dict(variables), "stdout": subprocess.PIPE, "text": True}
+    printed = subprocess.run(["sh", HERE / script], check=True, **how).stdout
+    lines = [shlex.split(line) for line in printed.splitlines()]
     return [train_FKD.get_args(line[3:]) for line in lines if line[2] == "validate.train_FKD"]
 
 
 def recipe(args, hard):
     """{flag: value} of a training that a result has to show; hard labels have no temperature."""
-    given = {name: value for name, value in args.settings.items() if value is not None}
     free = {"arch", "seeds", "fkd_seed", "eval_every", "online", "hard_label", "model"}
     free |= {"loss", "temperature", "ce_weight", "use_fp16"} if hard else set()
+    given = {name: value for name, value in args.settings.items() if value is not None}
     wanted = batches.PROTOCOL | {"use_fp16": True} | given
     return {name: value for name, value in wanted.items() if name not in free}
 
 
 def odd_values(found, wanted):
     """["epochs 3", ...]: what in the dict `found` is not as wanted."""
-    odd = [name for name, value in wanted.items() if found.get(name) != value]
-    return [f"{name} {found.get(name)}" for name in odd]
+    return [f"{name} {found.get(name)}" for name, v in wanted.items() if found.get(name) != v]
 
 
 def odd_in_teacher(arguments):
@@ -79,51 +67,38 @@ def odd_in_teacher(arguments):
     if arguments is None:
         return []
     dataset, arch = arguments["dataset"], arguments["arch"]
+    own = train_teacher.get_args(["--dataset", dataset, "--arch", arch]).settings
+    wanted = {**own, "bn_batch": own["batch_size"]}
+    wanted |= {name: arguments[name] for name in ("seed", "eval_every")}  # any will do
     counts = {"train_images": datasets.ALL[dataset].train_images}
     counts["val_images"] = PAPER["test_images"].get(dataset)
-    settings = train_teacher.get_args(["--dataset", dataset, "--arch", arch]).settings
-    wanted = {**settings, "bn_batch": settings["batch_size"], "seed": arguments["seed"]}
-    wanted |= {"eval_every": arguments["eval_every"]} | {k: n for k, n in counts.items() if n}
-    return odd_values(arguments, wanted)
+    return odd_values(arguments, wanted | {name: n for name, n in counts.items() if n})
 
 
-@cache
-def needs(table, variables, checkpoint):
-    """{"result", "random", "hard": (facts, recipe)} of the three results of a cell."""
-    found, make = {}, dict(variables)
-    dataset, ipc = make["DATASET"], int(make["IPC"])
+def needs(row, checkpoint):
+    """{"result", "random", "hard": {name: value}}: what fills a row of D4M's own accuracies.
+
+    random, hard   as many random real images; the distilled images with hard labels
+    """
+    found, make = {}, row["make"]
+    dataset, ipc, teacher = make["DATASET"], int(make["IPC"]), make["TEACHER"]
     classes = len(datasets.known_prompts(dataset))
-    for args in students(f"table{table}.sh", variables):
+    public = f"torchvision {models.TEACHER_WEIGHTS.get(teacher)}"
+    for args in students(f"table{table_of(row)}.sh", tuple(make.items())):
         name, hard = Path(args.train_dir).name, args.hard_label
         random = name == f"{dataset}_ipc{ipc}_random"
         source = "imagenet" if make["METHOD"] == "d4m-g" and not random else dataset
-        facts = {
-            "arm": "random" if random else make["METHOD"],
-            "generator": None if random else checkpoint,
-            "images": name,
-            "classes": classes,
-            "count": ipc * classes,
-            "real_images": datasets.ALL[source].train_images,
-            "student": args.model,
-            "labels": "hard" if hard else "soft",
-        }
+        arm, model = ("random", None) if random else (make["METHOD"], checkpoint)
+        wanted = {"arm": arm, "generator": model, "images": name, "classes": classes}
+        wanted |= {"count": ipc * classes, "real_images": datasets.ALL[source].train_images}
+        wanted |= {"student": args.model, "labels": "hard" if hard else "soft"}
         if not hard:
-            public = f"torchvision {models.TEACHER_WEIGHTS.get(make['TEACHER'])}"
             weights = public if dataset == "imagenet" else "train_teacher"
-            facts |= {"teacher": [make["TEACHER"]], "weights": [weights], "teacher's": []}
-            facts |= {"labels' amp": "none", "labels' channels_last": False}
-        wanted = recipe(args, hard) | {"test_images": PAPER["test_images"][dataset]}
-        found["random" if random else "hard" if hard else "result"] = facts, wanted
+            wanted |= {"teacher": [teacher], "weights": [weights], "teacher's": []}
+            wanted |= {"labels' amp": "none", "labels' channels_last": False}
+        wanted |= recipe(args, hard) | {"test_images": PAPER["test_images"][dataset]}
+        found["random" if random else "hard" if hard else "result"] = wanted
     return found
-
-
-def differences(cell, result, which, checkpoint):
-    """Why a result is not the number of a cell, or of its baseline `which`; [] if it is."""
-    variables = tuple(cell["make"].items())
-    if cell["make"]["DATASET"] != result["dataset"]:
-        return [f"dataset {result['dataset']}"]
-    facts, wanted = needs(table_of(cell), variables, checkpoint)[which]
-    return odd_values(result, facts) + odd_values(result["arguments"], wanted)
 
 
 def recipe_name(dataset, ipc, student, hard, arguments):
@@ -132,7 +107,8 @@ def recipe_name(dataset, ipc, student, hard, arguments):
         shared = "DATASET=" in path.read_text()  # one for every data set
         chosen = (("DATASET", dataset), ("IPC", str(ipc)), ("STUDENT", student)) if shared else ()
         [args] = students(path.name, chosen)
-        own = Path(args.train_dir).name.startswith(f"{dataset}_ipc") and hard >= args.hard_label
+        own = Path(args.train_dir).name.startswith(f"{dataset}_ipc")
+        own = own and (hard or not args.hard_label)
         if own and not odd_values(arguments, recipe(args, hard)):
             return path.stem.removeprefix("train_FKD_") if shared else "d4m"
     return None
@@ -141,55 +117,48 @@ def recipe_name(dataset, ipc, student, hard, arguments):
 # ---- results on disk
 
 
-def _read(root):
-    """(path, content) of the results.json files below `root`, of students and of teachers."""
+def _rows(root, row_of, of_students):
+    """row_of(path, content) of every results.json below `root`, of students or of teachers."""
+    rows = []
     for path in sorted(Path(root).rglob("results.json")):
         found = files.read_json(path)
-        if isinstance(found, dict) and "arguments" in found:
-            yield path, found
+        if isinstance(found, dict) and "arguments" in found and ("summary" in found) == of_students:
+            try:
+                rows.append(row_of(path, found))
+            except (KeyError, TypeError, AttributeError) as error:
+                refuse(f"{path}: not as its stage writes it: {type(error).__name__} {error}")
+    return rows
 
 
 def find_results(root):
     """Every student's result below `root` as one flat row, in the order of their paths."""
-    rows = [_row(path, found) for path, found in _read(root) if "summary" in found]
+    rows = _rows(root, _student_row, of_students=True)
     # two models may go by one name: the one with most results keeps it
     for name in {row["generator"] for row in rows} - {None}:
         own = [row for row in rows if row["generator"] == name]
-        [(most, _), *_] = Counter(tuple(row["generator_sha256"]) for row in own).most_common()
+        hashes = [row["generator_sha256"] for row in own]
         for row in own:
-            if tuple(row["generator_sha256"]) != most:
+            if row["generator_sha256"] != max(hashes, key=hashes.count):
                 row["generator"] = f"{name} (another model of this name)"
     return rows
 
 
-def _row(path, found):
-    """last, best: {"mean", "std", "n", "values"} of top-1;   generator: see generator_name."""
-    try:
-        arguments, images, teachers = found["arguments"], found["images"], found["teacher"]
-        labels, made_by, hard = found["labels"] or {}, images["generator"], arguments["hard_label"]
-        dataset, ipc, student = arguments["dataset"], images["ipc"], arguments["model"]
-        return {
-            "path": str(path),
-            "arguments": arguments,
-            "dataset": dataset,
-            "ipc": ipc,
-            **{name: images[name] for name in ("arm", "classes", "count", "real_images")},
-            "images": images["name"],
-            "generator": generator_name(made_by),
-            "generator_sha256": [v for k, v in (made_by or {}).items() if k.endswith("_sha256")],
-            "teacher": [teacher["arch"] for teacher in teachers],
-            "weights": [teacher["weights"] for teacher in teachers],
-            "teacher's": [odd for t in teachers for odd in odd_in_teacher(t["arguments"])],
-            "student": student,
-            "recipe": recipe_name(dataset, ipc or 0, student, hard, arguments),
-            "labels": "hard" if hard else "soft",
-            "labels' amp": labels.get("amp"),
-            "labels' channels_last": labels.get("channels_last"),
-            "last": found["summary"]["last"]["top1"],
-            "best": found["summary"]["best"]["top1"],
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        refuse(f"{path}: not as stage 4 writes it: {type(error).__name__} {error}")
+def _student_row(path, found):
+    """last, best: {"mean", "std", "n", "values"} of top-1."""
+    arguments, images, teachers = found["arguments"], found["images"], found["teacher"]
+    hashes = [v for k, v in (images["generator"] or {}).items() if k.endswith("_sha256")]
+    labels, hard = found["labels"] or {}, arguments["hard_label"]
+    row = {"path": str(path), "arguments": arguments, "images": images["name"]}
+    row |= {name: images[name] for name in ("arm", "ipc", "classes", "count", "real_images")}
+    row |= {"dataset": arguments["dataset"], "student": arguments["model"]}
+    row |= {"generator": generator_name(images["generator"]), "generator_sha256": hashes}
+    row |= {"teacher": [t["arch"] for t in teachers], "weights": [t["weights"] for t in teachers]}
+    row |= {"teacher's": [odd for t in teachers for odd in odd_in_teacher(t["arguments"])]}
+    row |= {"labels": "hard" if hard else "soft", "labels' amp": labels.get("amp")}
+    row |= {"labels' channels_last": labels.get("channels_last")}
+    row |= {which: found["summary"][which]["top1"] for which in ("last", "best")}
+    chosen = row["dataset"], row["ipc"] or 0, row["student"], hard
+    return row | {"recipe": recipe_name(*chosen, arguments)}
 
 
 def generator_name(facts):
@@ -206,55 +175,31 @@ def find_teachers(root):
     Those that differ in their seed alone are one entry. Of several recipes, the one nearest to the
     data set's own (`differs`: what is not its), then the one over most seeds.
     """
-    groups, best = {}, {}
-    for path, found in _read(root):
-        if "summary" in found:
-            continue
-        try:
-            made, odd = dict(found["arguments"]), odd_in_teacher(found["arguments"])
-            key = files.digest_of({**made, "seed": None, "eval_every": None})
-            group = groups.setdefault(key, (odd, (made["dataset"], made["arch"]), []))
-        except (KeyError, TypeError, AttributeError) as error:
-            refuse(f"{path}: not as train_teacher writes it: {type(error).__name__} {error}")
-        group[2].append(found)
-    for odd, name, found in sorted(groups.values(), key=lambda g: (len(g[0]), -len(g[2]))):
-        top1 = {w: training.summary([f[w]["top1"] for f in found]) for w in ("last", "best")}
-        best.setdefault(name, {**top1, "differs": odd})
+    recipes, best = {}, {}
+    for name, differs, digest, *top1 in _rows(root, _teacher_row, of_students=False):
+        recipes.setdefault((name, differs, digest), []).append(top1)
+    for key in sorted(recipes, key=lambda key: (len(key[1]), -len(recipes[key]))):
+        last, top = map(evaluation.summary, zip(*recipes[key]))
+        best.setdefault(key[0], {"last": last, "best": top, "differs": list(key[1])})
     return best
 
 
-def match_all(cell, results, checkpoint):
-    """{"result", "random", "hard"} of a cell: the result over most students that fits, or None."""
-    found = {}
-    for which in WHICH:
-        fit = [result for result in results if not differences(cell, result, which, checkpoint)]
-        found[which] = max(fit, key=lambda result: result["last"]["n"], default=None)
-    return found
-
-
-def other_results(results, checkpoint):
-    """The results that fill no cell, each with `why`: what differs from the nearest."""
-    shown = {id(r) for cell in cells() for r in match_all(cell, results, checkpoint).values()}
-    rows = []
-    for result in results:
-        if id(result) not in shown:
-            every = [differences(c, result, w, checkpoint) for c in cells() for w in WHICH]
-            near = [odd for odd in every if odd[:1] != [f"dataset {result['dataset']}"]] or every
-            why = min(near, key=len) or ["another result over as many students or more is shown"]
-            rows.append({**result, "result": result, "why": why})
-    return rows
+def _teacher_row(path, found):
+    arguments = found["arguments"]
+    name, differs = (arguments["dataset"], arguments["arch"]), tuple(odd_in_teacher(arguments))
+    digest = files.digest_of({**arguments, "seed": None, "eval_every": None})
+    return name, differs, digest, found["last"]["top1"], found["best"]["top1"]
 
 
 def find_costs(root, dataset, checkpoint):
-    """{"one", "batch": {"seconds", "gib", "resumed"} or None}: of an image alone, and of 32.
+    """{"one", "batch": {"seconds", "gib", "resumed"}}: of an image alone, and of 32 at a time.
 
     A run that was stopped leaves no line in the log: its images do not count.
     """
-    costs = {"one": None, "batch": None}
+    costs = {}
     for key, batch in (("one", 1), ("batch", 32)):
-        for folder in sorted(Path(root).glob(f"cost/batch{batch}/images/{dataset}_ipc*_s*")):
-            if not output.is_complete(folder):
-                continue
+        folders = sorted(Path(root).glob(f"cost/batch{batch}/images/{dataset}_ipc*_s*"))
+        for folder in filter(output.is_complete, folders):
             manifest = output.read_manifest("--output_root", folder, "images")
             timing, inputs = files.read_json(folder / output.TIMING), manifest["inputs"]
             made, size = timing["units"], (inputs["prototype_arguments"] or {}).get("size")
@@ -263,6 +208,40 @@ def find_costs(root, dataset, checkpoint):
                 seconds, resumed = timing["process_seconds"] / made, made != manifest["count"]
                 costs[key] = {"seconds": seconds, "gib": gib, "resumed": resumed}
     return costs
+
+
+def measured(root, checkpoint):
+    """The paper's rows with what was measured; the results that fill none, each with `why`.
+
+    Of several results that fit, the one over most students counts. `why`: what differs from the
+    nearest row.
+    """
+    results, rows, used, why = find_results(root), [dict(row) for row in paper_rows()], set(), {}
+    full = {
+        (DATASET_TITLES.get(dataset), MODEL_TITLES.get(arch)): found
+        for (dataset, arch), found in find_teachers(root).items()
+        if not found["differs"]
+    }
+    for row in rows:
+        if row["method"] == "Full dataset":
+            row["result"] = full.get((row["dataset"], row["student"]))
+        elif "make" in row and table_of(row) == 6:
+            row |= find_costs(root, row["make"]["DATASET"], checkpoint)
+        elif "make" in row:
+            for which, wanted in needs(row, checkpoint).items():
+                fit = []
+                for r in (r for r in results if r["dataset"] == row["make"]["DATASET"]):
+                    odd = odd_values({**r["arguments"], **r}, wanted)
+                    why[r["path"]] = min(why.get(r["path"], odd), odd, key=len)
+                    fit += [r] if not odd else []
+                row[which] = max(fit, key=lambda r: r["last"]["n"], default=None)
+                used |= {row[which]["path"]} if fit else set()
+    others = []
+    for r in (r for r in results if r["path"] not in used):
+        odd = why.get(r["path"], [f"dataset {r['dataset']}"])
+        odd = odd or ["another result over as many students or more is shown"]
+        others.append({**r, "teacher": "+".join(r["teacher"]), "result": r, "why": odd})
+    return rows, others
 
 
 # ---- tables
@@ -277,44 +256,33 @@ def number(value, std=None, digits=1):
 
 def scores(result, which="last"):
     """Mean and sample std over the students of a result; blank where nothing was run."""
-    found = result and result.get(which)
-    return number(found["mean"], found["std"]) if found else ""
+    return number(result[which]["mean"], result[which]["std"]) if result else ""
 
 
-def _students(result):
-    return str(result["last"]["n"]) if result else ""
+def _count(row, which="result"):
+    return str(row[which]["last"]["n"]) if row.get(which) else ""
 
 
 def _baseline(row, which):
     """Its scores, and its number of students where that is not the row's."""
-    found = row.get(which)
-    same = not found or _students(found) == _students(row.get("result"))
-    return scores(found) + ("" if same else f" (n = {_students(found)})")
+    found, n = row.get(which), _count(row, which)
+    return scores(found) + (f" (n = {n})" if found and n != _count(row) else "")
 
 
 def _cost(row, key, what, digits):
-    found = row.get(key) or {}
-    star = "*" if found.get("resumed") and found[what] is not None else ""
-    return number(found.get(what), digits=digits) + star
+    found = row.get(key, {})
+    words = number(found.get(what), digits=digits)
+    return words + "*" if words and found["resumed"] else words
 
 
-def _word(value):
-    return "+".join(value) if isinstance(value, list) else value or ""
-
-
-WORDS = {  # column -> what it shows of a row
+WORDS = {  # column -> what it shows of a row, where that is not the value of this name
     "data set": lambda r: DATASET_TITLES.get(r["dataset"], r["dataset"]),
     "IPC": lambda r: str(r.get("ipc") or ""),
-    "method": lambda r: r["method"],
-    "images": lambda r: r["images"],
-    "generator": lambda r: _word(r["generator"]),
-    "teacher": lambda r: _word(r.get("teacher")).split(" (")[0],
-    "student": lambda r: _word(r.get("student")),
-    "labels": lambda r: r["labels"],
+    "teacher": lambda r: r.get("teacher", "").split(" (")[0],  # a note may follow
     "paper": lambda r: number(r["top1"], r.get("std")),
     "measured": lambda r: scores(r.get("result")),
     "best": lambda r: scores(r.get("result"), "best"),
-    "n": lambda r: _students(r.get("result")),
+    "n": _count,
     "random real": lambda r: _baseline(r, "random"),
     "hard labels": lambda r: _baseline(r, "hard"),
     "differs from the nearest cell in": lambda r: ", ".join(r["why"][:4]),
@@ -326,13 +294,6 @@ WORDS = {  # column -> what it shows of a row
     "measured GB": lambda r: _cost(r, "one", "gib", 1),
     "GB of 32": lambda r: _cost(r, "batch", "gib", 1),
 }
-COLUMNS = (
-    "data set, IPC, method, teacher, student, paper, measured, best, n, random real, hard labels"
-)
-COST_COLUMNS = "data set, method, pixels, paper s/image, measured s/image, 32 at a time, paper GB, \
-measured GB, GB of 32"
-OTHER_COLUMNS = "data set, IPC, images, generator, teacher, student, labels, measured, best, n, \
-differs from the nearest cell in"
 NOTE = (
     "Top-1 in percent, mean ± sample standard deviation over n students; measured: last epoch, "
     "best: best epoch on the test set. random real: as many real images per class, same teacher "
@@ -342,53 +303,47 @@ COST_NOTE = (
     "Seconds and peak GPU memory of stage 2, one image at a time as the paper, and 32 at a time. "
     "*: made in several runs; of the images of those that ended by themselves. Blank: not run."
 )
-
-
-def table_rows(table, results, teachers, root, checkpoint):
-    """The rows of a table, as dicts, with what was measured."""
-    rows = []
-    for row in (dict(row) for row in paper_rows() if table_of(row) == table):
-        if row["method"] == "Full dataset":
-            for (dataset, arch), found in teachers.items():
-                titles = DATASET_TITLES.get(dataset), MODEL_TITLES.get(arch)
-                if titles == (row["dataset"], row["student"]) and not found["differs"]:
-                    row["result"] = found
-        elif "make" in row and table == 6:
-            row |= find_costs(root, row["make"]["DATASET"], checkpoint)
-        elif "make" in row:
-            row |= match_all(row, results, checkpoint)
-        rows.append(row)
-    return rows
+ACCURACY = (
+    "data set, IPC, method, teacher, student, paper, measured, best, n, random real, hard labels"
+)
+OTHERS = "data set, IPC, images, generator, teacher, student, labels, measured, best, n, \
+differs from the nearest cell in"
+COST = "data set, method, pixels, paper s/image, measured s/image, 32 at a time, paper GB, \
+measured GB, GB of 32"
 
 
 def as_words(columns, rows):
     """[titles, then the words of each row], without columns in which no row has a word."""
-    grid = [[title, *map(WORDS[title], rows)] for title in columns.split(", ")]
-    optional = ("IPC", "teacher", "student", "generator")
-    return list(zip(*(c for c in grid if c[0] not in optional or any(c[1:]))))
+    grid, optional = [], ("IPC", "teacher", "student", "generator")
+    for title in columns.split(", "):
+        words = [WORDS[title](row) if title in WORDS else row.get(title) or "" for row in rows]
+        if title not in optional or any(words):
+            grid.append([title, *words])
+    return list(zip(*grid))
 
 
 def markdown(title, note, columns, rows):
     head, *lines = as_words(columns, rows)
     widths = [max(map(len, column)) for column in zip(head, *lines)]
     lines = [head, ["-" * width for width in widths], *lines]
-    lines = [" | ".join(word.ljust(n) for word, n in zip(line, widths)) for line in lines]
-    return "\n".join([f"### {title}\n", *(f"| {line} |" for line in lines), f"\n{note}\n"])
+    lines = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
+    return "\n".join([f"### {title}\n", *lines, f"\n{note}\n"])
 
 
 def latex(title, note, columns, rows):
     """A table with booktabs."""
-    head, *lines = [" & ".join(map(_escape, w)) + r" \\" for w in as_words(columns, rows)]
-    caption = rf"\caption{{{_escape(f'{title}. {note}')}}}"
-    begin = ["% \\usepackage{booktabs}", r"\begin{table}[t]", r"\centering\small", caption]
-    begin += [rf"\begin{{tabular}}{{{'l' * (head.count(' & ') + 1)}}}", r"\toprule"]
+
+    def escaped(text):
+        text = "".join(f"\\{c}" if c in "%&_#$" else c for c in text)
+        return text.replace(" ± ", r" $\pm$ ")
+
+    words = [list(map(escaped, line)) for line in as_words(columns, rows)]
+    head, *lines = [" & ".join(line) + r" \\" for line in words]
+    begin = ["% \\usepackage{booktabs}", r"\begin{table}[t]", r"\centering\small"]
+    begin += [rf"\caption{{{escaped(f'{title}. {note}')}}}"]
+    begin += [rf"\begin{{tabular}}{{{'l' * len(words[0])}}}", r"\toprule"]
     end = [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
     return "\n".join([*begin, head, r"\midrule", *lines, *end])
-
-
-def _escape(text):
-    text = "".join(f"\\{c}" if c in "%&_#$" else c for c in text)
-    return text.replace(" ± ", r" $\pm$ ")
 
 
 def as_json(title, note, columns, rows):
@@ -437,25 +392,24 @@ def main(argv=None):
         refuse(f"--output_root {root}: no such folder")
     checkpoint = model.name if model.exists() else str(model)
     by = "" if checkpoint == generators.DEFAULT_CHECKPOINT else f". Images by {checkpoint}"
-    results, teachers = find_results(root), find_teachers(root)
+    rows, others = measured(root, checkpoint)
     tables = []
     for n in args.table:
-        rows = table_rows(n, results, teachers, root, checkpoint)
-        form = (COST_NOTE, COST_COLUMNS) if n == 6 else (NOTE, COLUMNS)
-        tables.append((f"table{n}", f"Table {n}: {PAPER['tables'][str(n)]}{by}", *form, rows))
-    others = ("other_results", "Other results: no cell shows them", NOTE, OTHER_COLUMNS)
-    tables.append((*others, other_results(results, checkpoint)))
+        title, form = f"Table {n}: {PAPER['tables'][str(n)]}{by}", (NOTE, ACCURACY)
+        form = (COST_NOTE, COST) if n == 6 else form
+        tables.append((f"table{n}", title, *form, [row for row in rows if table_of(row) == n]))
+    tables.append(("other_results", "Other results: no cell shows them", NOTE, OTHERS, others))
     render, suffix = FORMATS[args.format]
     chosen = [args.dataset, DATASET_TITLES.get(args.dataset)]
-    for name, title, note, columns, rows in tables:
-        rows = [row for row in rows if not args.dataset or row["dataset"] in chosen]
-        if rows and args.output:
+    for name, title, note, columns, found in tables:
+        found = [row for row in found if not args.dataset or row["dataset"] in chosen]
+        text = found and render(title, note, columns, found)
+        if text and args.output:
             path = Path(args.output) / f"{name}.{suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            files.write(path, render(title, note, columns, rows))
-            print(path)
-        elif rows:
-            print(render(title, note, columns, rows))
+            files.write(path, text)
+        if text:
+            print(path if args.output else text)
 
 
 if __name__ == "__main__":

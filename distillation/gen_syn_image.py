@@ -81,8 +81,8 @@ class Synthesizer:
     def _starts(self, jobs, prototypes, attempt):
         """(B, c, h, w) float16: the prototypes, or for the arms without them N(0, 1).
 
-        A unit Gaussian noised by sqrt(a) x + sqrt(1 - a) e is a unit Gaussian again at every t, so
-        the stock pipeline then starts from pure noise: "noise" at t = strength * T, "text" at T.
+        sqrt(a) x + sqrt(1 - a) e of two independent unit Gaussians is one again, for every t: so
+        the stock pipeline starts from pure noise, "noise" at t = strength * T, "text" at T.
         """
         if self.settings["arm"] in image_folder.FROM_PROTOTYPES:
             return prototypes
@@ -110,6 +110,7 @@ def make_images(out, batches, synthesizer, stream):
     """Make `batches`, each whole; PNGs are written beside the next batch.
 
     stream    class positions -> iterator of (position, Prototypes)
+    The batches are in class order: prototypes are kept while a later batch needs them.
     """
     settings, found = synthesizer.settings, {}
     classes = stream(sorted({job.position for batch in batches for job in batch}))
@@ -122,9 +123,7 @@ def make_images(out, batches, synthesizer, stream):
             pictures, attempts = synthesizer.draw(batch, torch.from_numpy(latents))
             sizes = [int(found[job.position].sizes[job.prototype]) for job in batch]
             rows = [image_row(settings, *one) for one in zip(batch, attempts, sizes)]
-            out.log(
-                event="images", rows=rows
-            )  # before the PNGs are there: images.jsonl is made from it
+            out.log(event="images", rows=rows)  # before the PNGs: images.jsonl is made from it
             out.later(image_folder.save_pngs, out, batch, pictures, out.settings["image_size"])
             bar.update(len(batch))
             out.made += len(batch)

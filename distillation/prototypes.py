@@ -18,10 +18,10 @@ class Prototypes(NamedTuple):
     sizes: np.ndarray
 
 
-def class_prototypes(latents, k, batch_size, method="minibatch", device="cpu") -> Prototypes:
+def class_prototypes(latents, k, buffer_size, method="minibatch", device="cpu") -> Prototypes:
     """K-means centres of one class's latents: (N, c, h, w) -> (k, c, h, w), (k,) sizes.   N >= k
 
-    method   "minibatch" (the paper) is fed in buffers of `batch_size` >= k rows; "full" is Lloyd's
+    method   "minibatch" (the paper) is fed in buffers of `buffer_size` >= k rows; "full" is Lloyd's
              algorithm on all rows; "none" takes the first k rows as they are
     Works in float64, as scikit-learn does when the release hands it fp16 latents; the result is
     rounded to fp16, the precision that synthesis uses.
@@ -34,11 +34,11 @@ def class_prototypes(latents, k, batch_size, method="minibatch", device="cpu") -
 
         centres = KMeans(n_clusters=k, random_state=0, n_init=1).fit(rows).cluster_centers_
     elif torch.device(device).type == "cuda":
-        # in the encoder's stream, each number read back would wait for a whole batch of images
+        # a stream of its own, so that reading a number back does not wait for the encoder
         with torch.cuda.stream(_stream(device)):
-            centres = minibatch_torch(rows, k, batch_size, device)
+            centres = minibatch_torch(rows, k, buffer_size, device)
     else:
-        centres = minibatch_sklearn(rows, k, batch_size)
+        centres = minibatch_sklearn(rows, k, buffer_size)
     nearest = _nearest(torch.from_numpy(rows), torch.from_numpy(centres)).numpy()
     shape = (k, *latents.shape[1:])
     return Prototypes(centres.reshape(shape).astype(np.float16), np.bincount(nearest, minlength=k))
@@ -46,27 +46,27 @@ def class_prototypes(latents, k, batch_size, method="minibatch", device="cpu") -
 
 @lru_cache
 def _stream(device):
-    """One per device, kept: PyTorch never uses memory of one stream again in another."""
+    """One per device, kept: PyTorch does not reuse the memory of one stream in another."""
     return torch.cuda.Stream(device, priority=-1)
 
 
-def _buffers(rows, batch_size):
+def _buffers(rows, buffer_size):
     # differs from the release: the last, shorter buffer is fitted too, for every class; the release
     # drops it for all but one
-    return (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
+    return (rows[start : start + buffer_size] for start in range(0, len(rows), buffer_size))
 
 
-def minibatch_sklearn(rows, k, batch_size):
+def minibatch_sklearn(rows, k, buffer_size):
     """The release's own sequence of calls."""
     from sklearn.cluster import MiniBatchKMeans
 
-    kmeans = MiniBatchKMeans(n_clusters=k, random_state=0, batch_size=batch_size, n_init="auto")
-    for buffer in _buffers(rows, batch_size):
+    kmeans = MiniBatchKMeans(n_clusters=k, random_state=0, batch_size=buffer_size, n_init="auto")
+    for buffer in _buffers(rows, buffer_size):
         kmeans.partial_fit(buffer)
     return kmeans.cluster_centers_
 
 
-def minibatch_torch(rows, k, batch_size, device):
+def minibatch_torch(rows, k, buffer_size, device):
     """The sequence of `MiniBatchKMeans.partial_fit` in float64 on `device`; equal up to rounding.
 
     Every centre moves by  c <- (1 - m/n) c + (m/n) mean of its m new rows,  n = its rows so far.
@@ -76,12 +76,12 @@ def minibatch_torch(rows, k, batch_size, device):
     from sklearn.cluster import kmeans_plusplus
 
     random = np.random.RandomState(0)
-    first = rows[:batch_size]  # scikit-learn takes the length of its first buffer for batch_size
+    first = rows[:buffer_size]  # scikit-learn fixes its batch size here
     centres, _ = kmeans_plusplus(first, k, random_state=random)
     centres = torch.from_numpy(centres).to(device)  # (k, d)
     counts = torch.zeros(k, dtype=torch.float64, device=device)
     empty, since_reassignment = True, 0
-    for x in _buffers(torch.from_numpy(rows).to(device), batch_size):  # (n, d)
+    for x in _buffers(torch.from_numpy(rows).to(device), buffer_size):  # (n, d)
         since_reassignment += len(first)
         reassign = empty or since_reassignment >= 10 * k
         since_reassignment = 0 if reassign else since_reassignment
@@ -120,7 +120,7 @@ def _nearest(rows, centres):
     return torch.where(distance == distance.amin(1, keepdim=True), first, len(centres)).amin(1)
 
 
-if __name__ == "__main__":  # python -m distillation.prototypes FOLDER OUT.json
+if __name__ == "__main__":  # FOLDER OUT.json: exports in the release's form
     from distillation import prototype_files
 
     prototype_files.main()

@@ -4,8 +4,9 @@
     pixels = crops.crop_on_cpu(arrays, batch.index, batch.crop, batch.flip, size)   # (B, S, S, 3)
     x = mix(normalise(pixels, mean, std), batch, mix_type)                          # (B, 3, S, S)
 
-Stage 3 stores the draws beside the teacher's logits and stage 4 replays them. Both use every line
-of this file; nothing is derived again from a sampler's seed.
+Stage 3 stores the draws beside the teacher's logits and stage 4 replays them: nothing is derived
+again from a sampler's seed. For CutMix, matching/feed.py mixes bytes within `normalise` instead of
+calling `mix`: the same bits, and less memory moved.
 """
 
 import math
@@ -26,7 +27,7 @@ def add_batch_flags(parser, stored=False):
 
     def setting(flag, default, help, *aliases, **options):
         usual = "the images' size" if default is None else default
-        text = f"{help} [{'the labels’, else ' if stored else ''}{usual}]"
+        text = f"{help} [{'as the labels, else ' if stored else ''}{usual}]"
         default = None if stored else default
         parser.setting(*aliases, flag, default=default, help=text, **options)
 
@@ -52,7 +53,7 @@ def add_batch_flags(parser, stored=False):
 
 _parser = Parser("", "")
 add_batch_flags(_parser)
-PROTOCOL = dict(_parser.parse_args([]).settings)  # {"epochs": 300, ...}: `protocol` below
+PROTOCOL = dict(_parser.parse_args([]).settings)  # the flags' defaults: {"epochs": 300, ...}
 
 
 def check_scales(least, largest):
@@ -146,7 +147,7 @@ def draw_crops(sizes, scale, g):
 
 def _cutmix_box(lam, size, centre):
     """CutMix's box of area 1 - lam, clipped at the borders, and the lambda of its real area."""
-    # differs from the release: which stores the lambda drawn; only hard labels use it
+    # differs from the release: it stores the lambda that was drawn, not that of the clipped box
     half = int(size * math.sqrt(1 - lam)) // 2
     top, left = (max(int(share * size) - half, 0) for share in centre)
     bottom, right = (min(int(share * size) + half, size) for share in centre)

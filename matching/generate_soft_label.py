@@ -69,7 +69,7 @@ def load_teachers(archs, checkpoints, dataset, folders, image_size, device, chan
 
 @torch.no_grad()
 def teacher_logits(teachers, x, amp="none", half=True):
-    """Mean logits of the teachers (EDC has several).   (B, 3, S, S) -> (B, classes)"""
+    """Mean logits of the teachers (EDC has several), in eval mode.   (B, 3, S, S) -> (B, n)"""
     parts = []
     for part in x.split(TEACHER_ROWS):
         with torch.autocast(x.device.type, dtype=AMP[amp], enabled=amp != "none"):

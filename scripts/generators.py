@@ -192,9 +192,11 @@ class StableDiffusion:
         return encode(prompt, self.device, 1, do_classifier_free_guidance=False)[0]
 
     def denoise(self, latents, conditions, negative, draws, strength, guidance_scale, steps):
-        """Latents (B, c, h, w) are noised to `strength` and denoised.
+        """z_t = sqrt(a_t) z + sqrt(1 - a_t) e at t = strength * T; then the sampler's steps with
+        classifier-free guidance, all by stock img2img (paper, section 3).   (B, c, h, w) latents
 
-        conditions    of `condition`, one per latent;   negative: one for all
+        conditions    of `condition`, one per latent
+        negative      of `condition`, one for all
         draws         one torch.Generator per latent
         """
         dtype = self.networks["unet"].dtype

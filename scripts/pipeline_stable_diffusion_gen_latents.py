@@ -1,5 +1,4 @@
-"""Image -> latent: the encoder half of Stable Diffusion as a pipeline (paper, section 3.2: z =
-E(x))."""
+"""Image -> latent, z = E(x): Stable Diffusion's encoder as a pipeline (paper, section 3.2)."""
 
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline

@@ -5,7 +5,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 
 
 class StableDiffusionLatents2ImgPipeline(StableDiffusionImg2ImgPipeline):
-    """Stock img2img takes a 4-channel `image` as latents and does not scale it again."""
+    """Stock img2img, given latents: it takes a 4-channel `image` for latents, already scaled."""
 
     def __call__(self, prompt=None, latents=None, **kwargs):
         """Synthesize images from prototypes.

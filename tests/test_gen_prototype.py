@@ -13,7 +13,7 @@ from distillation import gen_prototype, random_real
 from distillation.prototype_files import PrototypeFolder
 from scripts import files, generators, output
 from scripts.runtime import POSTERIOR, generator
-from tests.conftest import STAGE_1, copy, everything, picture, picture_folder, tree
+from tests.conftest import STAGE_1, build_tiny_sd, copy, everything, picture, picture_folder, tree
 from tests.test_datasets import ODD
 
 CPU = torch.device("cpu")
@@ -123,8 +123,10 @@ def test_the_cache_serves_another_ipc_without_encoding(model, encoded):
     assert files.read_json(again / "timing.json")["cached_seconds"] == round(took, 2)
     plain = gen_prototype.main([*STAGE_1, *model, "--ipc", "3", "--save_prototype_path", "plain"])
     assert tree(again) == tree(plain)
-    gen_prototype.main([*cached, "other", "--seed", "1"])  # other latents: not of this cache
-    assert sum(encoded) == 36 * 3
+    another = ["--diffusion_checkpoints_path", str(build_tiny_sd(Path("another"), seed=1))]
+    for n, flags in enumerate((["--seed", "1"], another)):  # other latents: not of this cache
+        gen_prototype.main([*cached, f"other{n}", *flags])
+        assert sum(encoded) == 36 * (3 + n)
 
 
 def test_cached_latents_are_those_of_these_images_or_none(model, refused, encoded):
@@ -143,6 +145,10 @@ def test_cached_latents_are_those_of_these_images_or_none(model, refused, encode
     refused(gen_prototype.main, [*argv, "c"], *words, "not those that were written")
     path.write_bytes(data[:-3])
     refused(gen_prototype.main, [*argv, "d"], *words)
+    Path("data/train/dog/9.png").write_bytes(b"x")
+    gen_prototype.main([*argv[:-3], "--latent_cache", "new", "--on_bad_image", "skip"])
+    argv = [*argv[:-3], "--latent_cache", "new", "--save_prototype_path", "e"]
+    refused(gen_prototype.main, argv, "dog/9.png")  # not silently those of --on_bad_image skip
 
 
 # ---- class sizes and bad images

@@ -335,7 +335,8 @@ def test_a_cut_file_is_refused_whatever_its_date(refused):
     path, before = folder / "c1/unit1.txt", (folder / "c1/unit1.txt").stat()
     path.write_bytes(path.read_bytes()[:-1])
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as half a copy with its times
-    refused(lambda argv: output.read_manifest("--x", folder, "fake"), [], "has 599 bytes, expected 600")
+    words = "has 599 bytes, expected 600"
+    refused(lambda argv: output.read_manifest("--x", folder, "fake"), [], words)
 
 
 def test_a_manifest_of_other_files_is_not_taken_for_this_runs(refused):

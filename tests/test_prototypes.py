@@ -45,7 +45,9 @@ def test_class_prototypes_equal_scikit_learns_own_sequence(n, k, expand):
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("n, k, batch", [(300, 10, 10), (333, 10, 100), (130, 50, 50), (90, 5, 7)])
+@pytest.mark.parametrize(
+    "n, k, batch", [(300, 10, 10), (333, 10, 100), (130, 50, 50), (90, 5, 7), (600, 4, 8)]
+)
 def test_the_torch_port_equals_scikit_learn(seed, n, k, batch, monkeypatch):
     rows = np.ascontiguousarray(latents(n, seed).reshape(n, -1), dtype=np.float64)
     reassigned, original = [], prototypes._reassign
@@ -59,6 +61,15 @@ def test_the_torch_port_equals_scikit_learn(seed, n, k, batch, monkeypatch):
     theirs = sklearn_sequence(rows, k, batch)
     assert np.abs(ours - theirs).max() <= 1e-12 * np.abs(theirs).max()
     assert reassigned, "this case was to exercise the random reassignment"
+
+
+def test_the_port_takes_more_copies_than_a_buffer_has_rows():
+    """Most centres stay empty, and more than half a buffer is never drawn anew."""
+    rows = latents(8)[np.arange(107) % 8].reshape(107, -1).astype(np.float64)
+    ours = prototypes.minibatch_torch(rows, 20, 20, "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scikit-learn: fewer distinct points than clusters
+        assert np.allclose(ours, sklearn_sequence(rows, 20, 20), rtol=1e-12)
 
 
 def test_the_nearest_centre_is_the_first_among_equals():

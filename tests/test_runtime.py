@@ -46,6 +46,7 @@ def test_a_default_may_depend_on_other_flags():
     assert parse("--ipc", "3").size == 24 and parse("--ipc", "3").settings.parts() == ["ipc3"]
     assert parse("--size", "8").settings.parts() == []
     assert parse("--size", "9").settings.parts() == ["size9"]
+    assert parse("--rate", "0.12345").settings.parts() == ["rate0.12345"]
 
 
 def test_settings_that_were_left_open_are_filled():

@@ -65,7 +65,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes_and_encodes_what_is_missin
     argv = [*STAGE_1, *model, "--save_prototype_path", "output"]
     for name in ("manifest.json", "0001_1.json"):
         (mine / name).unlink()
-    gen_prototype.main(argv)
+    gen_prototype.main([*argv, "--batch_size", "9"])  # the folder's own is used
     assert sum(encoded) == 12  # class 1's images, and no other
     assert tree(mine) == tree(prototypes)
     gen_prototype.main(argv)
@@ -149,6 +149,12 @@ def test_cached_latents_are_those_of_these_images_or_none(model, refused, encode
     gen_prototype.main([*argv[:-3], "--latent_cache", "new", "--on_bad_image", "skip"])
     argv = [*argv[:-3], "--latent_cache", "new", "--save_prototype_path", "e"]
     refused(gen_prototype.main, argv, "dog/9.png")  # not silently those of --on_bad_image skip
+
+
+def test_the_caches_space_is_asked_for_first(model, refused, monkeypatch):
+    monkeypatch.setattr(files, "free_space", lambda folder: 15_000)  # enough for prototypes
+    argv = [*STAGE_1, *model, "--latent_cache", "cache"]
+    refused(gen_prototype.main, argv, "--latent_cache cache", "needs about")
 
 
 # ---- class sizes and bad images

@@ -131,6 +131,13 @@ def test_a_dry_run_plans_every_arm_and_writes_nothing(stage_2, model, capsys):
     assert everything(".") == before
 
 
+def test_a_class_is_the_same_whichever_others_there_are(images, prototypes, model):
+    alone = gen_prototype.main([*STAGE_1, *model, "--classes", "1"])
+    assert (alone / "0000_1.json").read_bytes() == (prototypes / "0001_1.json").read_bytes()
+    [folder] = gen_syn_image.main([*STAGE_2, *model, "--prototype_path", str(alone)])
+    assert pngs(folder).items() < pngs(images).items()
+
+
 # ---- arms
 
 
@@ -225,12 +232,12 @@ def another_latent_size(mine, model):
 
 
 def one_number_changed(mine, model):
-    path = mine / "0001_1.json"
+    path = mine / "0000_0.json"
     text = path.read_text()
     at, times = text.index('"prototypes": [\n[') + 17, path.stat().st_mtime_ns
     path.write_text(text[:at] + ("1" if text[at] != "1" else "2") + text[at + 1 :])
     os.utime(path, ns=(times, times))  # noticed also where the clock does not tell
-    return [], "0001_1.json", "changed since it was made"
+    return [], "0000_0.json", "changed since it was made"
 
 
 MISMATCHES = [weights_of_another_vae, another_scaling_factor, two_classes_swapped]
@@ -261,6 +268,15 @@ def test_a_run_does_not_go_on_with_another_scheduler(images, stage_2, model, ref
     change_model(model, "scheduler/scheduler_config.json", beta_end=0.02).rename(name)
     argv = [*stage_2, "--diffusion_checkpoints_path", name]  # the same name, another schedule
     refused(gen_syn_image.main, argv, "generator.scheduler_sha256")
+
+
+def test_a_run_does_not_go_on_with_other_prototypes(images, mine, model, refused):
+    (copy(images, "output/images") / "manifest.json").unlink()
+    found, facts = prototype_files.read_class(mine / "0000_0.json")
+    found = found._replace(latents=found.latents * 2)
+    (mine / "0000_0.json").write_bytes(prototype_files.class_bytes(found, facts))
+    reseal(mine)
+    refused(gen_syn_image.main, [*STAGE_2, *model, "--prototype_path", mine], "begun with prototyp")
 
 
 FLAGS = {
@@ -320,8 +336,9 @@ def test_black_images_are_drawn_again_with_another_seed(images, stage_2, monkeyp
     rows, theirs = rows_of(folder), rows_of(images)
     assert [row["attempt"] for row in rows] == [1] * 5 + [0]
     for row, plain in zip(rows, theirs):
-        picture = np.array(Image.open(folder / row["file_name"]))
-        assert picture.min() < picture.max()
+        pair = [np.array(Image.open(f / row["file_name"])).astype(int) for f in (folder, images)]
+        assert pair[0].min() < pair[0].max()
+        assert (np.abs(pair[0] - pair[1]).max() > 1) == bool(row["attempt"])
         assert (row["seed"] != plain["seed"]) == bool(row["attempt"])
 
 

@@ -301,7 +301,7 @@ def test_a_recipe_is_named_by_its_launcher(recipe):
         chosen = (("DATASET", dataset), ("IPC", str(ipc)), ("STUDENT", student))
         script = "train_FKD.sh" if recipe == "d4m" else f"train_FKD_{recipe}.sh"
         [args] = paper_tables.students(script, chosen)
-        wanted = paper_tables.recipe(args, args.hard_label)
+        wanted = paper_tables.recipe(args.settings, args.hard_label)
         own = (dataset, ipc, student, args.hard_label)
         assert paper_tables.recipe_name(*own, wanted) == recipe
         for name in wanted:

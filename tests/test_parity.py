@@ -64,35 +64,23 @@ def run_stages(out):
         main_of(module)([*map(str, argv), flag, str(root)])
         [made[name]] = [p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
 
-    stage(
-        "teacher", "matching.train_teacher", "--output_dir",
-        *digits, *chosen, "--arch", "convnet_mini", "--epochs", "3", "--batch_size", "15",
-    )  # fmt: skip
-    stage(
-        "prototypes", "distillation.gen_prototype", "--save_prototype_path",
-        *digits, *sd, *chosen, *two, "--batch_size", "8",
-    )  # fmt: skip
-    stage(
-        "images", "distillation.gen_syn_image", "--save_init_image_path",
-        *digits, *sd, *two, "--prototype_path", made["prototypes"],
-        "--num_inference_steps", "5", "--batch_size", "4",
-    )  # fmt: skip
-    stage(
-        "labels", "matching.generate_soft_label", "--fkd_path",
-        *quiet, "--data", made["images"], "--arch", "convnet_mini",
-        "--teacher_checkpoint", made["teacher"], "--epochs", "2", "--batch_size", "4",
-        "--mix_type", "cutmix", "--min_scale_crops", "0.5",
-    )  # fmt: skip
+    teacher = "--arch convnet_mini --epochs 3 --batch_size 15".split()
+    stage("teacher", "matching.train_teacher", "--output_dir", *digits, *chosen, *teacher)
+    latents = [*digits, *sd, *chosen, *two, "--batch_size", "8"]
+    stage("prototypes", "distillation.gen_prototype", "--save_prototype_path", *latents)
+    synthesis = [*digits, *sd, *two, "--num_inference_steps", "5", "--batch_size", "4"]
+    synthesis += ["--prototype_path", made["prototypes"]]
+    stage("images", "distillation.gen_syn_image", "--save_init_image_path", *synthesis)
+    batches = "--epochs 2 --batch_size 4 --mix_type cutmix --min_scale_crops 0.5".split()
+    batches += [*quiet, "--data", made["images"], "--arch", "convnet_mini"]
+    batches += ["--teacher_checkpoint", made["teacher"]]
+    stage("labels", "matching.generate_soft_label", "--fkd_path", *batches)
     student = [*quiet, "--train_dir", made["images"], "--model", "convnet_mini"]
     student += ["--adamw_lr", "0.005"]
-    stage(
-        "soft", "validate.train_FKD", "--output_dir",
-        *student, "--fkd_path", made["labels"], "--cos", "--seeds", "0", "1",
-    )  # fmt: skip
-    stage(
-        "hard", "validate.train_FKD", "--output_dir",
-        *student, "--hard_label", "--epochs", "2", "--batch_size", "4", "--mix_type", "mixup",
-    )  # fmt: skip
+    soft = ["--fkd_path", made["labels"], "--cos", "--seeds", "0", "1"]
+    stage("soft", "validate.train_FKD", "--output_dir", *student, *soft)
+    hard = "--hard_label --epochs 2 --batch_size 4 --mix_type mixup".split()
+    stage("hard", "validate.train_FKD", "--output_dir", *student, *hard)
     return made
 
 
@@ -114,10 +102,8 @@ def read_run(made):
         for name in DRAWS:
             found[f"draws {epoch} {name}"] = tensors[name].numpy()
         found[f"logits {epoch}"] = tensors["logits"].numpy()
-    for stage, file in [
-        ("teacher", "model"), ("soft", "student_seed0"), ("soft", "student_seed1"),
-        ("hard", "student_seed0"),
-    ]:  # fmt: skip
+    students = [("soft", "student_seed0"), ("soft", "student_seed1"), ("hard", "student_seed0")]
+    for stage, file in [("teacher", "model"), *students]:
         for name, tensor in sorted(load_file(made[stage] / f"{file}.safetensors").items()):
             found[f"weights {stage} {file} {name}"] = tensor.numpy()
     teacher = json.loads((made["teacher"] / "results.json").read_text())

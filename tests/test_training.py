@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from matching import evaluation, models, ranks, train_teacher, training
 from scripts import files
 from scripts.runtime import Process
-from tests.conftest import SUBSET, copy, exits, tree
+from tests.conftest import SUBSET, copy, exits, picture_folder, tree
 from validate import train_FKD
 
 OFTEN = ["--checkpoint_every", "1", "--eval_every", "1", "--num_workers", "0", "--device", "cpu"]
@@ -215,6 +215,14 @@ def test_test_images_are_cropped_as_torchvision_does():
     for w, h in ((300, 200), (200, 300), (256, 256), (97, 150)):
         image = Image.fromarray(draw.integers(0, 256, (h, w, 3), dtype=np.uint8))
         assert np.array_equal(evaluation.centre_crop(image, 224), theirs(image))
+
+
+def test_test_images_are_those_of_the_training_classes_in_their_order(tmp_path, refused):
+    picture_folder(tmp_path, ["ant", "cat", "dog"], split="val")
+    split = evaluation.open_test("--val_dir", tmp_path, "imagefolder", ["dog", "ant"])
+    assert [items[0].parent.name for items in split.items] == ["dog", "ant"] and split.count == 6
+    lacking = partial(evaluation.open_test, "--val_dir", tmp_path, "imagefolder", ["ant", "elk"])
+    refused(lambda argv: lacking(), [], "--val_dir", "no class elk", "1 of 2")
 
 
 def test_top_5_over_batches_of_several_lengths():

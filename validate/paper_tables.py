@@ -48,11 +48,11 @@ def students(script, variables=()):
     return [train_FKD.get_args(line[3:]) for line in lines if line[2] == "validate.train_FKD"]
 
 
-def recipe(args, hard):
+def recipe(settings, hard):
     """{flag: value} of a training that a result has to show; hard labels have no temperature."""
     free = {"arch", "seeds", "fkd_seed", "eval_every", "online", "hard_label", "model"}
     free |= {"loss", "temperature", "ce_weight", "use_fp16"} if hard else set()
-    given = {name: value for name, value in args.settings.items() if value is not None}
+    given = {name: value for name, value in settings.items() if value is not None}
     wanted = batches.PROTOCOL | {"use_fp16": True} | given
     return {name: value for name, value in wanted.items() if name not in free}
 
@@ -96,7 +96,7 @@ def needs(row, checkpoint):
             weights = public if dataset == "imagenet" else "train_teacher"
             wanted |= {"teacher": [teacher], "weights": [weights], "teacher's": []}
             wanted |= {"labels' amp": "none", "labels' channels_last": False}
-        wanted |= recipe(args, hard) | {"test_images": PAPER["test_images"][dataset]}
+        wanted |= recipe(args.settings, hard) | {"test_images": PAPER["test_images"][dataset]}
         found["random" if random else "hard" if hard else "result"] = wanted
     return found
 
@@ -109,7 +109,7 @@ def recipe_name(dataset, ipc, student, hard, arguments):
         [args] = students(path.name, chosen)
         own = Path(args.train_dir).name.startswith(f"{dataset}_ipc")
         own = own and (hard or not args.hard_label)
-        if own and not odd_values(arguments, recipe(args, hard)):
+        if own and not odd_values(arguments, recipe(args.settings, hard)):
             return path.stem.removeprefix("train_FKD_") if shared else "d4m"
     return None
 

@@ -15,7 +15,21 @@ from matching import images as image_sets
 from matching.feed import Feed
 from scripts.runtime import JITTER, generator
 
-BATCH = tuple(batches.PROTOCOL)
+BATCH_SETTINGS = tuple(batches.PROTOCOL)
+
+
+def drawn_settings(settings, size):
+    """The settings of batches that are drawn now; size: pixels of the images."""
+    settings = settings.filled(**{**batches.PROTOCOL, "input_size": size, "use_fp16": True})
+    return settings if settings["hard_label"] else settings.filled(arch=["resnet18"])
+
+
+def drawn_name(images, settings):
+    """What names a result of batches that are drawn now, of the image folder `images`."""
+    if settings["hard_label"]:
+        return labels.labels_name(images, ["hard"], settings.only(BATCH_SETTINGS))
+    named = settings.only([*BATCH_SETTINGS, "use_fp16"])
+    return f"{labels.labels_name(images, settings['arch'], named)}_online"
 
 
 class Lessons:
@@ -42,7 +56,7 @@ class Lessons:
         given = {**self.settings, "teacher_checkpoint": checkpoints}
         folder, manifest = labels.open_labels(path, self.images, given, verify)
         made, self.facts = manifest["arguments"], manifest["teacher"]
-        fixed = {name: made[name] for name in (*BATCH, "use_fp16", "arch")}
+        fixed = {name: made[name] for name in (*BATCH_SETTINGS, "use_fp16", "arch")}
         self.settings, self.stem = self.settings.filled(**fixed), folder.resolve().name
         self.stored = folder, {name: entry["sha256"] for name, entry in manifest["files"].items()}
         self.content, self.labelled = manifest["content"], made["epochs"]
@@ -52,19 +66,15 @@ class Lessons:
         """Draw the batches now, for teachers that label them (--online) or for the classes."""
         images, size = self.images, self.images.image_size
         size = size or datasets.ALL[images.dataset].image_size
-        usual = {**batches.PROTOCOL, "input_size": size, "use_fp16": True}
-        settings = self.settings = self.settings.filled(**usual)
+        settings = self.settings = drawn_settings(self.settings, size)
         batches.check_scales(settings["min_scale_crops"], settings["max_scale_crops"])
+        self.stem = drawn_name(images.name, settings)
         if settings["hard_label"]:
-            self.stem = labels.labels_name(images.name, ["hard"], settings.only(BATCH))
             return
-        settings = self.settings = settings.filled(arch=["resnet18"])
         where = images.dataset, images.folders, settings["input_size"], self.process.device
         loaded = generate_soft_label.load_teachers(settings["arch"], checkpoints, *where)
         self.networks, self.facts = loaded
         self.made = {"amp": "none", "channels_last": False}
-        named = settings.only([*BATCH, "use_fp16"])
-        self.stem = f"{labels.labels_name(images.name, settings['arch'], named)}_online"
 
     def network(self):
         classes, size = len(self.images.folders), self.settings["input_size"]

@@ -76,6 +76,10 @@ def test_imagefolders_prompts_are_its_folder_names_or_a_label_file(tmp_path):
     labels.write_text("tabby_cat\tstriped\ndog\tbarks\n")
     prompts = open_split("imagefolder", tmp_path / "train", label_file=labels).prompts
     assert prompts == ("barks", "striped")
+    picture_folder(tmp_path, ["Eel"], 1)  # class indices are those of torchvision's ImageFolder
+    assert (
+        list(open_split("imagefolder", tmp_path).folders) == ImageFolder(tmp_path / "train").classes
+    )
 
 
 def test_a_part_of_the_classes_keeps_its_class_ids(refused):

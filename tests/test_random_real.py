@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from distillation import image_folder, random_real
-from distillation.datasets import open_split
+from distillation.datasets import choose_images, open_split
 from scripts import output
 from tests.conftest import make_random, picture, picture_folder, tree
 
@@ -28,6 +28,16 @@ def test_the_images_are_the_data_sets_own_and_change_with_the_seed():
     assert manifest["arm"] == "random" and manifest["classes"][1]["prompt"] == "one"
     assert '"prompt": "zero", "source": "' in (folders[0] / "images.jsonl").read_text()
     assert image_folder.origin(manifest) == {"generator": None, "real_images": 404}
+
+
+def test_each_class_has_a_choice_of_its_own():
+    split = open_split("digits", None, max_per_class=40)
+    chosen = choose_images(split, 8, seed=0)
+    pairs = zip(split.items, chosen.items)
+    places = [tuple(map(all_of.index, some)) for all_of, some in pairs]
+    assert len(set(places)) == 10
+    part = choose_images(open_split("digits", None, classes=["7"], max_per_class=40), 8, seed=0)
+    assert part.items == chosen.items[7:8]  # also without the other classes
 
 
 def test_the_aspect_ratio_is_kept():

@@ -19,7 +19,7 @@ from pathlib import Path
 from distillation import datasets
 from matching import batches, evaluation, generate_soft_label, models, ranks, training
 from matching import images as image_sets
-from matching.lessons import BATCH, Lessons
+from matching.lessons import BATCH_SETTINGS, Lessons, drawn_name, drawn_settings
 from scripts import files, output, runtime
 from scripts.runtime import Parser, number, refuse
 
@@ -125,7 +125,7 @@ def student_name(stem, settings, labelled=None):
     train = [] if labelled in (None, epochs) else [f"train{epochs}"]
     other = ("adamw_lr", "adamw_weight_decay")  # of the optimiser that is not used
     other = other if settings["sgd"] else ("learning_rate", "weight_decay")
-    aside = {*BATCH, *other, "arch", "use_fp16", "bn_batch", "amp", "seeds"}
+    aside = {*BATCH_SETTINGS, *other, "arch", "use_fp16", "bn_batch", "amp", "seeds"}
     shown = ["bn_batch", *(name for name in settings if name not in aside), "amp", "seeds"]
     parts = settings.filled(bn_batch=settings["batch_size"]).only(shown).parts()
     return output.folder_name(f"{stem}_{settings['model'].replace(':', '-')}", *train, *parts)
@@ -245,7 +245,9 @@ def plan_student(settings, train_dir, val_dir, fkd_path, root, waits_for):
     network = settings["model"], classes, settings["input_size"] or size
     build = partial(models.create_model, *network)
     needed = 4 * seeds * models.parameters_of(build) if all(network) else 0
-    folder = Path(root) / student_name(Path(fkd_path or name).name, settings)
+    settings = settings if fkd_path else drawn_settings(settings, size)
+    stem = Path(fkd_path).name if fkd_path else drawn_name(name, settings)
+    folder = Path(root) / student_name(stem, settings)
     output.plan(folder, 0, 2 * seeds, needed, waits_for)
     return folder
 

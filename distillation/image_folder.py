@@ -172,7 +172,8 @@ def read_images(flag, folder):
     for name in (manifest["arm"], *(c["folder"] for c in manifest["classes"])):
         if not files.safe_name(name):
             refuse(f"{where} holds {name!r}, which is not a plain name")
-    for job in list_jobs(manifest["classes"], manifest["ipc"], 1):
+    ipc = min(manifest["ipc"], len(manifest["files"]))  # a forged one could fill the memory
+    for job in list_jobs(manifest["classes"], ipc, 1):
         if job.file not in manifest["files"]:
             refuse(f"{where} does not list {job.file}")
     if manifest["dataset"] not in datasets.ALL:

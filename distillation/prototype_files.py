@@ -153,7 +153,7 @@ class ReleaseFile:
         classes = [{"index": n, "folder": f, "prompt": p} for n, (f, p) in classes if p in table]
         try:
             self.latents = np.asarray([table[c["prompt"]] for c in classes], np.float16)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             refuse(f"{where}: not rectangular lists of one shape: {error}")
         for c, latents in zip(classes, self.latents):
             check_latents(latents, f"{where}: {c['prompt']!r}")

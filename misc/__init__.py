@@ -1,1 +1,1 @@
-"""What stands on the stages: report, figures, benchmark, checks, and the tiny Stable Diffusion."""
+"""On top of the stages: report, figures, benchmark, small results, the tiny Stable Diffusion."""

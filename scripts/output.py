@@ -74,6 +74,8 @@ class Output:
     def __init__(
         self, flag, root, name, stage, settings, inputs, process, resumable=(), together=False
     ):
+        if not files.safe_name(name, 255):  # a forged manifest may have a say in it
+            refuse(f"{flag} {root}: the folder would be called {name!r}")
         self.flag, self.folder, self.stage, self.process = flag, Path(root) / name, stage, process
         self.settings = json.loads(json.dumps(settings))  # as args.json will give them back
         self.inputs = json.loads(json.dumps(inputs))
@@ -254,6 +256,7 @@ class Output:
     def leave_if_asked(self):
         if self.signals.name:
             self.flush()
+            self._log_run()
             self.signals.leave_if_asked()
 
     def progress(self, **options):

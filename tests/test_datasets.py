@@ -51,6 +51,17 @@ def test_the_prompts_that_the_release_gets_wrong():
     assert cifar[39] == ("keyboard", "keyboard")
 
 
+def test_colours_are_those_of_published_weights():
+    published = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms()
+    imagenet = (tuple(published.mean), tuple(published.std))
+    names = ("imagenet", "imagenette", "imagewoof", "imagenet100", "tiny_imagenet", "imagefolder")
+    expected = dict.fromkeys(names, imagenet)
+    expected["cifar10"] = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    expected["cifar100"] = (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)
+    for name, colours in expected.items():
+        assert (datasets.ALL[name].mean, datasets.ALL[name].std) == colours
+
+
 def test_a_data_set_without_a_teacher_recipe_is_an_error():
     with pytest.raises(TypeError, match="teacher"):
         datasets.DataSet(datasets.in_folders, "folders", train_images=None)
@@ -77,9 +88,8 @@ def test_imagefolders_prompts_are_its_folder_names_or_a_label_file(tmp_path):
     prompts = open_split("imagefolder", tmp_path / "train", label_file=labels).prompts
     assert prompts == ("barks", "striped")
     picture_folder(tmp_path, ["Eel"], 1)  # class indices are those of torchvision's ImageFolder
-    assert (
-        list(open_split("imagefolder", tmp_path).folders) == ImageFolder(tmp_path / "train").classes
-    )
+    theirs = torchvision.datasets.ImageFolder(tmp_path / "train").classes
+    assert list(open_split("imagefolder", tmp_path).folders) == theirs
 
 
 def test_a_part_of_the_classes_keeps_its_class_ids(refused):

@@ -105,6 +105,8 @@ def test_small_sets_are_cropped_once_for_all_seeds(monkeypatch):
     calls, crop = [], crops.crop_on_cpu
     monkeypatch.setattr(crops, "crop_on_cpu", lambda *a: calls.append(1) or crop(*a))
     assert len(list(fed().loader([*KEYS, *KEYS]))) == 6 and len(calls) == 3
+    monkeypatch.setattr(feed, "KEPT_BYTES", 0)  # large ones do not stay in memory
+    assert len(list(fed().loader([*KEYS, *KEYS]))) == 6 and len(calls) == 3 + 6
 
 
 # ---- label files

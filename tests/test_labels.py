@@ -110,6 +110,19 @@ def test_labels_of_other_images_are_refused(random, labels, tmp_path, refused):
     shutil.rmtree(images / "2")
     reseal(images, classes=files.read_json(images / "manifest.json")["classes"][:2])
     refused(lambda argv: opened(images, labels), [], "class 2 = 2", "count 12")
+    for name in ("mean", "std"):
+        theirs = copy(labels, tmp_path / name)
+        reseal(theirs, **{name: [0.5, 0.5, 0.4]})
+        refused(lambda argv, theirs=theirs: opened(random, theirs), [], f"made for {name} [0.5")
+
+
+def test_a_manifest_that_lists_other_epochs_is_refused(random, labels, tmp_path, refused):
+    theirs = copy(labels, tmp_path)
+    (theirs / label_file(2)).rename(theirs / label_file(7))
+    entries = files.read_json(theirs / "manifest.json")["files"]
+    entries[label_file(7)] = entries.pop(label_file(2))
+    reseal(theirs, files=entries)
+    refused(lambda argv: opened(random, theirs), [], "lists 3 files for 3 epochs")
 
 
 def test_what_is_given_must_fit(random, teacher, labels, refused):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from distillation import gen_prototype, gen_syn_image
-from matching import generate_soft_label
+from matching import generate_soft_label, training
 from scripts import files, generators
 from tests.conftest import HOSTILE, STAGE_1, STAGE_2, copy, everything, picture_folder, reseal
 
@@ -122,6 +122,7 @@ def test_a_pickle_is_refused_wherever_a_file_is_read(random, model, tiny_sd, ref
         argv = ["--data", random, "--arch", "convnet_mini", "--teacher_checkpoint", path]
         refused(generate_soft_label.main, argv, path)
     refused(gen_syn_image.main, [*STAGE_2, *model, "--prototype_path", "x.ckpt"], "x.ckpt")
+    refused(lambda _: training.read_checkpoint(Path("x.ckpt"), 3), [], "x.ckpt", "not of this run")
     refused(gen_prototype.main, [*model, "--dataset", "cifar10", "--data_dir", "data"], "data")
     assert not Path("executed").exists()
     pickle.loads(PAYLOAD)

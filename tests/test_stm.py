@@ -1,17 +1,18 @@
 """Synthesis-time matching: the recover step of SRe2L, started from images of stage 2."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from distillation import datasets
 from matching import models, stm
 from matching.images import open_images
-from scripts import files
+from scripts import files, runtime
 from scripts.runtime import generator
 from tests.conftest import copy, everything, reseal, tree
 
@@ -78,6 +79,29 @@ def test_what_cannot_be_matched_is_refused(random, arguments, tmp_path, refused)
     assert not (tmp_path / "out").exists()
 
 
+def test_every_batch_has_crops_of_its_own(arguments, monkeypatch):
+    keys, draw = [], runtime.generator
+    monkeypatch.setattr(runtime, "generator", lambda *key: keys.append(key) or draw(*key))
+    stm.main(arguments("out", "--seed", "5"))
+    assert keys == [(5, runtime.STM, nth) for nth in range(8)]
+
+
+def test_a_run_with_another_teacher_is_not_continued(arguments, weights, tmp_path, refused):
+    stm.main(arguments("out", "--shard", "0/2"))
+    save_file({k: v * 2 for k, v in load_file(weights).items()}, tmp_path / "x.safetensors")
+    argv = [*arguments("out"), "--teacher_checkpoint", tmp_path / "x.safetensors"]
+    refused(stm.main, argv, "begun with teacher")
+
+
+def test_images_that_are_not_finite_are_not_written(arguments, monkeypatch, refused):
+    def match_batch(teacher, x, *_):
+        return x * torch.nan, {"ce": 0, "bn": 0}
+
+    monkeypatch.setattr(stm, "match_batch", match_batch)
+    refused(stm.main, arguments("out"), "--lr 0.25: batch 0 became NaN")
+    assert not list(Path("out").rglob("*.png"))
+
+
 def test_a_dry_run_plans_images(random, arguments, tmp_path, capsys):
     stm.main(arguments("out", "--dry_run"))
     line = capsys.readouterr().out
@@ -119,6 +143,7 @@ def test_matching_lowers_both_losses_along_a_cosine(weights, monkeypatch):
     class Noted(adam):
         def step(self, closure=None):
             rates.append(self.param_groups[0]["lr"])
+            assert self.param_groups[0]["betas"] == (0.5, 0.9)  # SRe2L's
             return super().step(closure)
 
     monkeypatch.setattr(torch.optim, "Adam", Noted)

@@ -70,7 +70,7 @@ def test_stored_and_online_labels_train_the_same_student(train, drawn, online, t
     assert torch.equal(before, torch.random.get_rng_state())  # nobody drew from it
 
 
-def test_results_say_what_was_trained(train, random, tmp_path):
+def test_results_say_what_was_trained(train, random, labels, tmp_path):
     folder = train("--seeds", 0, 1)
     found = results(folder)
     top1 = [seed["last"]["top1"] for seed in found["seeds"]]
@@ -84,6 +84,9 @@ def test_results_say_what_was_trained(train, random, tmp_path):
     assert (said["temperature"], said["schedule"], said["mix_type"]) == (4, "cosine", "cutmix")
     assert (said["bn_batch"], said["test_images"], said["dataset"]) == (5, 133, "digits")
     assert found["images"]["count"] == 12 and found["teacher"][0]["arch"] == "convnet_mini"
+    made = files.read_json(labels / "manifest.json")  # what a restart is compared with
+    assert said["labels_content"] == made["content"] and said["images"] == made["inputs"]["images"]
+    assert said["teacher"] == [["convnet_mini", made["teacher"][0]["sha256"]]]
     assert str(tmp_path) not in json.dumps(found) and str(random.parent) not in json.dumps(found)
     assert folder.name.endswith("_mix-cutmix_convnet_mini_schedule-cosine_T4_seeds-0+1")
 

@@ -74,7 +74,7 @@ class Output:
     def __init__(
         self, flag, root, name, stage, settings, inputs, process, resumable=(), together=False
     ):
-        if not files.safe_name(name, 255):  # a forged manifest may have a say in it
+        if name and not files.safe_name(name, 255):  # a forged manifest may have a say in it
             refuse(f"{flag} {root}: the folder would be called {name!r}")
         self.flag, self.folder, self.stage, self.process = flag, Path(root) / name, stage, process
         self.settings = json.loads(json.dumps(settings))  # as args.json will give them back

@@ -14,6 +14,7 @@ Session fixtures (made once, by the stages' own `main`; copy before changing):
 import contextlib
 import os
 import shutil
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -47,6 +48,11 @@ def clean_environment(tmp_path, monkeypatch):
     for name in list(os.environ):
         if name.startswith("SLURM_") or name in LAUNCHERS_READ:
             monkeypatch.delenv(name)
+    yield
+    if "accelerate" in sys.modules:  # its state is global, and forked tests would inherit it
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 LAUNCHERS_READ = ("OUT", "IPC", "DATA_DIR", "NUM_GPUS", "TORCHRUN_ARGS", "RANK", "WORLD_SIZE")

@@ -1,6 +1,6 @@
 """Training a network, teacher or student: one loop, one checkpoint, one stop (paper, 3.3 and 4.1).
 
-    train(out, seeds, lessons, forward, open_test, checkpoint_every)  # one network per seed
+    train(out, seeds, lessons, forward, make_tester, checkpoint_every)  # one network per seed
 
 A batch is cut into chunks of `bn_batch` images: what BatchNorm sees together. A chunk is one
 forward and backward pass, its loss is divided by the images of the whole batch, and the gradients
@@ -86,7 +86,7 @@ def check_warmup(warmup_epochs, epochs):
         refuse(f"--warmup_epochs {warmup_epochs}: not below the {epochs} epochs of training")
 
 
-# ---- losses: of the outputs, their goal, and whatever settings they name; summed over the rows
+# ---- losses, summed over the rows: functions of the outputs, the goal, and all settings by name
 
 
 class Goal(NamedTuple):
@@ -197,18 +197,18 @@ class Learner:
         self.lessons, self.seed, self.forward, self.rows = lessons, seed, forward, []
         with seeded(seed, WEIGHTS):
             model = lessons.network()
-        self.random, self.model = has_random_layers(model), forward.place(model)
+        self.has_dropout, self.model = has_random_layers(model), forward.place(model)
         s, sgd = lessons.settings, lessons.settings["sgd"]
-        self.rate = "learning_rate" if sgd else "adamw_lr"  # the flag that says the peak
+        self.lr_flag = "learning_rate" if sgd else "adamw_lr"  # the flag that says the peak
         decay = s["weight_decay" if sgd else "adamw_weight_decay"]
         rest = s["momentum"], s["fused"]
-        self.optimizer = make_optimizer(self.model, sgd, s[self.rate], decay, *rest)
+        self.optimizer = make_optimizer(self.model, sgd, s[self.lr_flag], decay, *rest)
         self.parts, self.tested = {"model": self.model, "optimizer": self.optimizer}, self.model
         if s["ema"]:  # EDC's average, which starts from the initial weights, and is tested
             self.tested = copy.deepcopy(self.model).requires_grad_(False)
             self.parts["average"] = self.tested
             # not swa_utils.AveragedModel: it waits for the GPU at every step
-            self.move = torch.optim.swa_utils.get_ema_multi_avg_fn(s["ema"])
+            self.update_average = torch.optim.swa_utils.get_ema_multi_avg_fn(s["ema"])
 
     def restore(self, path, state):
         """Go on from a checkpoint."""
@@ -234,7 +234,7 @@ class Learner:
     def train_epoch(self, items, process, bar):
         """One epoch over `items`; returns its row {"epoch", "lr", "loss"}."""
         settings, model, epoch = self.lessons.settings, self.model.train(), len(self.rows)
-        lr = settings[self.rate] * lr_factor(epoch=epoch, **settings)
+        lr = settings[self.lr_flag] * lr_factor(epoch=epoch, **settings)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         total, seen, steps = torch.zeros((), device=process.device), 0, 0
@@ -247,16 +247,20 @@ class Learner:
             bar.update(part.count)
         ranks.average_buffers(model, seen, process.world)
         for mean, value in zip(self.tested.buffers(), model.buffers()):
-            mean.copy_(value)
+            mean.copy_(value)  # onto itself without --ema
         ranks.sum_over_ranks([total], process.world)
         loss = total.item() / steps
         if not math.isfinite(loss):  # no later one would be finite
-            refuse(f"epoch {epoch}: the loss is {loss}; lower --{self.rate}")
+            refuse(f"epoch {epoch}: the loss is {loss}; lower --{self.lr_flag}")
         return {"epoch": epoch, "lr": lr, "loss": loss}
 
     def seeds(self, *key):
         """For dropout; a network without draws nothing."""
-        return seeded(*key, device=self.forward.device) if self.random else contextlib.nullcontext()
+        return (
+            seeded(*key, device=self.forward.device)
+            if self.has_dropout
+            else contextlib.nullcontext()
+        )
 
     def step(self, part, chunks, world, key):
         """One optimiser step on this process's part of a batch; returns its share of the loss.
@@ -280,7 +284,7 @@ class Learner:
         ranks.sum_gradients(self.model, world)
         self.optimizer.step()
         if settings["ema"]:
-            self.move(*(list(m.parameters()) for m in (self.tested, self.model)), None)
+            self.update_average(*(list(m.parameters()) for m in (self.tested, self.model)), None)
         return total
 
 
@@ -339,19 +343,24 @@ def open_seeds(out, seeds, lessons):
     return states
 
 
-def train(out, seeds, lessons, forward, open_test, checkpoint_every, track=None):
+def train(out, seeds, lessons, forward, make_tester, checkpoint_every, track=None):
     """Train one network per seed, one after the other, over one loader.
 
-    open_test  () -> function network -> {"top1", "top5"};   track: (seed, row) -> None
-    lessons    settings: {flag: value} of batches, optimiser, schedule and loss
-               count: images of an epoch;   network() -> a new one;   loss: as those above
-               loader(keys): iterator over [(epoch, number)];   part: its item -> Part
-               files_of: seed -> names of its weights (safetensors) and rows (JSON)
+    make_tester   () -> function network -> {"top1", "top5"}, once images are wanted
+    track         (seed, row) -> None, after each epoch
+    lessons       what is trained on: lessons.Lessons of a student, train_teacher.RealImages; has
+                  settings   {flag: value} of batches, optimiser, schedule and loss
+                  count      images of an epoch
+                  network    () -> a new network
+                  loss       a function as those above
+                  loader     [(epoch, number of the batch)] -> iterator of items
+                  part       item -> Part
+                  files_of   seed -> names of its weights (safetensors) and rows (JSON)
     """
     states = open_seeds(out, seeds, lessons)
     if not states:
         return
-    test, settings, epochs = open_test(), lessons.settings, lessons.settings["epochs"]
+    test, settings, epochs = make_tester(), lessons.settings, lessons.settings["epochs"]
     numbers = range(batches.batches_of(lessons.count, settings["batch_size"]))
     left = [epoch for _, state in states.values() for epoch in range(len(state["rows"]), epochs)]
     items = lessons.loader([(epoch, number) for epoch in left for number in numbers])
@@ -363,6 +372,7 @@ def train(out, seeds, lessons, forward, open_test, checkpoint_every, track=None)
             learner = Learner(lessons, seed, forward)
             learner.restore(path, state)
             for done in range(len(learner.rows) + 1, epochs + 1):
+                # one iterator serves all epochs and seeds: an epoch takes its share of it
                 row = learner.train_epoch(islice(items, len(numbers)), out.process, bar)
                 if done % settings["eval_every"] == 0 or done == epochs:
                     row |= test(learner.tested)

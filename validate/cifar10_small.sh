@@ -180,7 +180,7 @@ for RECIPE in $RECIPES; do # arms innermost: the first minutes compare all of th
         done
     done
 done
-! late || echo "MINUTES $MINUTES are over: not all was run; the same command goes on"
+! late || echo "MINUTES $MINUTES are over: not all was run; the same command goes on" >&2
 
 step run -m misc.small_results --output_root "$OUT" --scale "$SCALE" --model "$MODEL" \
     --data_dir "$DATA_DIR" --results "$RESULTS" "$@"

@@ -188,8 +188,11 @@ def test_ctrl_c(capsys):
     def interrupted(argv):
         os.kill(os.getpid(), signal.SIGINT)
 
+    # a shell starts what runs in the background with this signal ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with exits(130):
         runtime.entry_point(interrupted)([])
+    signal.signal(signal.SIGINT, before)
     assert "run the same command to go on" in capsys.readouterr().err
 
 

@@ -232,7 +232,7 @@ class Output:
         units, rank, world = list(units), self.process.rank, self.process.world
         self.names += [name for unit in units for name in files_of(unit)]
         self.units = len(self.names)
-        lacking = [not all((self.folder / n).exists() for n in files_of(unit)) for unit in units]
+        lacking = [not all(self._has(name) for name in files_of(unit)) for unit in units]
         needed = sum(lacking) * bytes_each
         files.require_space(self.flag, self.folder, needed)
         if self.process.dry_run:
@@ -245,6 +245,11 @@ class Output:
         elif runs:
             mine = range(rank * len(units) // world, (rank + 1) * len(units) // world)
         return [units[n] for n in mine if lacking[n]]
+
+    def _has(self, name):
+        """Whether a unit's file is there; an empty one is what a power cut leaves without fsync."""
+        path = self.folder / name
+        return path.is_file() and path.stat().st_size > 0
 
     def steps(self, items):
         """`items` one by one; between two of them, leaves with status 75 if a stop signal came."""
@@ -296,7 +301,7 @@ class Output:
         self.flush()
         self.leave_if_asked()
         cost = self._log_run()
-        missing = [name for name in self.names if not (self.folder / name).is_file()]
+        missing = [name for name in self.names if not self._has(name)]
         if not missing:
             for name, text in (derived or {}).items():
                 if not self.complete or not (self.folder / name).is_file():

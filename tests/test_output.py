@@ -141,6 +141,14 @@ def test_a_signal_leaves_after_the_unit_at_hand(signum, capsys):
     assert tree(stage([])) == straight
 
 
+def test_an_empty_unit_is_made_again():
+    straight = tree(stage(["--root", "straight"]))
+    with exits(75):
+        stage([], at_unit=stop_at(2))
+    open("root/stem/c1/unit1.txt", "w").close()
+    assert tree(stage([])) == straight
+
+
 def test_a_signal_while_the_manifest_is_written(monkeypatch):
     def slow(path, digest=files.sha256):
         os.kill(os.getpid(), signal.SIGTERM)

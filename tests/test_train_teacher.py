@@ -1,9 +1,6 @@
 """Training a teacher on real images: what it learns, from which images, by which recipe."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,7 +8,7 @@ import torch
 from distillation import datasets
 from matching import train_teacher
 from scripts import files, output
-from tests.conftest import ROOT, TEACHER, picture_folder, tree
+from tests.conftest import TEACHER, picture_folder, tree
 
 
 def train(root, *more):
@@ -132,11 +129,3 @@ def test_what_a_finished_folder_was_made_of_must_not_change(tmp_path, refused):
     refused(train_teacher.main, flags, "model.safetensors")
     picture_folder(tmp_path / "less", ["cat"], split="val")
     refused(train_teacher.main, [*flags, "--val_dir", tmp_path / "less"], "no class dog")
-
-
-@pytest.mark.parametrize("variable", [{}, {"TQDM_DISABLE": "1"}])
-def test_tqdms_own_variable_turns_the_bar_off(variable):
-    environment = {name: v for name, v in os.environ.items() if name != "TQDM_DISABLE"} | variable
-    command = [sys.executable, "-c", "from scripts import runtime; list(runtime.progress('abc'))"]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-    assert (b"3/3" in ended.stderr) == (not variable)

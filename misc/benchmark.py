@@ -13,6 +13,7 @@ after each stage. Outputs that differ end it with status 1.
 import copy
 import cProfile
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -32,6 +34,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
 
 from distillation import datasets, gen_prototype, gen_syn_image, image_folder, prototype_files
@@ -48,14 +51,14 @@ CPU = torch.device("cpu")
 # units per turn. real, synthesis: images by the release, by us; batch, epoch, side: of stages 3-4;
 # encode, pixels: of the generator in stages 1 and 2; spawned: of the release's 8 workers
 SIZES = {
-    "cuda": {"turns": 2, "real": (512, 2600), "synthesis": (3, 64), "steps": 50, "pixels": 512}
-    | {"encode": 512}
+    "cuda": {"turns": 2, "real": (256, 1300), "synthesis": (3, 32), "steps": 50, "pixels": 512}
+    | {"encode": 512, "matrix": 8192}
     | {"batch": 1024, "epoch": 10240, "side": 224, "spawned": 8, "workers": 4},
     "cpu": {"turns": 3, "real": (16, 16), "synthesis": (4, 16), "steps": 10, "pixels": 64}
-    | {"encode": 512}
+    | {"encode": 512, "matrix": 1024}
     | {"batch": 1024, "epoch": 1024, "side": 64, "spawned": 2, "workers": 0},
     "quick": {"turns": 1, "real": (8, 12), "synthesis": (2, 4), "steps": 4, "pixels": 64}
-    | {"encode": 64}
+    | {"encode": 64, "matrix": 256}
     | {"batch": 8, "epoch": 16, "side": 32, "spawned": 1, "workers": 0},
 }
 
@@ -96,6 +99,37 @@ def machine(device):
     return found
 
 
+def per_second(function, device, least=0.3):
+    """How often a call ends per second, in the median of at least `least` seconds."""
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+    function()  # kernels are chosen
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1 / timer.blocked_autorange(min_run_time=least).median
+
+
+def ceilings(device, n):
+    """What the device reaches: {precision: TFLOP/s of a matrix product, "copy": GB/s, read + write}
+
+    n    of the (n, n) matrices: random, as zeros run faster
+    """
+    found, a = {}, torch.randn(n, n, device=device)
+    for name, dtype in generators.DTYPES.items():
+        x = a.to(dtype)
+        found[name] = 2 * n**3 * per_second(lambda x=x: x @ x, device) / 1e12
+    if device.type == "cuda":  # what PyTorch's convolutions use for fp32
+        torch.set_float32_matmul_precision("high")
+        found["tf32"] = 2 * n**3 * per_second(lambda: a @ a, device) / 1e12
+        torch.set_float32_matmul_precision("highest")
+    source = torch.randn(16 * n * n, device=device)  # far more than any cache
+    target = torch.empty_like(source)
+    moved = 2 * source.numel() * source.element_size()
+    found["copy"] = moved * per_second(lambda: target.copy_(source), device) / 1e9
+    return found
+
+
 def equal(a, b, _=None):
     same = torch.equal(torch.as_tensor(a), torch.as_tensor(b))
     return "same bits" if same else "DIFFERENT", same
@@ -115,6 +149,15 @@ def close(what, limit, others=0.5):
     return same
 
 
+@contextmanager
+def one_thread(device):
+    """On a CPU, threads that wait for each other would count as CPU-seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if device.type == "cpu" else threads)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Bench:
     """Device, sizes, pictures and a temporary folder; the rows as they come."""
 
@@ -122,6 +165,8 @@ class Bench:
         self.device, self.size, self.pictures, self.root = device, size, pictures, root
         self.profile, self.arch, self.rows, self.gpu = profile, arch, [], device.type == "cuda"
         self.process, self.folders = runtime.Process(0, 1, device), 0
+        with one_thread(device):
+            self.ceilings = ceilings(device, size["matrix"])
 
     def output(self, stage, settings):
         """A new output folder, as a stage writes to."""
@@ -129,39 +174,36 @@ class Bench:
         where = ("--out", self.root, f"{stage}-{self.folders}", stage)
         return output.Output(*where, settings, {}, self.process)
 
-    def models(self):
-        """{way: generator}, with random weights."""
-        from misc import train_tiny_sd
-
-        folder, small = self.root / "generator", (0, self.size["pixels"], (4,) * 4, (16, 32), 32)
-        if not folder.exists():
-            pipe = stable_diffusion() if self.gpu else train_tiny_sd.tiny_pipeline(*small, 77)
-            pipe.save_pretrained(folder)
-        fast = {"channels_last": True, "compile": True}
-        ways = {"ours": {}, "channels_last + compile": fast} if self.gpu else {"ours": {}}
-        return {n: generators.load(str(folder), self.device, **how) for n, how in ways.items()}
+    @functools.cached_property
+    def model(self):
+        """The generator of stages 1 and 2, with random weights."""
+        return generators.load(str(generator_folder(self.root, self.size, self.gpu)), self.device)
 
     def race(self, stage, what, unit, ways, counts, same, device=CPU, turns=None, **facts):
         """Run all ways in turns; one row for each beside "release".
 
         ways     {name: function};   counts   units of the release's way, and of the others
         same     (the release's result, another's, its name) -> (words, whether they agree)
-        facts    target: ratio, or 0; least: units; note, known
+        facts    target: ratio, or 0; least: units; note, known;
+                 precision: of its networks; bytes: the fewest that one unit must move
         """
         turns, clock = turns or self.size["turns"], 0 if device.type == "cuda" else 1
-        target, threads = facts.pop("target", 0), torch.get_num_threads()
-        times, results = {name: [] for name in ways}, {}
-        for name in ways if device.type == "cuda" else ():  # kernels are chosen or compiled
-            ways[name]()
-        if device.type == "cpu":  # threads that wait for each other would count as CPU-seconds
-            torch.set_num_threads(1)
-        for turn in range(turns):
-            for name in list(ways)[:: -1 if turn % 2 else 1]:
-                before = spent(device)
-                results[name] = ways[name]()
-                times[name].append(spent(device)[clock] - before[clock])
-        torch.set_num_threads(threads)
+        target, precision = facts.pop("target", 0), facts.pop("precision", None)
+        moved = facts.pop("bytes", 0)
+        times, results, operations = {name: [] for name in ways}, {}, 0
         units = {name: counts[name != "release"] for name in ways}
+        with one_thread(device):
+            for name in ways if device.type == "cuda" else ():  # kernels are chosen
+                ways[name]()
+            if precision:
+                with FlopCounterMode(display=False) as counter:
+                    ways["ours"]()
+                operations = counter.get_total_flops() / units["ours"]
+            for turn in range(turns):
+                for name in list(ways)[:: -1 if turn % 2 else 1]:
+                    before = spent(device)
+                    results[name] = ways[name]()
+                    times[name].append(spent(device)[clock] - before[clock])
         rates = {name: [units[name] / max(t, 1e-9) for t in times[name]] for name in ways}
         for name in list(ways)[1:]:
             words, agree = same(results["release"], results[name], name)
@@ -171,6 +213,13 @@ class Bench:
             row |= {"release": median(rates["release"]), "ours": median(rates[name])}
             row |= {"ratio": median(ratios), "ratios": ratios, "n": turns}
             row |= {"agree": bool(agree), "same": words, **facts}
+            if precision:
+                used = "bf16" if "bf16" in name else precision
+                row["gflop"], row["tflops"] = operations / 1e9, operations * row["ours"] / 1e12
+                row["share"] = [row["tflops"] / self.ceilings[used], used]
+            if moved:  # the fewest bytes that must move
+                row["gb_per_s"] = moved * row["ours"] / 1e9
+                row["share"] = [row["gb_per_s"] / self.ceilings["copy"], "copy"]
             if target:
                 fast = row["ratio"] >= target and row["ours"] >= row.get("least", 0)
                 row |= {"target": target, "met": bool(agree and fast)}
@@ -178,6 +227,18 @@ class Bench:
                 row["top_costs"] = {n: top_costs(ways[n]) for n in ("release", name)}
             self.rows.append(row)
             print(table([row], head=len(self.rows) == 1), flush=True)
+
+
+def generator_folder(root, size, full):
+    """A checkpoint with random weights below `root`: Stable Diffusion 1.5's configuration or, if
+    not `full`, a small one."""
+    from misc import train_tiny_sd
+
+    folder, small = root / "generator", (0, size["pixels"], (4,) * 4, (16, 32), 32)
+    if not folder.exists():
+        pipe = stable_diffusion() if full else train_tiny_sd.tiny_pipeline(*small, 77)
+        pipe.save_pretrained(folder)
+    return folder
 
 
 def stable_diffusion():
@@ -265,13 +326,13 @@ def stage_1(bench):
     bench.race(1, what, "image", ways, counts, equal, **note)
 
     items = tuple(paths[i % few] for i in range(many))
-    split, found = dataclasses.replace(split, items=(items,)), bench.models()
+    split, model = dataclasses.replace(split, items=(items,)), bench.model
     order = np.argsort(gen_prototype.class_order(split, 0, 0))[:few]
     argv = ["--size", str(side), "--km_expand", "1", "--on_small_class", "repeat"]
     stage, workers = gen_prototype.get_args(argv).settings, bench.size["workers"]
     kmeans = gen_prototype.resolve_kmeans_device("auto", bench.device)
 
-    def ours(model, cache=None, ipc=10, form="json"):
+    def ours(cache=None, ipc=10, form="json"):
         settings = {**stage, "ipc": ipc}
         how = (settings, cache, workers, True)
         with bench.output("prototypes", settings) as out:
@@ -280,22 +341,21 @@ def stage_1(bench):
             out.write(f"0.{form}", prototype_files.class_bytes(found, {"prompt": "tench"}, form))
         return rows if cache else rows[order]
 
-    target, model = bench.root / "release.json", found["ours"]
+    target = bench.root / "release.json"
     reading = (paths, side, workers, min(10, few), target)
-    ways = {"release": lambda: release_prototypes(model, *reading)}
-    ways |= {name: partial(ours, model) for name, model in found.items()}
+    ways = {"release": lambda: release_prototypes(model, *reading), "ours": ours}
     same, facts = close("latents", 0.05 if bench.gpu else 1e-3), {"device": bench.device}
-    what, target_ratio = "images to prototypes", 2.5 * bench.gpu
-    bench.race(1, what, "image", ways, (few, many), same, target=target_ratio, **facts)
+    how = {"target": 2.5 * bench.gpu, "precision": model.facts["precision"], **facts}
+    bench.race(1, "images to prototypes", "image", ways, (few, many), same, **how)
 
     shape = (1300, *model.latent_shape(side))
     latents = np.random.default_rng(0).normal(0, 1, shape).astype(np.float16)
     cache = LatentCache(bench.root, split, stage, model.facts, lambda **_: None)
     cache.save(0, latents, [], 1.0)
-    ways = {"release": partial(ours, model)}
+    ways = {"release": ours}
     for ipc in (10, 200):
         for form in prototype_files.FORMATS:
-            ways[f"{ipc} per class, {form}"] = partial(ours, model, cache, ipc, form)
+            ways[f"{ipc} per class, {form}"] = partial(ours, cache, ipc, form)
     facts |= {"target": 12, "note": "against our own way from images"}
     same = lambda a, b, _: equal(latents, b)  # noqa: E731
     bench.race(1, "another IPC, from the cache", "image", ways, (many, 1300), same, **facts)
@@ -326,12 +386,9 @@ def stage_1(bench):
 
 def stage_2(bench):
     few, many = bench.size["synthesis"]
-    found, draw, steps = bench.models(), np.random.default_rng(1), str(bench.size["steps"])
+    model, draw, steps = bench.model, np.random.default_rng(1), str(bench.size["steps"])
     argv = ["--prototype_path", "x", "--ipc", "10", "--num_inference_steps", steps]
-    settings, model = (
-        gen_syn_image.of_arm(gen_syn_image.get_args(argv).settings, "d4m"),
-        found["ours"],
-    )
+    settings = gen_syn_image.of_arm(gen_syn_image.get_args(argv).settings, "d4m")
     names = range(-(-many // 10))
     classes = [{"index": c, "folder": f"c{c}", "prompt": f"tench {c}"} for c in names]
     jobs = image_folder.list_jobs(classes, 10, 10)[:many]
@@ -350,7 +407,7 @@ def stage_2(bench):
             image.resize((224, 224)).save(folder / f"{n}.png")
         return np.stack([datasets.read_rgb(folder / f"{n}.png") for n in range(few)])
 
-    def ours(model):
+    def ours():
         def stream(positions):
             return ((p, Prototypes(rows[p], np.ones(10))) for p in positions)
 
@@ -365,8 +422,8 @@ def stage_2(bench):
         words = f"pixels differ by {off.max()} of 255 at most, {off.mean():.2g} in the mean"
         return words, off.mean() <= 4 if bench.gpu else off.max() <= 4  # fp16 on a GPU
 
-    ways = {"release": release, **{name: partial(ours, model) for name, model in found.items()}}
-    facts = {"device": bench.device, "target": 6 * bench.gpu}
+    ways, facts = {"release": release, "ours": ours}, {"device": bench.device}
+    facts |= {"target": 6 * bench.gpu, "precision": model.facts["precision"]}
     bench.race(2, "prototypes to PNGs", "image", ways, (few, many), same, **facts)
 
 
@@ -484,6 +541,18 @@ def stage_3(bench):
 
     replay = Replay(bench, size["epoch"], size["side"], size["batch"], device)
     feed, workers = replay.new_feed(device), size["spawned"] * bench.gpu
+    if bench.gpu:
+
+        def last(stream):
+            for x in stream:
+                found = x
+            return found
+
+        ways = {"release": lambda: last(x for _, x, _ in replay.release.mixed(device, workers))}
+        ways["ours"] = lambda: last(map(feed.mixed, feed.loader(replay.keys)))
+        pixels = 3 * size["side"] ** 2  # each a byte that is read and a float that is written
+        facts, counts = {"device": device, "bytes": 5 * pixels}, [size["epoch"]] * 2
+        bench.race(3, "feeding on the GPU", "image", ways, counts, close("pixels", 1e-6), **facts)
     with training.seeded(0):
         teacher = models.create_model(bench.arch, 1000, size["side"]).eval().to(device)
 
@@ -509,6 +578,7 @@ def stage_3(bench):
     ways["bf16 + channels_last"] = partial(made, fast, "bf16", True)
     ways = ways if bench.gpu else dict(list(ways.items())[:2])
     facts, counts = {"device": device, "target": 5 * bench.gpu}, [size["epoch"]] * 2
+    facts["precision"] = "tf32" if bench.gpu else "fp32"
     what, same = f"labels made by {bench.arch}, {size['side']} px", close("logits", 0.01)
     bench.race(3, what, "image", ways, counts, same, **facts)
 
@@ -594,6 +664,7 @@ def stage_4(bench):
     ways[f"{half} images per pass"], _ = our_epoch(bench, replay, half)
     note = f"{chunk} images per pass where no other number is named, the release's {half}"
     facts, counts = {"target": 8 * bench.gpu, "note": note}, [size["epoch"]] * 2
+    facts["precision"] = "tf32" if bench.gpu else "fp32"
     what, same = f"an epoch of {bench.arch}, {size['side']} px", close("losses", 0.5)
     bench.race(4, what, "image", ways, counts, same, bench.device, **facts)
 
@@ -609,8 +680,8 @@ def rounded(value):
 
 
 def table(rows, head=True):
-    lines = ["| stage | what | release | ours | unit | ratio | outputs | target |"]
-    lines = (lines + ["|---" * 8 + "|"]) * head
+    lines = ["| stage | what | release | ours | unit | ratio | of the ceiling | outputs | target |"]
+    lines = (lines + ["|---" * 9 + "|"]) * head
     for row in rows:
         low, high = min(row["ratios"]), max(row["ratios"])
         least = f", {row.get('least')} per {row['per']}" * ("least" in row)
@@ -620,7 +691,12 @@ def table(rows, head=True):
         release = rounded(row["release"]) + f" (known: {row.get('known')})" * ("known" in row)
         ratio = f"{row['ratio']:.3g} ({low:.3g} to {high:.3g}, n = {row['n']})"
         cells = [f"{row['stage']}", what, release, rounded(row["ours"])]
-        cells += [f"{row['unit']} / {row['per']}", ratio, row["same"], target]
+        rate = ""
+        if "share" in row:
+            used = f"{rounded(row['tflops'])} TFLOP/s" if "tflops" in row else ""
+            used = used or f"{rounded(row['gb_per_s'])} GB/s"
+            rate = f"{used}, {row['share'][0]:.0%} of {row['share'][1]}"
+        cells += [f"{row['unit']} / {row['per']}", ratio, rate, row["same"], target]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -636,6 +712,8 @@ def markdown(result):
         "All measured, both sides in this run, in turns; rates and ratios are medians (least to "
         "most, n turns); one torch thread wherever CPU-seconds are counted.",
         table(result["rows"]),
+        f"Ceilings measured here, TFLOP/s of a matrix product and GB/s of a copy (read + written): "
+        f"{', '.join(f'{name} {rounded(x)}' for name, x in result['ceilings'].items())}.",
         f"Peak memory up to each stage, both ways in it: {json.dumps(result['peak_memory'])}.",
     ]
     for row in result["rows"]:
@@ -682,6 +760,7 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="d4m-benchmark-") as root:
         bench = Bench(device, size, pictures, Path(root), args.profile, arch)
+        result["ceilings"] = bench.ceilings
         for stage in stages:
             STAGES[stage](bench)
             result["peak_memory"][stage] = output.peak_memory(device)

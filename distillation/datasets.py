@@ -11,7 +11,6 @@ torchvision's ImageFolder has it. Everything is keyed by class index and folder 
 prompt: two ImageNet classes share the word "crane".
 """
 
-import contextlib
 import csv
 import hashlib
 import os
@@ -24,9 +23,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from distillation.label_files import WNID, known_prompts, read_label_file
+from distillation.label_files import WNID as WNID
+from distillation.label_files import known_prompts, read_label_file
 from scripts import files
 from scripts.runtime import CHOICE, generator, number, refuse, warn
 
@@ -79,17 +79,18 @@ class Split:
         for position in range(len(self.folders)) if positions is None else positions:
             state.update(f"{self.folders[position]}\n".encode())
             for item in self.items[position]:
-                if self.arrays is not None:
-                    state.update(self.arrays[item].tobytes())
-                    continue
-                size = "missing"
-                if not missing_ok or os.path.exists(item):
-                    status = os.stat(item)
-                    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-                        refuse(f"{item}: not a file")
-                    size = status.st_size
-                state.update(f"{item.name} {size}\n".encode())
+                state.update(self._mark(item, missing_ok))
         return state.hexdigest()
+
+    def _mark(self, item, missing_ok):
+        if self.arrays is not None:
+            return self.arrays[item].tobytes()
+        if missing_ok and not os.path.exists(item):
+            return f"{item.name} missing\n".encode()
+        status = os.stat(item)
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            refuse(f"{item}: not a file")
+        return f"{item.name} {status.st_size}\n".encode()
 
     def digest(self):
         """sha256 over folder names and image contents: which images a model was trained on."""
@@ -131,28 +132,24 @@ def choose_images(split, ipc, seed):
 
 
 def read_rgb(path):
-    """A file as PIL RGB: alpha dropped, palettes resolved, the first frame of an animation, no EXIF
-    rotation (as the release).
+    """A file as PIL RGB: no alpha, first frame, no EXIF rotation (as the release). Raises BadImage.
 
-    16-bit gray is scaled to 8 bits; Pillow alone would clip it to white. Raises BadImage.
+    16-bit gray is scaled to 8 bits; Pillow alone would clip it to white.
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I") or image.mode == "F":
-                image = _sixteen_bit_gray(image)
-            return image.convert("RGB")
-    except UnidentifiedImageError:
-        raise BadImage(f"{path}: not an image ({Path(path).stat().st_size} bytes)") from None
+            is_deep = image.mode.startswith("I") or image.mode == "F"
+            return _eight_bit_gray(image) if is_deep else image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise struct.error, IndexError, zlib.error ...
-        raise BadImage(f"{path}: cannot be decoded: {str(error) or type(error).__name__}") from None
+        reason = str(error) or type(error).__name__
+        raise BadImage(f"{path}: not an image that can be read: {reason}") from None
 
 
-def _sixteen_bit_gray(image):
+def _eight_bit_gray(image):
     values = np.asarray(image)
     if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
-        span = f"values {values.min()} to {values.max()}"
-        raise ValueError(f"mode {image.mode} with {span} has no known range")
-    return Image.fromarray((values.astype(np.float64) / 257).round().astype(np.uint8))
+        raise ValueError(f"{image.mode} pixels of {values.min()} to {values.max()}, no 16-bit gray")
+    return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
 
 
 def squash(image, size):
@@ -164,8 +161,7 @@ def squash(image, size):
 
 
 def class_folders(flag, root):
-    """The names of the folders in `root`, sorted; refuses a broken link, or its class would be
-    lost in silence."""
+    """The names of the folders in `root`, sorted. A broken link would be a class lost silently."""
     paths = sorted(p for p in root.iterdir() if not p.name.startswith("."))
     for path in paths:
         if path.is_symlink() and not path.exists():
@@ -175,10 +171,11 @@ def class_folders(flag, root):
 
 def in_folders(dataset, root, split, flag, download=False):
     """ROOT/split/<class>/, or ROOT/<class>/."""
-    base, wanted, others = _base(root, split), known_prompts(dataset), []
-    if not _has_folders(base):
+    base, known, others = _base(root, split), known_prompts(dataset), []
+    names = class_folders(flag, base)
+    if not names:
         refuse(f"{flag} {root}: no class folders in {base}; {dataset} needs {ALL[dataset].needs}")
-    names = [name for name in class_folders(flag, base) if not wanted or name in wanted]
+    names = [name for name in names if not known or name in known]
     found = {name: _images_below(base / name, others) for name in names}
     if others:
         count = f"{len(others)} files with other extensions are left out"
@@ -190,15 +187,10 @@ def _base(root, split):
     return root / split if (root / split).is_dir() else root
 
 
-def _has_folders(path):
-    return path.is_dir() and any(p.is_dir() for p in path.iterdir())
-
-
 def _images_below(folder, others):
     """The images in `folder` and below, sorted; files with OTHER_EXTENSIONS go to `others`.
 
-    Not torchvision's `make_dataset`: it takes hidden files, such as macOS's ._x.jpg, and lists each
-    image of a folder that links to itself 40 times.
+    Not torchvision's `make_dataset`: it takes hidden files and follows a link in circles.
     """
     found = []
     for parent, folders, names in os.walk(folder, followlinks=True):  # no stat: a million files
@@ -215,78 +207,67 @@ def _images_below(folder, others):
 
 
 def in_wnid_folders(dataset, root, split, flag, download=False):
-    """`in_folders`, or a flat ImageNet val/ with one of its three usual ground-truth files."""
+    """`in_folders`, or a flat val/ with one of the files in GROUND_TRUTH."""
     base = _base(root, split)
-    if split != "val" or _has_folders(base):
+    if split != "val" or any((base / wnid).is_dir() for wnid in known_prompts(dataset)):
         return in_folders(dataset, root, split, flag)
-    return _by_ground_truth(base, _imagenet_ground_truth(root, base, flag), flag)
-
-
-def in_tiny_imagenet(dataset, root, split, flag, download=False):
-    """`in_folders`, or Tiny-ImageNet's own val/images/ with val_annotations.txt."""
-    base = _base(root, split)
-    path, first = base / "val_annotations.txt", next(iter(known_prompts(dataset)))
-    if not path.is_file() or (base / first).is_dir():
-        return in_folders(dataset, root, split, flag)
-    with _as_ground_truth(path):
-        lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [line.split("\t") for line in lines if line]  # val_0.JPEG  n03444034  box
-    for n, row in enumerate(rows, 1):
-        if len(row) < 2 or not WNID.match(row[1]):
-            refuse(f"{path}, line {n}: expected file name, tab, wnid")
-    return _by_ground_truth(base / "images", {row[0]: row[1] for row in rows}, flag)
-
-
-def _by_ground_truth(folder, wnid_of, flag):
-    """Flat images by {file name: wnid}."""
+    places = [base, root, base.parent, *root.glob("*devkit*"), *root.glob("*devkit*/data")]
+    paths = [place / name for name in GROUND_TRUTH for place in places]
+    path = next((path for path in paths if path.is_file()), None)
+    if not path:
+        wanted = f"no ground truth is beside it: {', '.join(GROUND_TRUTH)}"
+        refuse(f"{flag} {root}: {base} has no class folders of {dataset}, and {wanted}")
+    try:
+        wnid_of = GROUND_TRUTH[path.name](path)
+    except Exception as error:  # whatever is wrong inside somebody's file
+        refuse(f"{path}: cannot be read as ground truth: {type(error).__name__}: {error}")
     by_class = {}
-    for path in _images_below(folder, []):
-        if path.name not in wnid_of:
-            refuse(f"{flag} {folder}: {path.name} has no line in the ground-truth file")
-        by_class.setdefault(wnid_of[path.name], []).append(path)
+    for image in _images_below(base, []):
+        if image.name not in wnid_of:
+            refuse(f"{flag} {root}: {image.name} has no line in {path.name}")
+        by_class.setdefault(wnid_of[image.name], []).append(image)
     return by_class, None
 
 
-@contextlib.contextmanager
-def _as_ground_truth(path):
-    """Whatever is wrong inside the file is one line that names it."""
-    try:
-        yield
-    except Exception as error:
-        refuse(f"{path}: cannot be read as ground truth: {type(error).__name__}: {error}")
+def _kaggle(path):  # ImageId,"wnid x y x y ..."
+    rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+    return {f"{row['ImageId']}.JPEG": row["PredictionString"].split()[0] for row in rows}
 
 
-def _imagenet_ground_truth(root, base, flag):
-    """{file name: wnid} of a flat ImageNet val/."""
-    names = ("LOC_val_solution.csv", "imagenet_2012_validation_synset_labels.txt")
-    places = [[folder / name for folder in (base, root, base.parent)] for name in names]
-    kaggle, lines = (next((p for p in paths if p.is_file()), None) for paths in places)
-    name = "ILSVRC2012_validation_ground_truth.txt"  # of the devkit: line i = id of image i
-    found = (p for at in ("", "*devkit*/", "*devkit*/data/") for p in root.glob(at + name))
-    truth = kaggle or lines or next(found, None)
-    meta = truth and truth.parent / "meta.mat"
-    if not truth or not (kaggle or lines or meta.is_file()):
-        wanted = f"{', '.join(names)}, or the devkit's {name} with meta.mat"
-        refuse(f"{flag} {root}: {base} is flat and no ground truth is beside it: {wanted}")
-    if kaggle:  # ImageId,"wnid x y x y ..."
-        with _as_ground_truth(kaggle), open(kaggle, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-            return {f"{r['ImageId']}.JPEG": r["PredictionString"].split()[0] for r in rows}
-    with _as_ground_truth(truth):
-        wnids = truth.read_text(encoding="utf-8").split()  # line i = wnid of image i, or its id
-    if not lines:
-        from scipy.io import loadmat
+def _wnids(path):  # line i = wnid of image i
+    return _by_number(path.read_text(encoding="utf-8").split())
 
-        with _as_ground_truth(meta):
-            synsets = loadmat(meta, squeeze_me=True)["synsets"]
-            wnid_of = {str(int(s["ILSVRC2012_ID"])): str(s["WNID"]) for s in synsets}
-            wnids = [wnid_of[n] for n in wnids]
+
+def _devkit(path):  # line i of the file beside it = number of image i's class
+    from scipy.io import loadmat
+
+    synsets = loadmat(path, squeeze_me=True)["synsets"]
+    wnid_of = {str(int(s["ILSVRC2012_ID"])): str(s["WNID"]) for s in synsets}
+    numbers = path.with_name("ILSVRC2012_validation_ground_truth.txt").read_text().split()
+    return _by_number(wnid_of[n] for n in numbers)
+
+
+def _by_number(wnids):
     return {f"ILSVRC2012_val_{i:08d}.JPEG": wnid for i, wnid in enumerate(wnids, 1)}
+
+
+def _tiny_imagenet(path):  # val_0.JPEG<tab>wnid<tab>box
+    lines = filter(None, path.read_text(encoding="utf-8").splitlines())
+    return dict(line.split("\t")[:2] for line in lines)
+
+
+# {file: function that reads {name of an image: wnid} from it}
+GROUND_TRUTH = {
+    "LOC_val_solution.csv": _kaggle,
+    "imagenet_2012_validation_synset_labels.txt": _wnids,
+    "meta.mat": _devkit,
+    "val_annotations.txt": _tiny_imagenet,
+}
 
 
 def in_cifar(dataset, root, split, flag, download=False):
     """torchvision's CIFAR, held in memory; `in_folders` where there are class folders."""
-    if _has_folders(root / split):
+    if any((root / split).glob("*/")):
         return in_folders(dataset, root, split, flag)
     import torchvision
 
@@ -360,11 +341,8 @@ CIFAR_TEACHER = TeacherRecipe(200, 128, 0.1, 5e-4, 0, "pad_crop", 0.5)
 # short; digits are not flipped
 DIGITS_TEACHER = TeacherRecipe(15, 50, 0.02, 5e-4, 1, "pad_crop", 0.0)
 
-FLAT = "flat val/ with its ground-truth file"
-WNIDS = f"train/<wnid>/ for training and val/<wnid>/ (or {FLAT}) for tests"
-TINY = "train/<wnid>/images/ for training and val/images/ with val/val_annotations.txt for tests"
-OR_FOLDERS = "(--download fetches it), or train/<class name>/ with images"
-CIFAR10, CIFAR100 = f"cifar-10-batches-py/ {OR_FOLDERS}", f"cifar-100-python/ {OR_FOLDERS}"
+WNIDS = "train/<wnid>/ for training, val/<wnid>/ (or flat val/ with its ground truth) for tests"
+CIFAR = "cifar-10-batches-py/ or cifar-100-python/ (--download), or train/<class name>/ with images"
 ANY = "train/<class>/ with images (val/<class>/ for tests), or the <class>/ folders themselves"
 
 CIFAR10_COLOURS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -377,9 +355,9 @@ ALL = {
     "imagenette": DataSet(in_wnid_folders, WNIDS, IMAGENET_TEACHER, 9469),
     "imagewoof": DataSet(in_wnid_folders, WNIDS, IMAGENET_TEACHER, 9025),
     "imagenet100": DataSet(in_wnid_folders, WNIDS, IMAGENET_TEACHER, 126689),
-    "tiny_imagenet": DataSet(in_tiny_imagenet, TINY, TINY_TEACHER, 100000, 64),
-    "cifar10": DataSet(in_cifar, CIFAR10, CIFAR_TEACHER, 50000, 32, 512, *CIFAR10_COLOURS),
-    "cifar100": DataSet(in_cifar, CIFAR100, CIFAR_TEACHER, 50000, 32, 512, *CIFAR100_COLOURS),
+    "tiny_imagenet": DataSet(in_wnid_folders, WNIDS, TINY_TEACHER, 100000, 64),
+    "cifar10": DataSet(in_cifar, CIFAR, CIFAR_TEACHER, 50000, 32, 512, *CIFAR10_COLOURS),
+    "cifar100": DataSet(in_cifar, CIFAR, CIFAR_TEACHER, 50000, 32, 512, *CIFAR100_COLOURS),
     "digits": DataSet(in_scikit_learn, None, DIGITS_TEACHER, 1352, 32, 32, *DIGITS_COLOURS),
     "imagefolder": DataSet(in_folders, ANY, IMAGENET_TEACHER, None),
 }
@@ -397,19 +375,17 @@ def default(fact):
     return lambda args: getattr(ALL[args.dataset], fact)
 
 
-def add_dataset_flags(parser, data_flag="--data_dir"):
+def add_dataset_flags(parser):
     """The flags that say which real images a stage reads."""
     parser.heading("real images")
     parser.setting("--dataset", type=name, default="imagenet", help=", ".join(ALL))
-    parser.flag(data_flag, help="the data set's root (not for digits)")
-    prompts = "one per line in class order, or `folder<TAB>prompt` [our list, or folder names]"
-    parser.flag("--label_file_path", help=prompts)
+    parser.flag("--data_dir", help="the data set's root (not for digits)")
+    parser.flag("--label_file_path", help="prompts, one per line [our list, or folder names]")
     part = "only these: folder names, class indices, or ranges such as 0-9"
     parser.setting("--classes", nargs="+", metavar="C", short="classes", help=part)
-    most, whole = "rehearse on the first so many; 0 takes all", number(int, 0)
-    parser.setting("--max_images_per_class", type=whole, default=0, short="max", help=most)
-    fetch = "let torchvision download CIFAR into the data set's root"
-    parser.flag("--download", action="store_true", help=fetch)
+    limit = {"type": number(int, 0), "default": 0, "short": "max"}
+    parser.setting("--max_images_per_class", **limit, help="for rehearsals; 0 takes all")
+    parser.flag("--download", action="store_true", help="let torchvision download CIFAR")
 
 
 def open_split(
@@ -422,15 +398,12 @@ def open_split(
     download=False,
     flag="--data_dir",
 ):
-    """Find the images of one `split`, "train" or "val"; refuses, naming `flag` and what is needed.
+    """The Split of one `split`, "train" or "val"; its classes keep the data set's order.
 
     classes    None for all, or folder names, indices and ranges ("0-9") of the class list
-    Returns a Split; the classes keep the data set's order.
     """
-    facts, where = ALL[dataset], f"{flag} {root}"
-    if facts.needs and root is None:
-        refuse(f"{flag}: missing; {dataset} needs {facts.needs}")
-    if facts.needs and not Path(root).is_dir():
+    facts, where = ALL[dataset], f"{flag} {root or ''}".strip()
+    if facts.needs and not (root and Path(root).is_dir()):
         refuse(f"{where}: no such folder; {dataset} needs {facts.needs}")
     by_class, arrays = facts.find(dataset, root and Path(root), split, flag, download)
     known = known_prompts(dataset)
@@ -445,14 +418,13 @@ def open_split(
     prompts = list(known.values()) or [re.sub(r"[_\s]+", " ", f).strip() for f in folders]
     if label_file:
         prompts = read_label_file(label_file, folders, dataset)
-    chosen = class_positions(classes, folders)
+    chosen, most = class_positions(classes, folders), max_per_class or None
     missing = [folders[c] for c in chosen if folders[c] not in by_class]
     if missing:
         count = f"{len(missing)} of {len(chosen)} classes of {dataset} are not there"
         refuse(f"{where}: {count}, first {missing[0]}; expected {facts.needs}")
-    items = [tuple(by_class[folders[c]][: max_per_class or None]) for c in chosen]
-    columns = ([folders[c] for c in chosen], [prompts[c] for c in chosen], chosen, items)
-    return Split(dataset, split, *map(tuple, columns), arrays)
+    rows = [(folders[c], prompts[c], c, tuple(by_class[folders[c]][:most])) for c in chosen]
+    return Split(dataset, split, *zip(*rows), arrays)
 
 
 def class_positions(classes, folders):

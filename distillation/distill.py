@@ -38,7 +38,7 @@ def main(argv=None):
     def stream(positions, out):
         """Prototypes of the classes that are still needed, made as synthesis gets to them."""
         s = {**stage_1, "batch_size": out.settings["batch_size"]}  # of a folder that was begun
-        cache = latent_cache.open_cache(args.latent_cache, split, s, model.facts, out.log)
+        cache = latent_cache.open_cache(args.latent_cache, split, s, model, out.log)
         how = (s, cache, args.num_workers, not process.is_main)
         for position, latents, _ in gen_prototype.class_latents(model, split, positions, *how):
             name = split.folders[position]

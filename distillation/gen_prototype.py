@@ -8,6 +8,7 @@ when it is finished, and the same command goes on where a run stopped.
 """
 
 import hashlib
+import itertools
 import math
 import time
 
@@ -25,8 +26,9 @@ from scripts.runtime import Parser, entry_point, number, refuse, warn
 class SquashedImages:
     """For a DataLoader: (class position, image numbers) -> a batch, made in the reading process.
 
-    A batch is: (B, 3, S, S) uint8 of the images that can be read, {place: what is wrong with it} of
-    the others, and a hash of each picture, about 64 x 64 pixels of it, to find copies.
+    A batch is: (B, 3, S, S) uint8 of the images that can be read (None: of none); their numbers;
+    {number: what is wrong with it} of the others; and a hash of each picture, about 64 x 64 pixels
+    of it, to find copies.
     """
 
     def __init__(self, split, size):
@@ -34,59 +36,56 @@ class SquashedImages:
 
     def __getitem__(self, batch):
         position, numbers = batch
-        images, bad, hashes = [], {}, set()
-        for place, n in enumerate(numbers):
+        images, bad, hashes = {}, {}, set()
+        for n in numbers:
             try:
                 picture = self.split.read(self.split.items[position][n])
-                pixels = np.array(datasets.squash(picture, self.size))
             except datasets.BadImage as error:
-                bad[place] = str(error)
+                bad[n] = str(error)
                 continue
-            images.append(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
+            pixels = np.array(datasets.squash(picture, self.size))
+            images[n] = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
             step = max(1, self.size // 64)
             hashes.add(hashlib.sha256(pixels[::step, ::step].tobytes()).digest())
-        return (torch.stack(images) if images else None), bad, hashes
+        return torch.stack(list(images.values())) if images else None, list(images), bad, hashes
 
 
 def class_order(split, position, seed):
     """The seeded shuffle of one class's images: k-means sees them in this order."""
     # differs from the release: seeded, and class by class
-    draw = runtime.generator(seed, runtime.SHUFFLE, split.class_ids[position])
-    return torch.randperm(len(split.items[position]), generator=draw).tolist()
+    rng = runtime.generator(seed, runtime.SHUFFLE, split.class_ids[position])
+    return torch.randperm(len(split.items[position]), generator=rng).tolist()
 
 
 def encode_batch(model, images, keys, names, limit):
     """(B, 3, S, S) uint8 -> latents (B, c, h, w) float16; image i's noise has the key keys[i]."""
 
-    def encode(rows):
-        part = images if len(rows) == len(images) else images[rows]  # no copy of a whole batch
-        latents = model.encode(part, [runtime.generator(*keys[i]) for i in rows])
+    def encode(part):
+        rngs = [runtime.generator(*keys[i]) for i in part]
+        latents = model.encode(images[part.start : part.stop], rngs)
         return latents.to(torch.float16).cpu().contiguous()  # it may come in channels_last
 
-    latents = torch.cat(runtime.in_parts(encode, list(range(len(images))), limit))
-    generators.mend(model, latents, lambda i: encode([i]), names)
+    latents = torch.cat(runtime.in_parts(encode, range(len(images)), limit))
+    generators.mend(model, latents, lambda i: encode(range(i, i + 1)), names)
     return latents
 
 
 def encode_class(model, split, position, batches, settings, limit, bar):
     """One class's latents (N, c, h, w) float16, and what its skipped images are called.
 
-    batches    iterator of (image numbers, batch of SquashedImages)
+    batches    of SquashedImages
     """
-    latents, skipped, seen, left = [], [], set(), len(split.items[position])
-    while left:
-        numbers, (images, bad, hashes) = next(batches)
+    items, latents, skipped, seen = split.items[position], [], [], set()
+    key = (settings["seed"], runtime.POSTERIOR, split.class_ids[position])
+    for images, numbers, bad, hashes in batches:
         if bad and settings["on_bad_image"] == "error":
             refuse(f"{next(iter(bad.values()))} (--on_bad_image skip leaves such images out)")
-        names = {n: split.describe(split.items[position][n]) for n in numbers}
-        skipped += [names.pop(numbers[place]) for place in bad]
-        if names:
-            key = (settings["seed"], runtime.POSTERIOR, split.class_ids[position])
-            keys = [(*key, n) for n in names]
-            latents.append(encode_batch(model, images, keys, list(names.values()), limit))
+        skipped += [split.describe(items[n]) for n in bad]
+        if numbers:
+            keys, names = [(*key, n) for n in numbers], [split.describe(items[n]) for n in numbers]
+            latents.append(encode_batch(model, images, keys, names, limit))
         seen |= hashes
-        left -= len(numbers)
-        bar.update(len(numbers))
+        bar.update(len(numbers) + len(bad))
     latents = torch.cat(latents).numpy() if latents else np.empty((0,))
     if len(seen) < len(latents):
         copies = f"{len(latents) - len(seen)} of {len(latents)} images are copies"
@@ -101,30 +100,30 @@ def class_latents(model, split, positions, settings, cache=None, num_workers=0, 
     cache      a LatentCache: what is there is taken from it, what is not is added
     A batch holds images of one class, so that a class is the same bytes in any process.
     """
-    cached = {position for position in positions if cache and position in cache}
-    batches, step, total = [], settings["batch_size"], 0
-    for position in [position for position in positions if position not in cached]:
-        order = class_order(split, position, settings["seed"])
-        batches += [(position, order[n : n + step]) for n in range(0, len(order), step)]
-        total += len(order)
+    batches, step = {}, settings["batch_size"]
+    for position in positions:
+        if not cache or position not in cache:
+            order = class_order(split, position, settings["seed"])
+            starts = range(0, len(order), step)
+            batches[position] = [(position, order[start : start + step]) for start in starts]
+    total = sum(len(split.items[position]) for position in batches)
     if cache:
         needed = total * math.prod(model.latent_shape(settings["size"])) * 2
         files.require_space("--latent_cache", cache.folder, needed)
-    workers, pinned = min(num_workers, len(batches)), model.device.type == "cuda"
+    every = [batch for of_class in batches.values() for batch in of_class]
+    workers, pinned = min(num_workers, len(every)), model.device.type == "cuda"
     how = {"num_workers": workers, "pin_memory": pinned, "prefetch_factor": 4 if workers else None}
+    images = SquashedImages(split, settings["size"])
     # the workers start here, where no thread lives yet that a fork could catch in the middle
-    loader = DataLoader(SquashedImages(split, settings["size"]), None, sampler=batches, **how)
-    read = zip((numbers for _, numbers in batches), iter(loader))
-    limit = runtime.MemoryLimit(step)
-    with runtime.progress(
-        total=total, desc="encode", unit="image", quiet=quiet or not total
-    ) as bar:
+    read = iter(DataLoader(images, batch_size=None, sampler=every, **how))
+    limit, quiet = runtime.MemoryLimit(step), quiet or not total
+    with runtime.progress(total=total, desc="encode", unit="image", quiet=quiet) as bar:
         for position in positions:
-            if position in cached:
+            if position not in batches:
                 yield position, *cache.load(position)
                 continue
-            start = time.perf_counter()
-            found = encode_class(model, split, position, read, settings, limit, bar)
+            start, own = time.perf_counter(), itertools.islice(read, len(batches[position]))
+            found = encode_class(model, split, position, own, settings, limit, bar)
             if cache:
                 cache.save(position, *found, round(time.perf_counter() - start, 2))
             yield position, *found
@@ -168,13 +167,13 @@ def declare(parser):
     setting("--km_expand", type=count, default=10, help="k-means buffers: km_expand * ipc latents")
     setting("--size", type=count, default=size, short="size", help="VAE pixels [512; digits: 32]")
     setting("--seed", type=number(int, 0), default=0, short="seed", help="of all that is drawn")
-    kinds = "minibatch: the paper's; full: Lloyd's on all latents; none: of --ipc random images"
-    kmeans, where = ["minibatch", "full", "none"], ["auto", "cpu", "cuda"]
-    setting("--kmeans", choices=kmeans, default="minibatch", short="kmeans", help=kinds)
-    parser.flag("--kmeans_device", choices=where, default="auto", help="auto: the GPU, if any")
-    small, bad = "with fewer images than --ipc", "skip lists it in the class's file"
-    setting("--on_small_class", choices=["error", "repeat"], default="error", help=small)
-    setting("--on_bad_image", choices=["error", "skip"], default="error", help=bad)
+    kmeans = {"choices": ["minibatch", "full", "none"], "default": "minibatch", "short": "kmeans"}
+    setting("--kmeans", **kmeans, help="the paper's, Lloyd's, or --ipc random images as they are")
+    devices = ["auto", "cpu", "cuda"]
+    parser.flag("--kmeans_device", choices=devices, default="auto", help="auto: the GPU, if any")
+    small, bad = ["error", "repeat"], ["error", "skip"]
+    setting("--on_small_class", choices=small, default="error", help="with fewer than --ipc images")
+    setting("--on_bad_image", choices=bad, default="error", help="skip: the class's file lists it")
     parser.flag("--latent_cache", metavar="DIR", help="keeps every latent for another --ipc")
     # differs from the release: 10. The batch only changes speed and the last bits of a latent
     setting("--batch_size", type=count, default=32, help="images at once")
@@ -184,12 +183,12 @@ def declare(parser):
 
 
 def get_args(argv=None):
-    parser, fast = Parser("distillation.gen_prototype", __doc__), "safetensors: smaller and faster"
+    parser, forms = Parser("distillation.gen_prototype", __doc__), prototype_files.FORMATS
     declare(parser)
     parser.heading("output")
-    names, root = prototype_files.FORMATS, "output/prototypes"
-    parser.setting("--prototype_format", choices=names, default="json", help=fast)
-    parser.flag("--save_prototype_path", default=root, help="where the folder is made")
+    setting, flag, root = parser.setting, parser.flag, "output/prototypes"
+    setting("--prototype_format", choices=forms, default="json", help="safetensors: far faster")
+    flag("--save_prototype_path", default=root, help="the folder is made below this one")
     runtime.add_process_flags(parser)
     return parser.parse_args(argv)
 
@@ -236,9 +235,7 @@ def main(argv=None):
         names = [prototype_files.class_file(n, f, form) for n, f in enumerate(split.folders)]
         bytes_each = args.ipc * math.prod(shape) * (7 if form == "json" else 2)
         todo = out.todo(range(len(names)), lambda n: [names[n]], bytes_each)
-        cache = latent_cache.open_cache(
-            args.latent_cache, split, out.settings, model.facts, out.log
-        )
+        cache = latent_cache.open_cache(args.latent_cache, split, out.settings, model, out.log)
         how = (out.settings, cache, args.num_workers, not process.is_main)
 
         def write_class(position, latents, skipped):

@@ -51,11 +51,11 @@ class Synthesizer:
         """(B, c, h, w) -> (B, H, W, 3) uint8, and how often each was redrawn: a flat picture gets
         the next seed."""
 
-        def draw(rows, attempt=0):
+        def pictures_of(rows, attempt=0):
             return self._pictures([jobs[n] for n in rows], prototypes[rows], attempt)
 
         rows, attempts = list(range(len(jobs))), [0] * len(jobs)
-        pictures = np.concatenate(runtime.in_parts(draw, rows, self.limit))
+        pictures = np.concatenate(runtime.in_parts(pictures_of, rows, self.limit))
         while flat := [n for n in rows if pictures[n].min() == pictures[n].max()]:
             for n in flat:
                 name, value = jobs[n].file, pictures[n].max()
@@ -63,43 +63,42 @@ class Synthesizer:
                     refuse(f"{name}: still a flat picture after {REDRAWS} other seeds")
                 warn(f"{name}: a flat picture of value {value}; drawn again with the next seed")
                 attempts[n] += 1
-                pictures[n] = draw([n], attempts[n])[0]
+                pictures[n] = pictures_of([n], attempts[n])[0]
         return pictures, attempts
 
     @torch.no_grad()
     def _pictures(self, jobs, prototypes, attempt):
         """(B, H, W, 3) uint8; what is not finite is made again in fp32."""
-        starts = self._starts(jobs, prototypes, attempt)  # (B, c, h, w)
-        images = self._images(jobs, starts, attempt)  # (B, 3, H, W)
+        if self.settings["arm"] not in image_folder.FROM_PROTOTYPES:
+            prototypes = self._noise(jobs, prototypes.shape[1:], attempt)
+        images = self._images(jobs, prototypes, attempt)  # (B, 3, H, W)
 
         def again(n):
-            return self._images([jobs[n]], starts[n : n + 1], attempt)
+            return self._images([jobs[n]], prototypes[n : n + 1], attempt)
 
         generators.mend(self.model, images, again, [job.file for job in jobs])
         return (images.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu().numpy()
 
-    def _starts(self, jobs, prototypes, attempt):
-        """(B, c, h, w) float16: the prototypes, or for the arms without them N(0, 1).
+    def _noise(self, jobs, shape, attempt):
+        """(B, c, h, w) float16 from N(0, 1), instead of prototypes.
 
         sqrt(a) x + sqrt(1 - a) e of two independent unit Gaussians is one again, for every t: so
         the stock pipeline starts from pure noise, "noise" at t = strength * T, "text" at T.
         """
-        if self.settings["arm"] in image_folder.FROM_PROTOTYPES:
-            return prototypes
         keys = [(self.settings["seed"], runtime.START, j.class_id, j.i, attempt) for j in jobs]
-        shape, draws = prototypes.shape[1:], [runtime.generator(*key) for key in keys]
-        return torch.stack([torch.randn(shape, generator=d) for d in draws]).to(torch.float16)
+        draws = [torch.randn(shape, generator=runtime.generator(*key)) for key in keys]
+        return torch.stack(draws).to(torch.float16)
 
-    def _images(self, jobs, starts, attempt):
+    def _images(self, jobs, latents, attempt):
         """(B, 3, H, W) in [0, 1]"""
         s, model = self.settings, self.model
         if s["arm"] == "decoded":
-            return model.decode(starts, check=False)
+            return model.decode(latents, check=False)
         conditions = [model.condition(job.prompt) for job in jobs]
         negative = model.condition(s["negative_prompt"])
-        draws = [runtime.generator(*image_key(s["seed"], job, attempt)) for job in jobs]
+        rngs = [runtime.generator(*image_key(s["seed"], job, attempt)) for job in jobs]
         how = (s["strength"], s["guidance_scale"], s["num_inference_steps"])
-        return model.decode(model.denoise(starts, conditions, negative, draws, *how))
+        return model.decode(model.denoise(latents, conditions, negative, rngs, *how))
 
 
 def cut(jobs, batch_size):
@@ -109,11 +108,11 @@ def cut(jobs, batch_size):
 def make_images(out, batches, synthesizer, stream):
     """Make `batches`, each whole; PNGs are written beside the next batch.
 
-    stream    class positions -> iterator of (position, Prototypes)
+    stream    (class positions, out) -> iterator of (position, Prototypes)
     The batches are in class order: prototypes are kept while a later batch needs them.
     """
     settings, found = synthesizer.settings, {}
-    classes = stream(sorted({job.position for batch in batches for job in batch}))
+    classes = stream(sorted({job.position for batch in batches for job in batch}), out)
     with out.progress(total=sum(map(len, batches)), desc=settings["arm"], unit="image") as bar:
         for batch in batches:
             found = {p: found[p] for p in found if p >= batch[0].position}  # of unfinished classes
@@ -143,24 +142,21 @@ def image_row(settings, job, attempt, cluster_size):
 def synthesize(model, settings, classes, stream, inputs, parts, root, process, words="images"):
     """Make the image folder of one arm; returns it.
 
-    settings   stage 2's, with the arm;   classes: [{"index", "folder", "prompt"}]
-    stream     (positions, out) -> iterator of (position, Prototypes)
-    inputs     for args.json;   parts: {setting of stage 1: what it adds to the folder's name}
+    settings   stage 2's, with the arm
+    classes    [{"index", "folder", "prompt"}]
+    stream     (class positions, out) -> iterator of (position, Prototypes)
+    inputs     for args.json
+    parts      {setting of stage 1: [what it adds to the folder's name]}
     """
     seed = (inputs["prototype_arguments"] or {}).get("seed")
-    where = (
-        "--save_init_image_path",
-        root,
-        image_folder.folder_name(settings, parts, seed),
-        "images",
-    )
+    name = image_folder.folder_name(settings, parts, seed)
+    where, resumable = ("--save_init_image_path", root, name, "images"), ("batch_size",)
     jobs = image_folder.list_jobs(classes, settings["ipc"], settings["num_prototypes"])
-    with output.Output(*where, settings, inputs, process, resumable=("batch_size",)) as out:
+    with output.Output(*where, settings, inputs, process, resumable) as out:
         batches = cut(jobs, out.settings["batch_size"])
         bytes_each = len(batches[0]) * settings["image_size"] ** 2 * 2
-        todo = out.todo(batches, lambda batch: [job.file for job in batch], bytes_each, runs=True)
-        synthesizer = Synthesizer(model, out.settings)
-        make_images(out, todo, synthesizer, lambda positions: stream(positions, out))
+        todo = out.todo(batches, lambda batch: [job.file for job in batch], bytes_each, blocks=True)
+        make_images(out, todo, Synthesizer(model, out.settings), stream)
         rows = functools.cache(lambda: image_folder.logged_rows(out.folder, jobs))
         image_folder.finish_images(out, jobs, classes, lambda job: rows()[job.file], words)
     return out.folder
@@ -179,8 +175,7 @@ def declare(parser):
     setting("--guidance_scale", "-g", type=factor, default=8.0, short="g", help="1 turns it off")
     steps = "of the whole schedule; 50 at strength 0.7 is 36 calls"
     setting("--num_inference_steps", type=count, default=50, short="steps", help=steps)
-    few = "per class [ipc]; fewer than --ipc gives each several noises"
-    setting("--num_prototypes", type=count, default=ipc, short="protos", help=few)
+    setting("--num_prototypes", type=count, default=ipc, short="protos", help="per class [ipc]")
     setting("--negative_prompt", default="cartoon, anime, painting", short="neg")
     image_folder.add_size_flags(parser)
     # differs from the release: its checker stays on and saves flagged images black
@@ -226,16 +221,6 @@ def check_steps(settings, arms, most):
         refuse(f"--num_inference_steps {steps}: at --strength {strength:g} no step is left")
 
 
-def plan_arm(settings, root, waits_for):
-    """--dry_run where stage 1 has not made the prototypes yet."""
-    count = len(datasets.known_prompts(settings["dataset"])) * settings["ipc"]
-    folder, each = (
-        Path(root) / image_folder.folder_name(settings, {}, None),
-        settings["image_size"] ** 2 * 2,
-    )
-    output.plan(folder, 0, count, count * each, waits_for)
-
-
 @entry_point
 def main(argv=None):
     args = get_args(argv)
@@ -252,20 +237,22 @@ def main(argv=None):
     how = {name: getattr(args, name) for name in generators.FLAGS}
     model = generators.load(args.diffusion_checkpoints_path, process.device, **how)
     check_steps(args.settings, args.arm, model.most_steps)
+    arms = [of_arm(args.settings, arm) for arm in args.arm]
     if waits_for:
-        return [plan_arm(of_arm(args.settings, arm), root, waits_for) for arm in args.arm]
+        count = len(datasets.known_prompts(args.dataset)) * args.ipc
+        for settings in arms:
+            folder = Path(root) / image_folder.folder_name(settings, {}, None)
+            output.plan(folder, 0, count, count * args.image_size**2 * 2, waits_for)
+        return []
     prototype_files.check_model(path, source, model)
     inputs = {"generator": model.facts, "prototypes": source.content, "prompts": prompts}
     inputs |= {"prototype_arguments": source.settings, "real_images": source.real_images}
 
-    def stream(positions, _out):
+    def stream(positions, _):
         return ((position, source[position]) for position in positions)
 
-    def make(arm):
-        what = (of_arm(args.settings, arm), classes, stream, inputs, source.parts)
-        return synthesize(model, *what, root, process)
-
-    return [make(arm) for arm in args.arm]
+    shared = (classes, stream, inputs, source.parts, root, process)
+    return [synthesize(model, settings, *shared) for settings in arms]
 
 
 if __name__ == "__main__":

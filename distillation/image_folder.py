@@ -1,8 +1,4 @@
-"""What an image folder is: `{class}/{class}_0000.png`, images.jsonl, a data card, a manifest.
-
-gen_syn_image, random_real, take_classes and matching.stm write such folders; stages 3 and 4 read
-them.
-"""
+"""What an image folder is: `{class}/{class}_0000.png`, images.jsonl, a data card, a manifest."""
 
 import io
 import json
@@ -12,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from distillation import datasets
-from scripts import files, output
+from scripts import output
 from scripts.runtime import number, refuse, warn
 
 FROM_PROTOTYPES = ("d4m", "decoded")  # arms
@@ -44,11 +40,10 @@ def list_jobs(classes, ipc, num_prototypes):
 
 def add_size_flags(parser):
     """The flags of everything that writes images."""
-    size, pixels = datasets.default("image_size"), "pixels of the saved PNGs [by data set]"
-    whole = number(int, 1)
-    parser.setting("--image_size", type=whole, default=size, short="imagesize", help=pixels)
-    below = "the folder is made below this one"
-    parser.flag("--save_init_image_path", default="output/images", help=below)
+    pixels = {"type": number(int, 1), "default": datasets.default("image_size")}
+    parser.setting("--image_size", **pixels, short="imagesize", help="of a PNG [by data set]")
+    root, below = "output/images", "the folder is made below this one"
+    parser.flag("--save_init_image_path", default=root, help=below)
 
 
 # ---- writing
@@ -60,7 +55,7 @@ def folder_name(settings, parts, prototype_seed):
 
     parts    {setting of stage 1: [what it adds]};   prototype_seed: None if not known
     """
-    s, arm = settings, settings["arm"]
+    s, arm, from_prototypes = settings, settings["arm"], settings["arm"] in FROM_PROTOTYPES
     method = f"s{s['strength']:g}_g{s['guidance_scale']:g}_kmexpand{s['km_expand']}"
     stem = f"{s['dataset']}_ipc{s['ipc']}_{method if arm == 'd4m' else arm}"
     silent = {"noise": (), "text": ("strength",)}.get(arm, ("strength", "guidance_scale"))
@@ -68,9 +63,9 @@ def folder_name(settings, parts, prototype_seed):
     if arm == "decoded" and parts and s["km_expand"] != 1:
         words.append(f"kmexpand{s['km_expand']}")
     for name, more in parts.items():
-        if arm in FROM_PROTOTYPES and name not in ("seed", "dtype") or name in ("size", "classes"):
+        if name in ("size", "classes") or (from_prototypes and name not in ("seed", "dtype")):
             words += more
-    if arm in FROM_PROTOTYPES and prototype_seed not in (None, s["seed"]):
+    if from_prototypes and prototype_seed not in (None, s["seed"]):
         words.append(f"protoseed{prototype_seed}")
     return output.folder_name(stem, *words)
 
@@ -85,17 +80,26 @@ def save_pngs(out, jobs, pictures, image_size):
         out.write(job.file, stream.getvalue())
 
 
-def save_each(out, jobs, picture_of, image_size):
-    """Write the images that are not there yet.   picture_of: job -> PIL image or BadImage"""
-    todo = out.todo(jobs, lambda job: [job.file], image_size**2 * 2)
-    with out.progress(total=len(todo), desc=out.settings["arm"], unit="image") as bar:
-        for job in out.steps(todo):
-            try:
-                picture = picture_of(job)
-            except datasets.BadImage as error:
-                refuse(error)
-            save_pngs(out, [job], [np.array(picture)], image_size)
-            bar.update()
+def save_real(root, name, settings, inputs, process, classes, picture_of, source_of):
+    """A whole image folder of pictures that are there already; returns it.
+
+    picture_of    job -> PIL image; may raise BadImage
+    source_of     job -> what images.jsonl says that it was
+    """
+    jobs, size = list_jobs(classes, settings["ipc"], settings["ipc"]), settings["image_size"]
+    where = ("--save_init_image_path", root, name, "images")
+    with output.Output(*where, settings, inputs, process) as out:
+        todo = out.todo(jobs, lambda job: [job.file], size**2 * 2)
+        with out.progress(total=len(todo), desc=settings["arm"], unit="image") as bar:
+            for job in out.steps(todo):
+                try:
+                    picture = picture_of(job)
+                except datasets.BadImage as error:
+                    refuse(error)
+                save_pngs(out, [job], [np.array(picture)], size)
+                bar.update()
+        finish_images(out, jobs, classes, lambda job: {"source": source_of(job)})
+    return out.folder
 
 
 def logged_rows(folder, jobs):
@@ -103,8 +107,8 @@ def logged_rows(folder, jobs):
 
     Where the log was lost, nobody knows how often an image was drawn again: its seed is null.
     """
-    lines = [line for line in output.log_rows(folder) if line.get("event") == "images"]
-    rows = {row["file_name"]: row for line in lines for row in line["rows"]}
+    lines = [line["rows"] for line in output.log_rows(folder) if line.get("event") == "images"]
+    rows = {row["file_name"]: row for line in lines for row in line}
     lost = [job.file for job in jobs if job.file not in rows]
     if lost:
         warn(f"{folder}: {len(lost)} images are not in {output.LOG}, so images.jsonl has no seed")
@@ -117,9 +121,8 @@ def finish_images(out, jobs, classes, row_of, words="images", **facts):
     row_of    job -> what images.jsonl says of it beside its class
     facts     dataset, arm, ipc and image_size, where they are not among the settings
     """
-    names = ("dataset", "arm", "ipc", "image_size")
-    facts = {name: facts[name] if name in facts else out.settings[name] for name in names}
-    facts |= {"count": len(jobs), "classes": classes}
+    names, known = ("dataset", "arm", "ipc", "image_size"), {**out.settings, **facts}
+    facts = {name: known[name] for name in names} | {"count": len(jobs), "classes": classes}
 
     def line(job):
         row = {"file_name": job.file, "class_index": job.class_id, "folder": job.folder}
@@ -166,12 +169,8 @@ file. The licences of the model and of the real images apply.
 
 
 def read_images(flag, folder):
-    """The manifest of a finished image folder, whose names cannot leave the folder."""
-    manifest = output.read_manifest(flag, folder, "images")
-    where = f"{flag} {folder}: its manifest"
-    for name in (manifest["arm"], *(c["folder"] for c in manifest["classes"])):
-        if not files.safe_name(name):
-            refuse(f"{where} holds {name!r}, which is not a plain name")
+    """The manifest of a finished image folder, which lists every image of its classes."""
+    manifest, where = output.read_manifest(flag, folder, "images"), f"{flag} {folder}: its manifest"
     ipc = min(manifest["ipc"], len(manifest["files"]))  # a forged one could fill the memory
     for job in list_jobs(manifest["classes"], ipc, 1):
         if job.file not in manifest["files"]:

@@ -23,10 +23,8 @@ def read_label_file(path, folders, dataset="imagefolder"):
     """The prompts of `folders` from a text file: line i = prompt of class i, or
     `folder<TAB>prompt` (also `wnid prompt`).
 
-    A BOM, CRs, outer spaces and balanced outer quotes are taken off. Refuses, with its line number,
-    a blank line, a stray quote, a control character, a wrong count, an unknown or repeated folder,
-    and - against our own list of a known data set - rows in another order or without their spaces.
-    A prompt that two classes share is only warned about.
+    A BOM, CRs, outer spaces and balanced outer quotes are taken off; what is malformed, or our own
+    list in another order, is refused with its line number.
     """
     where = f"--label_file_path {path}"
     try:
@@ -37,18 +35,16 @@ def read_label_file(path, folders, dataset="imagefolder"):
     rows = [_row(line, f"{where}, line {n}") for n, line in enumerate(lines, 1)]
     if len({folder is None for folder, _ in rows}) > 1:
         refuse(f"{where}: some lines have a folder name, others have none")
-    if rows[0][0] is not None:
-        prompts = _by_folder(rows, folders, where)
-    else:
+    if rows[0][0] is None:
         prompts = [prompt for _, prompt in rows]
-        if len(rows) != len(folders):
-            refuse(f"{where}: has {len(rows)} prompts, there are {len(folders)} classes")
         _check_order(prompts, folders, dataset, where)
+    else:
+        prompts = _by_folder(rows, folders, where)
     seen = {}
     for folder, prompt in zip(folders, prompts):
-        if prompt in seen:
-            warn(f"{where}: classes {seen[prompt]} and {folder} share the prompt {prompt!r}")
-        seen.setdefault(prompt, folder)
+        other = seen.setdefault(prompt, folder)
+        if other != folder:
+            warn(f"{where}: classes {other} and {folder} share the prompt {prompt!r}")
     return prompts
 
 
@@ -64,12 +60,10 @@ def _row(line, where):
     control = re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", line)
     if control:
         refuse(f"{where}: holds the control character {control[0]!r}")
-    if not line.strip():
-        refuse(f"{where}: is blank")
     folder, tab, prompt = line.partition("\t")
     if not tab:
-        wnid, space, rest = line.strip().partition(" ")
-        folder, prompt = (wnid, rest) if space and WNID.match(wnid) else (None, line)
+        wnid, _, rest = line.strip().partition(" ")
+        folder, prompt = (wnid, rest) if rest and WNID.match(wnid) else (None, line)
     if "\t" in prompt:
         refuse(f"{where}: has more than one tab")
     prompt = prompt.strip()
@@ -103,14 +97,15 @@ def _check_order(prompts, folders, dataset, where):
     def letters(prompt):
         return re.sub(r"[^a-z0-9]", "", prompt.lower())
 
+    if len(prompts) != len(folders):
+        refuse(f"{where}: has {len(prompts)} prompts, there are {len(folders)} classes")
     of_wnids = "imagenet" if all(map(WNID.match, folders)) else dataset
     ours = known_prompts(dataset) or known_prompts(of_wnids)
-    owner = {letters(ours[folder]): folder for folder in reversed(ours)}
+    owner = {letters(prompt): folder for folder, prompt in reversed(ours.items())}
     for n, (folder, prompt) in enumerate(zip(folders, prompts), 1):
-        if folder not in ours or prompt == ours[folder]:
-            continue
-        other, expected = owner.get(letters(prompt)), f"expected {folder}'s {ours[folder]!r}"
-        if other == folder and " " in ours[folder] and " " not in prompt:
+        right, other = ours.get(folder, prompt), owner.get(letters(prompt))
+        expected = f"expected {folder}'s {right!r}"
+        if other == folder and " " in right and " " not in prompt:
             refuse(f"{where}, line {n}: {prompt!r} has lost its spaces, {expected}")
-        if other not in (None, folder):
+        if other not in (None, folder) and prompt != right:
             refuse(f"{where}, line {n}: {prompt!r} is the prompt of {other}, {expected}")

@@ -78,7 +78,7 @@ class LatentCache:
         output.append_log(self.folder, event="encode", file=path.name, seconds=seconds)
 
 
-def open_cache(root, split, settings, generator_facts, log):
+def open_cache(root, split, settings, model, log):
     """The LatentCache; None without --latent_cache, and for a few chosen images of each class."""
     if root and settings["kmeans"] != "none":
-        return LatentCache(root, split, settings, generator_facts, log)
+        return LatentCache(root, split, settings, model.facts, log)

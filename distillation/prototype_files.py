@@ -26,21 +26,20 @@ def class_file(position, folder, form="json"):
 def class_bytes(prototypes, facts, form="json"):
     """One class's file.   facts: class_index, folder, prompt, ...
 
-    JSON holds fp16 in shortest decimals, one prototype per line; read as fp16 they are the same
-    bits. safetensors is ten times smaller and some hundred times faster to read.
+    JSON holds fp16 in shortest decimals, one prototype per line: read as fp16 the same bits.
     """
     if form == "safetensors":
         from safetensors.numpy import save
 
-        latents, sizes = np.ascontiguousarray(prototypes.latents), prototypes.sizes.astype(np.int64)
-        facts = {"facts": json.dumps(facts, ensure_ascii=False)}
-        return save({"prototypes": latents, "cluster_sizes": sizes}, facts)
-    shape, sizes = list(prototypes.latents.shape[1:]), prototypes.sizes.tolist()
-    head = {**facts, "latent_shape": shape, "cluster_sizes": sizes}
+        arrays = {"prototypes": np.ascontiguousarray(prototypes.latents)}
+        arrays["cluster_sizes"] = prototypes.sizes.astype(np.int64)
+        return save(arrays, {"facts": json.dumps(facts, ensure_ascii=False)})
+    facts = {**facts, "latent_shape": list(prototypes.latents.shape[1:])}
+    facts["cluster_sizes"] = prototypes.sizes.tolist()
     bits = prototypes.latents.astype(np.float16, copy=False).view(np.uint16)
     rows = (_decimals()[row].tolist() for row in bits.reshape(len(bits), -1))
     lines = ",\n".join("[" + ",".join(row) + "]" for row in rows)
-    text = json.dumps(head, ensure_ascii=False, indent=1)[:-2]
+    text = json.dumps(facts, ensure_ascii=False, indent=1)[:-2]
     return f'{text},\n "prototypes": [\n{lines}\n]}}\n'.encode()
 
 
@@ -51,10 +50,7 @@ def _decimals():
 
 
 def read_class(path, data=None, flag="--prototype_path"):
-    """The inverse of `class_bytes`: (Prototypes, facts).   data: the file's bytes, if read already
-
-    Refuses, naming the file, anything else.
-    """
+    """The inverse of `class_bytes`: (Prototypes, facts).   data: the file's bytes, if at hand"""
     where = f"{flag} {path}"
     try:
         data = Path(path).read_bytes() if data is None else data
@@ -62,13 +58,13 @@ def read_class(path, data=None, flag="--prototype_path"):
             from safetensors.numpy import load
 
             head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            facts, arrays = json.loads(head["__metadata__"]["facts"]), load(data)
+            facts, arrays = dict(json.loads(head["__metadata__"]["facts"])), load(data)
             latents, sizes = arrays["prototypes"].astype(np.float16), arrays["cluster_sizes"]
         else:
             facts = files.read_json(path, data)
             rows, sizes = facts.pop("prototypes"), np.asarray(facts.pop("cluster_sizes"), np.int64)
             latents = np.asarray(rows, np.float16).reshape(len(rows), *facts.pop("latent_shape"))
-        if sizes.shape != (len(latents),) or not isinstance(facts, dict):
+        if sizes.shape != (len(latents),):
             raise ValueError(f"{len(latents)} prototypes, cluster sizes of shape {sizes.shape}")
     except Exception as error:  # whatever is wrong inside somebody's file
         refuse(f"{where}: not a prototype file: {type(error).__name__}: {error}")
@@ -82,17 +78,17 @@ def check_latents(latents, where):
         refuse(f"{where}: expected prototypes of shape (k, c, h, w), found {latents.shape}")
     # exponents of fp16 that are all ones; numpy's isfinite takes 15 times longer
     if (latents.view(np.uint16) & 0x7FFF).max() >= 0x7C00:
-        first = np.argwhere(~np.isfinite(latents))[0][0]
-        refuse(f"{where}: prototype {first} holds NaN or infinity")
+        refuse(f"{where}: holds NaN or infinity")
 
 
 class PrototypeFolder:
     """A finished prototype folder; `folder[position]` reads the Prototypes of one class.
 
-    classes       [{"index", "folder", "prompt"}] in class order;   per_class: prototypes of each
-    settings      stage 1's arguments;   parts: {setting: what it adds to a folder's name}
-    content       digest of all files;   latent_shape: (c, h, w)
-    vae_sha256    of the VAE that made it;   real_images: how many images it was made from
+    classes       [{"index", "folder", "prompt"}] in class order
+    per_class     how many prototypes each has
+    latent_shape  (c, h, w)
+    settings      stage 1's arguments
+    parts         {setting: [what it adds to a folder's name]}
     """
 
     def __init__(self, folder, flag="--prototype_path", verify=False):
@@ -115,38 +111,31 @@ class PrototypeFolder:
         data = path.read_bytes()
         output.check_file(self.flag, self.folder, path.name, self.manifest, data)
         prototypes, facts = read_class(path, data, self.flag)
-        facts["shape"] = prototypes.latents.shape
-        expected = {"class_index": c["index"], "folder": c["folder"], "prompt": c["prompt"]}
-        expected["shape"] = (self.per_class, *self.latent_shape)
-        for key, value in expected.items():
-            if facts.get(key) != value:
-                found = f"{key} is {facts.get(key)!r}, the manifest says {value!r}"
-                refuse(f"{self.flag} {path}: {found}")
+        found = [facts.get(name) for name in ("class_index", "folder", "prompt")]
+        found += prototypes.latents.shape
+        expected = [*c.values(), self.per_class, *self.latent_shape]
+        if found != expected:
+            refuse(f"{self.flag} {path}: holds {found}, the manifest says {expected}")
         return prototypes
 
 
 class ReleaseFile:
     """The release's single `{prompt: (k, c, h, w) nested lists}` JSON, seen as a PrototypeFolder.
 
-    It says neither which VAE nor which settings made it, and is keyed by prompt: refused where two
-    classes share one.
+    It does not say which VAE and settings made it. Two classes may not share a prompt.
     """
 
     settings, parts, vae_sha256, real_images = None, {}, None, None
 
-    def __init__(self, path, dataset, flag="--prototype_path"):
-        where, table = f"{flag} {path}", files.read_json(path)
+    def __init__(self, path, dataset):
+        where, table = f"--prototype_path {path}", files.read_json(path)
         known = datasets.known_prompts(dataset)
         counts = Counter(known.values())
         if not isinstance(table, dict) or not table:
             refuse(f"{where}: expected a JSON object {{prompt: prototypes}}")
         for prompt in table:
-            if not prompt.isprintable() or not prompt.strip():
-                refuse(f"{where}: {prompt!r} is not a prompt")
-            if known and prompt not in counts:
-                refuse(f"{where}: {prompt!r} is not a prompt of {dataset}")
-            if counts[prompt] > 1:
-                refuse(f"{where}: {prompt!r} is the prompt of two classes")
+            if (known and counts[prompt] != 1) or not prompt.isprintable():
+                refuse(f"{where}: {prompt!r} is the prompt of {counts[prompt]} classes, not of one")
         # a folder is never named by a prompt: the classes of an unknown data set are numbered
         order = known or {f"{n:04d}": prompt for n, prompt in enumerate(sorted(table))}
         classes = enumerate(order.items())
@@ -174,15 +163,12 @@ def open_prototypes(path, dataset, verify=False):
 
 def check_settings(path, source, settings):
     """Refuse prototypes of another data set, number or buffer size than the flags say."""
-    where, s, wanted = f"--prototype_path {path}", settings, settings["num_prototypes"]
-    if source.dataset != s["dataset"]:
-        refuse(f"--dataset {s['dataset']}: {where} was made from {source.dataset}")
-    if source.per_class != wanted:
-        flag = "--ipc" if wanted == s["ipc"] else "--num_prototypes"
-        refuse(f"{flag} {wanted}: {where} holds {source.per_class} per class")
-    made_with = (source.settings or s)["km_expand"]
-    if made_with != s["km_expand"]:
-        refuse(f"--km_expand {s['km_expand']}: {where} was made with {made_with}")
+    number = "ipc" if settings["num_prototypes"] == settings["ipc"] else "num_prototypes"
+    made_with = {"dataset": source.dataset, number: source.per_class}
+    made_with["km_expand"] = (source.settings or settings)["km_expand"]
+    for name, value in made_with.items():
+        if settings[name] != value:
+            refuse(f"--{name} {settings[name]}: --prototype_path {path} was made with {value}")
 
 
 def check_model(path, source, model):
@@ -190,9 +176,9 @@ def check_model(path, source, model):
     where, ours, theirs = f"--prototype_path {path}", model.facts["vae_sha256"], source.vae_sha256
     if theirs not in (None, ours):
         refuse(f"{where}: made with the VAE {theirs[:12]}, this checkpoint's is {ours[:12]}")
-    if source.latent_shape[0] != model.channels:
-        shape = f"latents of shape {source.latent_shape}"
-        refuse(f"{where}: {shape}, the model has {model.channels} channels")
+    channels = source.latent_shape[0]
+    if channels != model.channels:
+        refuse(f"{where}: latents of {channels} channels, the model's have {model.channels}")
 
 
 @entry_point

@@ -79,37 +79,33 @@ def minibatch_torch(rows, k, buffer_size, device):
     first = rows[:buffer_size]  # scikit-learn fixes its batch size here
     centres, _ = kmeans_plusplus(first, k, random_state=random)
     centres = torch.from_numpy(centres).to(device)  # (k, d)
-    counts = torch.zeros(k, dtype=torch.float64, device=device)
+    n = torch.zeros(k, dtype=torch.float64, device=device)
     empty, since_reassignment = True, 0
-    for x in _buffers(torch.from_numpy(rows).to(device), buffer_size):  # (n, d)
+    for x in _buffers(torch.from_numpy(rows).to(device), buffer_size):  # (b, d)
+        members = torch.nn.functional.one_hot(_nearest(x, centres), k).to(x.dtype)  # (b, k)
+        m = members.sum(0)  # (k,)
+        moved = (centres * n[:, None] + members.T @ x) * (1 / (n + m).clamp(min=1))[:, None]
+        centres, n = torch.where(m[:, None] > 0, moved, centres), n + m
         since_reassignment += len(first)
-        reassign = empty or since_reassignment >= 10 * k
-        since_reassignment = 0 if reassign else since_reassignment
-        members = torch.nn.functional.one_hot(_nearest(x, centres), k).to(x.dtype)  # (n, k)
-        new = members.sum(0)  # (k,)
-        before, counts = counts, counts + new
-        moved = (centres * before[:, None] + members.T @ x) * (1 / counts.clamp(min=1))[:, None]
-        centres = torch.where(new[:, None] > 0, moved, centres)
-        if reassign:
-            centres, counts = _reassign(centres, counts, x, random)
-        if empty:
-            empty = bool((counts == 0).any())
+        if empty or since_reassignment >= 10 * k:
+            since_reassignment = 0
+            centres, n = _reassign(centres, n, x, random)
+            empty = bool((n == 0).any())
     return centres.cpu().numpy()
 
 
-def _reassign(centres, counts, x, random):
+def _reassign(centres, n, x, random):
     """scikit-learn's rule: a centre with under 1 % of the largest count gets a random row."""
-    device, counts = counts.device, counts.cpu().numpy().copy()
+    counts = n.cpu().numpy().copy()
     weak = counts < 0.01 * counts.max()
     if weak.sum() > 0.5 * len(x):
         weak[np.argsort(counts)[int(0.5 * len(x)) :]] = False
     if weak.any():
-        chosen = random.choice(len(x), replace=False, size=weak.sum())
-        centres = centres.clone()
-        rows = x[torch.from_numpy(chosen).to(device)]
-        centres[torch.from_numpy(np.flatnonzero(weak)).to(device)] = rows
+        chosen = torch.from_numpy(random.choice(len(x), replace=False, size=weak.sum()))
+        places = torch.from_numpy(np.flatnonzero(weak))
+        centres = centres.index_copy(0, places.to(x.device), x[chosen.to(x.device)])
         counts[weak] = counts[~weak].min()
-    return centres, torch.from_numpy(counts).to(device)
+    return centres, torch.from_numpy(counts).to(x.device)
 
 
 def _nearest(rows, centres):

@@ -1,5 +1,4 @@
-"""The baseline that every result is to be read against: as many real images per class, chosen at
-random.
+"""The baseline of every result: as many real images per class, chosen at random.
 
     python -m distillation.random_real --dataset imagenet --data_dir data/imagenet --ipc 10
 
@@ -44,19 +43,17 @@ def main(argv=None):
     datasets.check_class_sizes(split, args.ipc)
     items = datasets.choose_images(split, args.ipc, args.seed).items
     name = output.folder_name(f"{args.dataset}_ipc{args.ipc}_random", *args.settings.parts())
-    where = ("--save_init_image_path", args.save_init_image_path, name, "images")
     inputs = {"images": split.fingerprint(), "real_images": split.count}
     inputs["prompts"] = files.digest_of(split.prompts)
-    classes, size = datasets.class_table(split), args.image_size
-    jobs = image_folder.list_jobs(classes, args.ipc, args.ipc)
-    source = {job.file: items[job.position][job.i] for job in jobs}
-    with output.Output(*where, {"arm": "random", **args.settings}, inputs, process) as out:
-        image_folder.save_each(
-            out, jobs, lambda job: centre_square(split.read(source[job.file]), size), size
-        )
-        names = {file: {"source": Path(str(item)).name} for file, item in source.items()}
-        image_folder.finish_images(out, jobs, classes, lambda job: names[job.file])
-    return out.folder
+
+    def picture(job):
+        return centre_square(split.read(items[job.position][job.i]), args.image_size)
+
+    def source(job):
+        return Path(str(items[job.position][job.i])).name
+
+    what = ({"arm": "random", **args.settings}, inputs, process, datasets.class_table(split))
+    return image_folder.save_real(args.save_init_image_path, name, *what, picture, source)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ by wnid, and resized.
     python -m distillation.take_classes --dataset tiny_imagenet \\
         --image_path output/images/imagenet_ipc50_s0.7_g8_kmexpand1
 
-All 200 wnids of Tiny-ImageNet are among the 1000 of ImageNet-1K, so nothing but the folder name
-decides. The result has the form of stage 2, so that stages 3 and 4 treat it like images distilled
-from the smaller set itself.
+All 200 wnids of Tiny-ImageNet are among the 1000 of ImageNet-1K: the folder name decides. Stages 3
+and 4 treat the result like images distilled from the smaller set itself.
 """
 
 import re
@@ -56,7 +55,6 @@ def main(argv=None):
         return output.plan(Path(root) / name(ipc), 0, count, count * size**2 * 2, waits_for)
     manifest = image_folder.read_images("--image_path", source)
     classes, ipc = taken_classes(args.dataset, manifest, f"--image_path {source}"), manifest["ipc"]
-    jobs = image_folder.list_jobs(classes, ipc, ipc)
     settings = {"arm": f"{manifest['arm']}-g", "ipc": ipc, **args.settings}
     made_by = {part: manifest[part] for part in ("arguments", "inputs")}
     inputs = {"source": manifest["content"], "source_manifest": made_by}
@@ -65,11 +63,8 @@ def main(argv=None):
         output.check_file("--image_path", source, job.file, manifest)
         return datasets.read_rgb(source / job.file)
 
-    where = ("--save_init_image_path", root, name(ipc), "images")
-    with output.Output(*where, settings, inputs, process) as out:
-        image_folder.save_each(out, jobs, picture, size)
-        image_folder.finish_images(out, jobs, classes, lambda job: {"source": job.file})
-    return out.folder
+    what = (settings, inputs, process, classes, picture, lambda job: job.file)
+    return image_folder.save_real(root, name(ipc), *what)
 
 
 if __name__ == "__main__":

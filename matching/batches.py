@@ -5,7 +5,7 @@
     x = mix(normalise(pixels, mean, std), batch, mix_type)                          # (B, 3, S, S)
 
 Stage 3 stores the draws beside the teacher's logits and stage 4 replays them: nothing is derived
-again from a sampler's seed. For CutMix, matching/feed.py mixes bytes within `normalise` instead of
+again from a sampler's seed. matching/feed.py mixes CutMix's bytes within `normalise` instead of
 calling `mix`: the same bits, and less memory moved.
 """
 
@@ -20,16 +20,15 @@ from scripts.runtime import BATCH, ORDER, Parser, generator, number, refuse
 
 
 def add_batch_flags(parser, stored=False):
-    """The flags that say what a training batch is; the defaults are the release's for ImageNet.
+    """What a training batch is; the defaults are the release's for ImageNet.
 
     stored   labels are read and say what was not given: every default is None
     """
 
     def setting(flag, default, help, *aliases, **options):
         usual = "the images' size" if default is None else default
-        text = f"{help} [{'as the labels, else ' if stored else ''}{usual}]"
-        default = None if stored else default
-        parser.setting(*aliases, flag, default=default, help=text, **options)
+        usual, default = (f"as the labels, else {usual}", None) if stored else (usual, default)
+        parser.setting(*aliases, flag, default=default, help=f"{help} [{usual}]", **options)
 
     known = " (stored labels fix them: a flag that differs is refused)" if stored else ""
     parser.heading(f"batches{known}")
@@ -57,7 +56,6 @@ PROTOCOL = dict(_parser.parse_args([]).settings)  # the flags' defaults: {"epoch
 
 
 def check_scales(least, largest):
-    """Refuse an empty range of crops."""
     if least > largest:
         refuse(f"--min_scale_crops {least}: above --max_scale_crops {largest}")
 
@@ -95,6 +93,7 @@ def batches_of(count, batch_size):
     return len(cuts(count, batch_size)) - 1
 
 
+@lru_cache(maxsize=2)
 def epoch_batches(seed, epoch, count, batch_size):
     """Image indices of each batch of an epoch: a permutation, cut; the last batch is shorter."""
     order = torch.randperm(count, generator=generator(seed, ORDER, epoch))
@@ -115,9 +114,14 @@ def draw_batch(protocol, epoch, nth, index, sizes):
         partner = torch.randperm(count, generator=g)
         alpha, lam = protocol[mix_type], torch.rand((), generator=g, dtype=torch.float64).item()
         lam = lam if alpha == 1 else float(betaincinv(alpha, alpha, lam))  # Beta(alpha, alpha)
-    if mix_type == "cutmix":
-        centre = torch.rand(2, generator=g, dtype=torch.float64).tolist()
-        box, lam = _cutmix_box(lam, protocol["input_size"], centre)
+    if mix_type == "cutmix":  # a box of area 1 - lam, clipped at the borders
+        size, centre = protocol["input_size"], torch.rand(2, generator=g, dtype=torch.float64)
+        half = int(size * math.sqrt(1 - lam)) // 2
+        top, left = (max(int(share * size) - half, 0) for share in centre.tolist())
+        bottom, right = (min(int(share * size) + half, size) for share in centre.tolist())
+        box = torch.tensor([top, left, bottom, right])
+        # differs from the release: it stores the lambda that was drawn, not that of the clipped box
+        lam = 1 - (bottom - top) * (right - left) / size**2
     return Batch(index, crop, flip, partner, box, lam)
 
 
@@ -145,15 +149,6 @@ def draw_crops(sizes, scale, g):
     return torch.where(fits.any(0)[:, None], crop, central).to(torch.int64)
 
 
-def _cutmix_box(lam, size, centre):
-    """CutMix's box of area 1 - lam, clipped at the borders, and the lambda of its real area."""
-    # differs from the release: it stores the lambda that was drawn, not that of the clipped box
-    half = int(size * math.sqrt(1 - lam)) // 2
-    top, left = (max(int(share * size) - half, 0) for share in centre)
-    bottom, right = (min(int(share * size) + half, size) for share in centre)
-    return torch.tensor([top, left, bottom, right]), 1 - (bottom - top) * (right - left) / size**2
-
-
 # ---- normalised and mixed
 
 CACHED = 2**17  # elements that stay in a core's cache over a few operations
@@ -162,33 +157,29 @@ CACHED = 2**17  # elements that stay in a core's cache over a few operations
 def sent(tensor, device):
     """`tensor` on `device`, without waiting for what the device still computes.
 
-    A copy from memory that is not pinned would wait; an indexed part of what the loader has pinned
-    is not.
+    Pinned first: what is indexed from a pinned tensor is not, and its copy would wait.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
-def normalise(pixels, mean, std, rows=None, cutmix=None, out=None):
+def normalise(pixels, mean, std, cutmix=None, out=None):
     """(B, S, S, 3) uint8 -> (n, 3, S, S) float32, the bits of torchvision's ToTensor and Normalize.
 
-    rows     (n,) which images are wanted; None: all
-    cutmix   (partners (n,), box) of those rows: CutMix of bytes gives the same bits, and moves less
+    cutmix   (partners (n,), box): the first n images, CutMix'ed with those at `partners`; of bytes,
+             which gives the bits of `mix` and moves less; None: all images as they are
     out      float32 memory for at least n images; on a CPU, fresh memory costs more than the sums
     """
-    count, (h, w) = len(pixels if rows is None else rows), pixels.shape[1:3]
+    count, (h, w) = len(cutmix[0] if cutmix else pixels), pixels.shape[1:3]
     x = torch.empty((count, 3, h, w), device=pixels.device) if out is None else out[:count]
-    mean, std = (_per_channel(tuple(values), x.device) for values in (mean, std))
+    mean, std = (per_channel(tuple(values), x.device) for values in (mean, std))
     # by a tensor: CUDA divides by a number as times its reciprocal
-    full, step = _per_channel((255.0,), x.device), max(count, 1)
-    if x.device.type == "cpu":
-        full, step = 255, max(1, CACHED // (3 * h * w))
+    on_cpu, full = x.device.type == "cpu", per_channel((255.0,), x.device)
+    step = max(1, CACHED // (3 * h * w) if on_cpu else count)
     for first in range(0, count, step):
-        part = slice(first, first + step)
-        y = x[part].copy_(
-            (pixels[part] if rows is None else pixels[rows[part]]).permute(0, 3, 1, 2)
-        )
+        part = slice(first, min(first + step, count))
+        y = x[part].copy_(pixels[part].permute(0, 3, 1, 2))
         if cutmix:
             partner, (top, left, bottom, right) = cutmix
             other = pixels[partner[part], top:bottom, left:right]
@@ -198,23 +189,21 @@ def normalise(pixels, mean, std, rows=None, cutmix=None, out=None):
 
 
 @lru_cache(maxsize=32)
-def _per_channel(values, device):
-    """(1, n, 1, 1) on the device, made once: making it anew would wait for the device."""
+def per_channel(values, device):
+    """(1, n, 1, 1) float32 on the device, made once: making it anew would wait for the device."""
     return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
 
 
-def mix(x, batch, mix_type, rows=None, partners=None):
-    """Mix each image with its partner: (B, 3, S, S) normalised -> (n, 3, S, S)
+def mix(x, batch, mix_type, partners=None):
+    """The first n images, each mixed with its partner: (B, 3, S, S) normalised -> (n, 3, S, S)
 
-    rows, partners   (n,) positions in `x` of the wanted images and of their partners; None: `x` is
-                     the whole batch, and all of it is wanted
+    partners   (n,) where in `x` the partners are; None: `x` is the whole batch
     """
-    own = x if rows is None else x[rows]
     partners = sent(batch.partner, x.device) if partners is None else partners
+    own = x[: len(partners)]
     if mix_type == "mixup":
         return own.mul(batch.lam).add_(x[partners], alpha=1 - batch.lam)
     if mix_type == "cutmix":
-        top, left, bottom, right = batch.box.tolist()
-        own = own.clone() if rows is None else own
+        (top, left, bottom, right), own = batch.box.tolist(), own.clone()
         own[:, :, top:bottom, left:right] = x[partners, :, top:bottom, left:right]
     return own

@@ -13,21 +13,14 @@ PRECISION_BITS = 22  # Pillow: 32 bits, less 8 of the pixel, less 2 of head-room
 
 
 def resize_exact(image, size):
-    """PIL image -> (size, size), bilinear, horizontal pass first.
-
-    That is what every Pillow does to enlarge. To shrink, Pillow 13 chooses the order by the shape,
-    so the two passes are asked for one by one.
-    """
+    """PIL image -> (size, size), bilinear, horizontal pass first; Pillow 13 would choose."""
     if image.width > size or image.height > size:
         image = image.resize((size, image.height), Image.Resampling.BILINEAR)
     return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
 def crop_on_cpu(arrays, index, crop, flip, size):
-    """Crop, resize and flip by Pillow: the bytes of torchvision's `resized_crop` and `hflip`.
-
-    arrays   list of (H, W, 3) uint8;   returns (B, size, size, 3) uint8
-    """
+    """torchvision's `resized_crop` and `hflip`: [(H, W, 3)] uint8 -> (B, size, size, 3) uint8"""
     out = np.empty((len(index), size, size, 3), np.uint8)
     draws = zip(index.tolist(), crop.tolist(), flip.tolist())
     for k, (i, (top, left, h, w), mirrored) in enumerate(draws):
@@ -37,13 +30,13 @@ def crop_on_cpu(arrays, index, crop, flip, size):
 
 
 def resized_crop_batch(images, boxes, flips, size):
-    """Crop, resize and flip on any device, with the bytes of `crop_on_cpu`.
+    """The bytes of `crop_on_cpu`, on any device: (B, H, W, 3) -> (B, size, size, 3) uint8
 
-    images   (B, H, W, 3) uint8;   boxes (B, 4) int64 and flips (B,) bool, both on the CPU
-    Returns (B, size, size, 3) uint8. Two separable passes of integer weights, rounded to bytes in
-    between, as in Pillow. 32-bit sums suffice: 255 * 2^22 < 2^31.
+    boxes   (B, 4) int64 and flips (B,) bool, both on the CPU
+    Two separable passes of integer weights, rounded to bytes in between, as in Pillow. 32-bit sums
+    suffice: 255 * 2^22 < 2^31.
     """
-    taps = [math.ceil(2 * max(1.0, int(boxes[:, k].max()) / size)) for k in (2, 3)]
+    taps = [math.ceil(2 * max([size, *boxes[:, k].tolist()]) / size) for k in (2, 3)]
     batch = (images, sent(boxes, images.device), sent(flips, images.device))
     parts = zip(*(t.split(CROPPED_AT_ONCE) for t in batch))
     return torch.cat([_resized_crop(*part, size, *taps) for part in parts])
@@ -62,8 +55,7 @@ def _resized_crop(images, boxes, flips, size, taps_y, taps_x):
 def _triangle_taps(start, length, bound, size, taps):
     """Pillow's fixed-point bilinear weights on one axis (precompute_coeffs, normalize_coeffs_8bpc).
 
-    start, length   (B,) int64, the crop's first pixel and extent
-    bound           extent of the whole image: positions of weight 0 are kept below it
+    start, length   (B,) the crop's first pixel and extent;   bound: extent of the whole image
     taps            K, at least as many pixels as any weight function covers
     Returns positions (B, size, K) int64 and weights (B, size, K) int32 that sum to about 2^22.
     """

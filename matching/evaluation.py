@@ -33,8 +33,7 @@ def open_test(flag, root, dataset, folders, download=False):
 def validation_pixels(split, size, process, num_workers=0, flag="--val_dir"):
     """Test images of this process: (n, size, size, 3) uint8, (n,) classes; on a GPU if they fit.
 
-    Small data sets (CIFAR, Tiny-ImageNet, digits) are taken whole. Others are resized to
-    size * 256 / 224 on the shorter side and cropped in the middle, as the release.
+    Those of small data sets (CIFAR, Tiny-ImageNet, digits) are taken whole; others are cropped.
     """
     whole, device = datasets.ALL[split.dataset].image_size <= 64, process.device
     items = [(item, c) for c, names in enumerate(split.items) for item in names]
@@ -86,9 +85,9 @@ def evaluate(model, pixels, targets, forward, mean, std, world=1, rows=256):
 def tester(split, size, forward, process, num_workers=0):
     """The function network -> {"top1", "top5"} on the images of `split`."""
     pixels, targets = validation_pixels(split, size, process, num_workers)
-    facts, shown = datasets.ALL[split.dataset], {"pixels": pixels, "targets": targets}
+    facts = datasets.ALL[split.dataset]
     how = {"forward": forward, "mean": facts.mean, "std": facts.std, "world": process.world}
-    return partial(evaluate, **shown, **how)
+    return partial(evaluate, pixels=pixels, targets=targets, **how)
 
 
 def summary(values):

@@ -21,14 +21,15 @@ KEPT_BYTES = 2**28  # of the pixels of batches that are kept for the next seed
 
 
 class Item(NamedTuple):
-    """One batch."""
+    """One batch, of which this process wants n rows."""
 
     epoch: int
     number: int
     batch: batches.Batch
-    rows: torch.Tensor | None  # of the batch that this process wants; None: all
-    held: torch.Tensor  # (n,) the rows that are cropped, sorted: those that mixing `rows` takes
-    pixels: torch.Tensor | None  # (n, S, S, 3) uint8, cropped; None: the device crops
+    rows: torch.Tensor  # (n,) the rows that are wanted, sorted
+    cropped: torch.Tensor  # (m,) the rows that are cropped: those, then what only mixing takes
+    partners: torch.Tensor  # (n,) where in `cropped` the partners are
+    pixels: torch.Tensor | None  # (m, S, S, 3) uint8; None: the device crops
     logits: torch.Tensor | None  # (B, classes), of stored labels
 
 
@@ -36,8 +37,8 @@ class Feed(torch.utils.data.Dataset):
     """Item (epoch, number) -> that batch, replayed from stored labels or drawn from the seed.
 
     One `__getitem__` is one batch, so stock PyTorch loads it, and its worker processes live for all
-    epochs. A CUDA device with room for the images keeps them and crops whole batches, to the same
-    bytes; else Pillow crops on the CPU, and only what the wanted rows take.
+    epochs. A CUDA device with room for the images keeps them and crops; else Pillow does, to the
+    same bytes.
 
     arrays    list of (H, W, 3) uint8; emptied when they have gone to the device
     labels    (folder, {file: sha256}) of stored labels, or None
@@ -45,11 +46,12 @@ class Feed(torch.utils.data.Dataset):
     """
 
     def __init__(self, arrays, images, protocol, device, labels=None, rows_of=None):
-        self.arrays, self.protocol, self.device = arrays, protocol, torch.device(device)
-        self.labels, self.rows_of, self.classes = labels, rows_of, len(images.folders)
+        self.arrays, self.protocol, self.labels = arrays, protocol, labels
+        self.device, self.classes = torch.device(device), len(images.folders)
+        self.rows_of = rows_of or torch.arange
         self.sizes = torch.tensor([array.shape[:2] for array in arrays])
         self.facts, self.size = datasets.ALL[images.dataset], protocol["input_size"]
-        self.order = self.opened = (None, None)  # of the last epoch asked for
+        self.opened = (None, None)  # the last epoch asked for, its EpochLabels
         self.checked, self.kept, self.memory = set(), {}, None
         self.resident = self._on_device() if self.device.type == "cuda" else None
 
@@ -79,19 +81,19 @@ class Feed(torch.utils.data.Dataset):
             batch, logits = self._replayed(*key) if self.labels else (self._drawn(*key), None)
         except LabelError as error:
             return error  # raised in a worker process it would come with a traceback
-        rows, pixels = self.rows_of and self.rows_of(len(batch.index)), None
-        held = torch.arange(len(batch.index))
+        every, rows = torch.arange(len(batch.index)), self.rows_of(len(batch.index))
+        others = torch.isin(every, batch.partner[rows]) & ~torch.isin(every, rows)
+        cropped = torch.cat([rows, every[others]])
+        partners = torch.empty_like(every).scatter_(0, cropped, every[: len(cropped)])
+        partners, pixels = partners[batch.partner[rows]], None
         if self.resident is None:
-            held = held if rows is None else torch.unique(torch.cat([rows, batch.partner[rows]]))
-            draws = (t[held] for t in (batch.index, batch.crop, batch.flip))
-            pixels = crops.crop_on_cpu(self.arrays, *draws, self.size)
-        return Item(*key, batch, rows, held, pixels, logits)
+            index, crop, flip = (t[cropped] for t in batch[:3])
+            pixels = crops.crop_on_cpu(self.arrays, index, crop, flip, self.size)
+        return Item(*key, batch, rows, cropped, partners, pixels, logits)
 
     def _drawn(self, epoch, number):
-        if self.order[0] != epoch:
-            seed, batch_size = self.protocol["fkd_seed"], self.protocol["batch_size"]
-            self.order = epoch, batches.epoch_batches(seed, epoch, len(self.sizes), batch_size)
-        index = self.order[1][number]
+        seed, batch_size = self.protocol["fkd_seed"], self.protocol["batch_size"]
+        index = batches.epoch_batches(seed, epoch, len(self.sizes), batch_size)[number]
         return batches.draw_batch(self.protocol, epoch, number, index, self.sizes[index])
 
     def _replayed(self, epoch, number):
@@ -101,8 +103,7 @@ class Feed(torch.utils.data.Dataset):
             # who reads batch 0 answers for the file: the loader keeps the order, so what is wrong
             # is met before anything else of that epoch
             if number == 0 and epoch not in self.checked:
-                digest = digests.get(opened.path.name)
-                opened.check(self.sizes, self.classes, self.size, digest)
+                opened.check(self.sizes, self.classes, self.size, digests.get(opened.path.name))
                 self.checked.add(epoch)
             self.opened = epoch, opened
         return self.opened[1].batch(number)
@@ -139,34 +140,28 @@ class Feed(torch.utils.data.Dataset):
                      in the rows `rows` of a batch of `count`
         On a CPU the next call may write to the same memory.
         """
-        batch, mix_type = item.batch, self.protocol["mix_type"]
-        mean, std = self.facts.mean, self.facts.std
-        pixels, rows, partners = self._cropped(item)
+        batch, mix_type, pixels = item.batch, self.protocol["mix_type"], self._cropped(item)
+        colours = self.facts.mean, self.facts.std
+        partners = batches.sent(item.partners, self.device)
         if mix_type == "mixup" or before_mix:
-            x = batches.normalise(pixels, mean, std)
-            x = before_mix(x, item.held, len(batch.index)) if before_mix else x
-            return batches.mix(x, batch, mix_type, rows, partners)
-        count = len(pixels if rows is None else rows)
+            x = batches.normalise(pixels, *colours)
+            x = before_mix(x, item.cropped, len(batch.index)) if before_mix else x
+            return batches.mix(x, batch, mix_type, partners)
+        count = len(partners)
         if self.device.type == "cpu" and (self.memory is None or len(self.memory) < count):
             self.memory = torch.empty((count, 3, self.size, self.size))
         cutmix = (partners, batch.box.tolist()) if mix_type == "cutmix" else None
-        return batches.normalise(pixels, mean, std, rows, cutmix, self.memory)
+        return batches.normalise(pixels, *colours, cutmix, self.memory)
 
     def unmixed(self, item):
         """The same rows as `mixed` gives, not mixed."""
-        pixels, rows, _ = self._cropped(item)
-        return batches.normalise(pixels, self.facts.mean, self.facts.std, rows)
+        pixels = self._cropped(item)[: len(item.rows)]
+        return batches.normalise(pixels, self.facts.mean, self.facts.std)
 
     def _cropped(self, item):
-        """(pixels, rows, partners): the rows `held` of the batch, cropped, (n, S, S, 3) uint8 on
-        the device; where in them the wanted rows (None: all) and their partners are."""
-        batch, rows, partners = item.batch, item.rows, item.batch.partner
-        if item.pixels is None:
-            images = self.resident[batches.sent(batch.index, self.device)]
-            pixels = crops.resized_crop_batch(images, batch.crop, batch.flip, self.size)
-        else:
-            pixels = batches.sent(item.pixels, self.device)
-        if rows is not None:
-            rows, partners = (torch.searchsorted(item.held, t) for t in (rows, partners[rows]))
-            rows = batches.sent(rows, self.device)
-        return pixels, rows, batches.sent(partners, self.device)
+        """(m, S, S, 3) uint8 on the device."""
+        if item.pixels is not None:
+            return batches.sent(item.pixels, self.device)
+        index, crop, flip = (t[item.cropped] for t in item.batch[:3])
+        images = self.resident[batches.sent(index, self.device)]
+        return crops.resized_crop_batch(images, crop, flip, self.size)

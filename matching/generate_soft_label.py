@@ -5,12 +5,11 @@
     sh matching/matching.sh
 
 Writes FKD_PATH/<name>/epoch_0000.safetensors ... and manifest.json: one file per epoch, with every
-draw of every batch and the teacher's logits in fp16 (FKD: fast knowledge distillation). The epoch
-is the unit of work: made whole, split over processes, and skipped when it is on disk.
+draw of every batch and the teacher's logits in fp16 (FKD: fast knowledge distillation).
 """
 
 import argparse
-from itertools import islice, starmap
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -55,16 +54,14 @@ def load_teachers(archs, checkpoints, dataset, folders, image_size, device, chan
     if len(checkpoints) != len(archs):
         counts = f"{len(checkpoints)} paths for {len(archs)} --arch"
         refuse(f"--teacher_checkpoint: {counts} ({' '.join(archs)})")
-    teachers, known = [], []
-    layout = {"memory_format": torch.channels_last} if channels_last else {}
-    for arch, checkpoint in zip(archs, checkpoints):
-        model, facts = models.load_teacher(arch, checkpoint, dataset, folders, image_size)
+    pairs, which = zip(archs, checkpoints), (dataset, folders, image_size)
+    teachers, known = zip(*(models.load_teacher(*pair, *which) for pair in pairs))
+    for facts in known:
         if facts["columns"] is not None:
-            kept = f"{facts['columns'][:10]} ..."
-            print(f"teacher {arch}: {len(folders)} of its {facts['classes']} columns: {kept}")
-        teachers.append(model.to(device, **layout))
-        known.append(facts)
-    return teachers, known
+            kept = f"{len(folders)} of its {facts['classes']} columns: {facts['columns'][:10]} ..."
+            print(f"teacher {facts['arch']}: {kept}")
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    return [teacher.to(device, memory_format=layout) for teacher in teachers], known
 
 
 @torch.no_grad()
@@ -81,20 +78,16 @@ def teacher_logits(teachers, x, amp="none", half=True):
 
 def missing_inputs(images, checkpoints):
     """For --dry_run: what to run before these images and teachers can be read, or ""."""
-    sources = [(images, "distillation.gen_syn_image")]
-    trained = (path for path in checkpoints or [] if path != models.PUBLIC)
-    sources += [(path, "matching.train_teacher") for path in trained]
-    return "; ".join(filter(None, starmap(output.awaited, sources)))
+    trained = [path for path in checkpoints or [] if path not in (None, models.PUBLIC)]
+    sources = [output.awaited(path, "matching.train_teacher") for path in trained]
+    return "; ".join(filter(None, [output.awaited(images, "distillation.gen_syn_image"), *sources]))
 
 
 # ---- epochs
 
 
 def label_epoch(feed, items, steps, teachers, settings, bar):
-    """([Batch], logits (N, classes) on the CPU) of the next `steps` items of the feed.
-
-    settings   "amp", "channels_last", "use_fp16";   bar: moves by the images that are labelled
-    """
+    """([Batch], logits (N, classes) on the CPU) of the next `steps` items of the feed."""
     drawn, logits = [], []
     for item in islice(items, steps):
         x = feed.mixed(item)
@@ -107,38 +100,30 @@ def label_epoch(feed, items, steps, teachers, settings, bar):
     return drawn, torch.cat(logits).cpu()
 
 
-def label_images(out, images, arrays, teachers, num_workers):
-    """Make every epoch that is not there yet; one is written beside the next."""
-    settings, count = out.settings, len(images.files)
-    steps = batches.batches_of(count, settings["batch_size"])
-    size = labels.label_bytes(count, len(images.folders), settings)
-    todo = out.todo(range(settings["epochs"]), lambda e: [labels.label_file(e)], size)
-    feed = Feed(arrays, images, settings, out.process.device)
-    items = feed.loader([(epoch, b) for epoch in todo for b in range(steps)], num_workers)
-    with out.progress(total=len(todo) * count, desc="soft labels", unit="image") as bar:
-        for epoch in out.steps(todo):
-            with runtime.memory_for("in labelling", "use --amp bf16, or fewer teachers at once"):
-                drawn, logits = label_epoch(feed, items, steps, teachers, settings, bar)
-            out.later(labels.write_epoch, out, epoch, drawn, logits)
-
-
 def make_labels(images, settings, checkpoints, root, process, num_workers):
     """The labels folder of one image folder; returns its path."""
-    facts = datasets.ALL[images.dataset]
-    settings = settings.filled(input_size=images.image_size or facts.image_size)
-    archs, which = settings["arch"], (images.dataset, images.folders, settings["input_size"])
-    how = process.device, settings["channels_last"]
-    teachers, known = load_teachers(archs, checkpoints, *which, *how)
+    facts, settings = datasets.ALL[images.dataset], settings.filled(input_size=images.pixels)
+    which = images.dataset, images.folders, settings["input_size"], process.device
+    archs, layout = settings["arch"], settings["channels_last"]
+    teachers, known = load_teachers(archs, checkpoints, *which, layout)
     arrays, images = image_sets.load_pixels("--data", images, num_workers)
     inputs = {"dataset": images.dataset, "images": images.content}
     inputs["teacher"] = [teacher["sha256"] for teacher in known]
-    made_of = {"dataset": images.dataset, "images": images.facts(), "teacher": known}
-    made_of["classes"] = [{"index": c, "folder": f} for c, f in enumerate(images.folders)]
-    made_of |= {"mean": facts.mean, "std": facts.std}
-    where = "--fkd_path", root, labels.labels_name(images.name, archs, settings)
-    with output.Output(*where, "soft_labels", settings, inputs, process) as out:
-        label_images(out, images, arrays, teachers, num_workers)
-        out.finish(made_of, words="epochs")
+    name, count = labels.labels_name(images.name, archs, settings), len(images.files)
+    steps = batches.batches_of(count, settings["batch_size"])
+    size = labels.label_bytes(count, len(images.folders), settings)
+    with output.Output("--fkd_path", root, name, "soft_labels", settings, inputs, process) as out:
+        todo = out.todo(range(settings["epochs"]), lambda e: [labels.label_file(e)], size)
+        feed = Feed(arrays, images, settings, process.device)
+        items = feed.loader([(epoch, nth) for epoch in todo for nth in range(steps)], num_workers)
+        with out.progress(total=len(todo) * count, desc="soft labels", unit="image") as bar:
+            for epoch in out.steps(todo):
+                with runtime.memory_for("in labelling", "use --amp bf16, or fewer teachers"):
+                    drawn, logits = label_epoch(feed, items, steps, teachers, settings, bar)
+                out.later(labels.write_epoch, out, epoch, drawn, logits)  # beside the next one
+        made_of = {"dataset": images.dataset, "images": images.facts(), "teacher": known}
+        made_of["classes"] = [{"index": c, "folder": f} for c, f in enumerate(images.folders)]
+        out.finish({**made_of, "mean": facts.mean, "std": facts.std}, words="epochs")
     return out.folder
 
 

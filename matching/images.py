@@ -17,7 +17,7 @@ from PIL import Image
 
 from distillation import datasets, image_folder
 from scripts import files, output
-from scripts.runtime import Refusal, progress, refuse, warn
+from scripts.runtime import progress, refuse, warn
 
 
 class ImageSet(NamedTuple):
@@ -41,6 +41,11 @@ class ImageSet(NamedTuple):
     def foreign(self):
         return self.digests is None
 
+    @property
+    def pixels(self):
+        """The networks' usual input size."""
+        return self.image_size or datasets.ALL[self.dataset].image_size
+
     def facts(self):
         """What labels and results record of the images; stage 4 compares the two."""
         names = ("content", "arm", "ipc", "image_size", "foreign", "generator", "real_images")
@@ -55,11 +60,15 @@ def open_images(flag, root, dataset=None):
     root, where, manifest = Path(root), f"{flag} {root}", None
     if not root.is_dir() or (root / output.ARGS).exists() or output.is_complete(root):
         manifest = image_folder.read_images(flag, root)  # refuses one that is not finished
-    found = {folder: _images_in(root / folder) for folder in datasets.class_folders(flag, root)}
-    empty = [folder for folder, paths in found.items() if not paths]
-    if empty or not found:
-        what = f"the class folder {empty[0]} holds no image" if empty else "no class folders in it"
-        refuse(f"{where}: {what}")
+    found = {}
+    for folder in datasets.class_folders(flag, root):
+        paths = [p for p in (root / folder).iterdir() if p.suffix.lower() in datasets.EXTENSIONS]
+        shown = (p.name for p in paths if p.name[0] != "." and p.is_file())
+        found[folder] = sorted(f"{folder}/{name}" for name in shown)
+        if not found[folder]:
+            refuse(f"{where}: the class folder {folder} holds no image")
+    if not found:
+        refuse(f"{where}: no class folders in it")
     paths = [path for of_class in found.values() for path in of_class]
     counts = [len(of_class) for of_class in found.values()]
     if manifest:
@@ -69,12 +78,6 @@ def open_images(flag, root, dataset=None):
         about["ipc"] = counts[0] if len(set(counts)) == 1 else None
     targets = torch.arange(len(found)).repeat_interleave(torch.tensor(counts))
     return ImageSet(root, root.resolve().name, files=tuple(paths), targets=targets, **about)
-
-
-def _images_in(folder):
-    """The paths of the images directly in `folder`, below its parent, sorted."""
-    paths = (p for p in folder.iterdir() if p.suffix.lower() in datasets.EXTENSIONS)
-    return sorted(f"{folder.name}/{p.name}" for p in paths if p.name[0] != "." and p.is_file())
 
 
 def _made(where, folders, paths, manifest, dataset):
@@ -93,57 +96,40 @@ def _made(where, folders, paths, manifest, dataset):
 
 def _foreign(where, folders, paths, dataset):
     """The rest of an ImageSet of another method's images."""
-    dataset = dataset or _guess_dataset(folders)
-    folders = _as_classes(where, folders, dataset)
+    if dataset is None:
+        known = {name: list(datasets.known_prompts(name)) for name in datasets.ALL}
+        whole = (name for name in known if known[name] == folders and name != "digits")
+        subset = set(folders) <= set(known["imagenet"])
+        dataset = next(whole, "imagenet" if subset else "imagefolder")
+    unsafe = next((folder for folder in folders if not files.safe_name(folder)), None)
+    if unsafe:
+        refuse(f"{where}: the class folder {unsafe!r} has a name that is not safe everywhere")
+    known = list(datasets.known_prompts(dataset))
+    odd = [folder for folder in folders if known and folder not in known]
+    digits = [re.search(r"\d+$", folder) for folder in folders]
+    if odd and [found and int(found[0]) for found in digits] == list(range(len(known))):
+        # SRe2L's new000 ... new999, RDED's 00000 ...
+        warn(f"{where}: its {len(folders)} numbered folders are {dataset}'s classes in order")
+        folders = known
+    elif odd:
+        refuse(f"{where}: the class folder {odd[0]!r} is no class of --dataset {dataset}")
     warn(f"{where}: no manifest: taken as another method's images of {dataset}, and hashed")
-    sides = {side for path in paths for side in _size_of(path)}
+    sides = set()
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                sides.update(image.size)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            refuse(f"{path}: not an image: {error}")
     size = sides.pop() if len(sides) == 1 else None
     return {"dataset": dataset, "folders": tuple(folders), "image_size": size}
 
 
-def _as_classes(where, folders, dataset):
-    """The class names behind a foreign folder's sub-folders, in their order."""
-    known = list(datasets.known_prompts(dataset))
-    unsafe = next((folder for folder in folders if not files.safe_name(folder)), None)
-    if unsafe:
-        refuse(f"{where}: the class folder {unsafe!r} has a name that is not safe everywhere")
-    if not known or set(folders) <= set(known):
-        return folders
-    digits = [re.search(r"\d+$", folder) for folder in folders]
-    if [found and int(found[0]) for found in digits] == list(range(len(known))):
-        # SRe2L's new000 ... new999, RDED's 00000 ...
-        warn(f"{where}: its {len(folders)} numbered folders are {dataset}'s classes in order")
-        return known
-    odd = next(folder for folder in folders if folder not in known)
-    refuse(f"{where}: the class folder {odd!r} is no class of --dataset {dataset}")
-
-
-def _guess_dataset(folders):
-    for dataset in datasets.ALL:
-        if dataset != "digits" and list(datasets.known_prompts(dataset)) == folders:
-            return dataset
-    return "imagenet" if set(folders) <= set(datasets.known_prompts("imagenet")) else "imagefolder"
-
-
-def _size_of(path):
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        refuse(f"{path}: not an image: {error}")
-
-
 def in_threads(function, items, num_workers, desc):
-    """[function(item)], in threads, with a bar: Pillow decodes without the GIL.
-
-    What a thread refuses is refused here, the first item's first.
-    """
+    """[function(item)], in threads, with a bar: Pillow decodes without the GIL."""
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:
         found = pool.map(function, items)
-        try:
-            return list(progress(found, total=len(items), desc=desc, unit="image", leave=False))
-        except Refusal as refusal:
-            refuse(refusal.code)
+        return list(progress(found, total=len(items), desc=desc, unit="image", leave=False))
 
 
 def load_pixels(flag, images, num_workers=0):
@@ -176,8 +162,7 @@ def outlook(flag, path, dataset=None):
     path = Path(path)
     if not output.awaited(path, ""):
         images = open_images(flag, path, dataset)
-        size = images.image_size or datasets.ALL[images.dataset].image_size
-        return images.name, size, len(images.folders), len(images.files)
+        return images.name, images.pixels, len(images.folders), len(images.files)
     found = re.match(r"(.+?)_ipc([0-9]{1,9})_", path.name)
     dataset = dataset or (found and found[1])
     if dataset not in datasets.ALL:

@@ -22,10 +22,7 @@ from scripts.runtime import refuse
 
 
 def labels_name(images, archs, settings):
-    """The name of a labels folder, such as cifar10_ipc10_random_resnet18_mix-cutmix.
-
-    images   the name of their folder;   settings: a Settings, of the batches and the precision
-    """
+    """cifar10_ipc10_random_resnet18_mix-cutmix of the image folder cifar10_ipc10_random."""
     unused = {"mixup", "cutmix"} - {settings["mix_type"]}  # an alpha of what is not done
     shown = settings.only(name for name in settings if name not in unused)
     for values in (shown, shown.defaults):
@@ -36,16 +33,9 @@ def labels_name(images, archs, settings):
 
 # ---- one epoch's file
 
-FORM = {
-    "epoch": torch.int64,
-    "start": torch.int64,  # batch b is rows start[b]:start[b + 1]
-    "index": torch.int32,
-    "crop": torch.int32,
-    "flip": torch.bool,
-    "partner": torch.int32,
-    "box": torch.int32,
-    "lam": torch.float64,
-}
+# the tensors beside the logits; batch b is rows start[b]:start[b + 1]
+FORM = {"epoch": torch.int64, "start": torch.int64, "index": torch.int32, "crop": torch.int32}
+FORM |= {"flip": torch.bool, "partner": torch.int32, "box": torch.int32, "lam": torch.float64}
 
 
 class LabelError(ValueError):
@@ -64,11 +54,7 @@ def label_bytes(count, classes, settings):
 
 
 def write_epoch(out, epoch, drawn, logits):
-    """All draws of an epoch and its logits, as one safetensors file.
-
-    drawn   [Batch], in order;   logits (N, classes), rows in the order of the batches
-    Refuses logits that are not finite.
-    """
+    """[Batch] of an epoch and its logits (N, classes), in the same order, as one file."""
     if not _finite(logits):
         hint = "; --no_use_fp16 keeps numbers above 65,504" if logits.dtype == torch.half else ""
         archs = " ".join(out.settings["arch"])
@@ -90,10 +76,7 @@ def _finite(logits):
 
 
 class EpochLabels:
-    """One epoch's label file, mapped: draws in memory, logits read batch by batch.
-
-    count   images of the set.   Raises LabelError; `check` finds whatever does not fit.
-    """
+    """One epoch's label file of `count` images: draws in memory, logits read batch by batch."""
 
     def __init__(self, folder, epoch, count, batch_size):
         self.path, self.epoch = Path(folder) / label_file(epoch), epoch
@@ -122,42 +105,39 @@ class EpochLabels:
         """
         if digest and files.sha256(self.path) != digest:
             raise LabelError(f"{self.path}: not what its manifest says: changed since it was made")
-        for wrong, words in self._problems(sizes, classes, input_size):
-            if wrong:
-                raise LabelError(f"{self.path}: {words}")
+        start, count, steps = self.start, len(sizes), len(self.start) - 1
+        lengths, every = torch.tensor(start).diff(), torch.arange(count)
+        last = lengths.repeat_interleave(lengths)  # of each row's batch, plus one
 
-    def _problems(self, sizes, classes, input_size):
-        """(whether it is so, what is wrong) in turn: each relies on those before it."""
-        draws, start, count, steps = self.draws, self.start, len(sizes), len(self.start) - 1
-        shapes = {"epoch": [1], "start": [steps + 1], "crop": [count, 4], "box": [steps, 4]}
-        shapes["lam"] = [steps]
-        expected = {name: (kind, shapes.get(name, [count])) for name, kind in FORM.items()}
-        found = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in draws.items()}
-        for name in sorted({*found, *expected}):
-            there, right = found.get(name), expected.get(name)
-            yield there != right, f"holds {name} of {there}, expected {right}"
-        shape, kind = self.logits.get_shape(), self.logits.get_dtype()
-        words = f"logits of shape {shape} in {kind}, expected {[count, classes]} in F16 or F32"
-        yield shape != [count, classes] or kind not in ("F16", "F32"), words
-        epoch, starts = int(draws["epoch"]), draws["start"].tolist()
-        yield epoch != self.epoch, f"holds epoch {epoch}, expected {self.epoch}"
-        yield starts != start, f"its batches begin at {starts[:4]}, expected {start[:4]}"
-        index, crop, partner = (draws[name].long() for name in ("index", "crop", "partner"))
-        each_once = torch.equal(index.sort().values, torch.arange(count))
-        yield not each_once, f"its image indices are not the {count} images, each once"
-        inside = (crop[:, :2] >= 0).all() and (crop[:, 2:] >= 1).all()
-        inside = inside and (crop[:, :2] + crop[:, 2:] <= sizes[index]).all()
-        yield not inside, "holds crops outside the images"
-        lengths = torch.tensor(start).diff()
-        inside = (partner >= 0) & (partner < lengths.repeat_interleave(lengths))
-        yield not inside.all(), "holds mix partners outside their batch"
-        box, lam = draws["box"], draws["lam"]
-        inside = (box >= 0) & (box <= input_size)
-        yield not inside.all(), f"holds boxes outside {input_size} px"
-        yield not ((lam >= 0) & (lam <= 1)).all(), "holds lambdas outside 0 to 1"
+        def inside(crop):
+            place, extent = crop.long().split(2, 1)  # top and left, height and width
+            fits = place + extent <= sizes[self.draws["index"].long()]
+            return (fits & (place >= 0) & (extent >= 1)).all()
+
+        questions = {  # shape, whether the tensor is right, and what it holds if not
+            "epoch": ([1], lambda t: t == self.epoch, f"another epoch than {self.epoch}"),
+            "start": ([steps + 1], lambda t: t.tolist() == start, f"batches not at {start[:4]}"),
+            "index": ([count], lambda t: t.sort().values.equal(every.int()), "not each image once"),
+            "crop": ([count, 4], inside, "crops outside the images"),
+            "flip": ([count], lambda t: True, ""),
+            "partner": ([count], lambda t: ((t >= 0) & (t < last)).all(), "partners elsewhere"),
+            "box": ([steps, 4], lambda t: ((t >= 0) & (t <= input_size)).all(), "boxes outside"),
+            "lam": ([steps], lambda t: ((t >= 0) & (t <= 1)).all(), "lambdas outside 0 to 1"),
+        }
+        for name, (shape, right, words) in questions.items():
+            tensor = self.draws.get(name)
+            found = None if tensor is None else (tensor.dtype, list(tensor.shape))
+            if found != (FORM[name], shape):
+                expected = f"expected {(FORM[name], shape)}"
+                raise LabelError(f"{self.path}: holds {name} of {found}, {expected}")
+            if not right(tensor):
+                raise LabelError(f"{self.path}: holds {words}")
+        found = self.logits.get_dtype(), self.logits.get_shape()
+        if found not in [(kind, [count, classes]) for kind in ("F16", "F32")]:
+            raise LabelError(f"{self.path}: holds logits of {found}, expected {[count, classes]}")
         for rows in map(slice, start, start[1:]):
-            words = f"holds logits that are not finite, in rows {rows.start} to {rows.stop}"
-            yield not _finite(self.logits[rows]), words
+            if not _finite(self.logits[rows]):
+                raise LabelError(f"{self.path}: holds logits that are not finite, in {rows}")
 
 
 # ---- do they belong to these images?
@@ -170,7 +150,6 @@ def open_labels(path, images, given, verify=False):
 
     given    {flag: value} of the command line, None where not given
     verify   hash every file now; else those of a large set are hashed as each is first read
-    Refuses labels that do not fit.
     """
     path = Path(path)
     folders = [path]
@@ -194,10 +173,7 @@ def open_labels(path, images, given, verify=False):
 
 
 def mismatches(folder, manifest, images, given):
-    """What in the labels does not fit the images or the command line.
-
-    One line per difference, naming both values.
-    """
+    """One line for each thing in the labels that does not fit the images or the command line."""
     where, made, count = f"--fkd_path {folder}", manifest["arguments"], len(manifest["files"])
     if made["epochs"] != count or set(manifest["files"]) != set(map(label_file, range(count))):
         return [f"{where}: its manifest lists {count} files for {made['epochs']} epochs"]
@@ -211,21 +187,16 @@ def mismatches(folder, manifest, images, given):
         pairs = [("images with the content", of["content"][:12], ours["content"][:12])]
     odd = [(what, theirs, now) for what, theirs, now in pairs if theirs != now]
     lines = [f"{where}: made for {what} {a}, {images.root} has {b}" for what, a, b in odd]
-    weights = [_weights_digest(path) for path in given.get("teacher_checkpoint") or []]
-    given = {**given, "teacher_checkpoint": weights or None}
+    checkpoints = [Path(path) for path in given.get("teacher_checkpoint") or []]
+    paths = [path / "model.safetensors" if path.is_dir() else path for path in checkpoints]
     weights = [f"sha256:{teacher['sha256'][:12]}" for teacher in manifest["teacher"]]
     made = {**made, "teacher_checkpoint": weights}
+    given = {**given, "teacher_checkpoint": [f"sha256:{files.sha256(p)[:12]}" for p in paths]}
     for name in (*batches.PROTOCOL, "arch", "use_fp16", "teacher_checkpoint"):
         value, theirs = given.get(name), made[name]
-        if value in (None, theirs) or (name == "epochs" and value < theirs):
+        if value in (None, [], theirs) or (name == "epochs" and value < theirs):
             continue
         if isinstance(value, list):
             value, theirs = " ".join(value), " ".join(theirs)
         lines.append(f"--{name} {value}: the labels of {where} were made with {theirs}")
     return lines
-
-
-def _weights_digest(checkpoint):
-    path = Path(checkpoint)
-    path = path / "model.safetensors" if path.is_dir() else path
-    return f"sha256:{files.sha256(path)[:12]}"

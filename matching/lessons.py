@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 
-from distillation import datasets
 from matching import batches, generate_soft_label, labels, models, ranks, training
 from matching import images as image_sets
 from matching.feed import Feed
@@ -18,27 +17,25 @@ from scripts.runtime import JITTER, generator
 BATCH_SETTINGS = tuple(batches.PROTOCOL)
 
 
-def drawn_settings(settings, size):
-    """The settings of batches that are drawn now; size: pixels of the images."""
+def drawn(images, settings, size):
+    """(name, settings) of batches that are drawn now.
+
+    images   name of the image folder;   size: pixels of its images
+    """
     settings = settings.filled(**{**batches.PROTOCOL, "input_size": size, "use_fp16": True})
-    return settings if settings["hard_label"] else settings.filled(arch=["resnet18"])
-
-
-def drawn_name(images, settings):
-    """What names a result of batches that are drawn now, of the image folder `images`."""
     if settings["hard_label"]:
-        return labels.labels_name(images, ["hard"], settings.only(BATCH_SETTINGS))
+        return labels.labels_name(images, ["hard"], settings.only(BATCH_SETTINGS)), settings
+    settings = settings.filled(arch=["resnet18"])
     named = settings.only([*BATCH_SETTINGS, "use_fp16"])
-    return f"{labels.labels_name(images, settings['arch'], named)}_online"
+    return f"{labels.labels_name(images, settings['arch'], named)}_online", settings
 
 
 class Lessons:
-    """See training.train.
+    """What a student learns from: see training.train.
 
-    stem       name of the labels, stored or not, which names the result
-    settings   a Settings, with the batches' values that the labels were made with
-    facts      of each teacher;   made: {"amp", "channels_last"} of its labels; None: hard labels
-    content    digest of stored labels;   labelled: their epochs
+    stem      name of the labels, stored or not, which names the result
+    facts     of each teacher;   made: {"amp", "channels_last"} of its labels; None: hard labels
+    content   digest of stored labels;   labelled: their epochs
     """
 
     def __init__(self, images, settings, process, num_workers):
@@ -46,7 +43,7 @@ class Lessons:
         if images.foreign:  # its content is known only from its pixels
             self.arrays, images = image_sets.load_pixels("--train_dir", images, num_workers)
         self.images, self.settings = images, settings.filled(dataset=images.dataset)
-        self.networks, self.facts, self.stored, self.count = [], [], None, len(images.files)
+        self.teachers, self.facts, self.stored, self.count = [], [], None, len(images.files)
         self.content = self.made = self.labelled = None
         hard = settings["hard_label"]
         self.loss = training.hard_loss if hard else training.LOSSES[settings["loss"]]
@@ -64,17 +61,15 @@ class Lessons:
 
     def draw(self, checkpoints):
         """Draw the batches now, for teachers that label them (--online) or for the classes."""
-        images, size = self.images, self.images.image_size
-        size = size or datasets.ALL[images.dataset].image_size
-        settings = self.settings = drawn_settings(self.settings, size)
+        images, size = self.images, self.images.pixels
+        self.stem, settings = drawn(images.name, self.settings, size)
         batches.check_scales(settings["min_scale_crops"], settings["max_scale_crops"])
-        self.stem = drawn_name(images.name, settings)
-        if settings["hard_label"]:
-            return
-        where = images.dataset, images.folders, settings["input_size"], self.process.device
-        loaded = generate_soft_label.load_teachers(settings["arch"], checkpoints, *where)
-        self.networks, self.facts = loaded
-        self.made = {"amp": "none", "channels_last": False}
+        self.settings = settings
+        if not settings["hard_label"]:
+            where = images.dataset, images.folders, settings["input_size"], self.process.device
+            loaded = generate_soft_label.load_teachers(settings["arch"], checkpoints, *where)
+            self.teachers, self.facts = loaded
+            self.made = {"amp": "none", "channels_last": False}
 
     def network(self):
         classes, size = len(self.images.folders), self.settings["input_size"]
@@ -84,25 +79,22 @@ class Lessons:
         return [f"student_seed{seed}.safetensors", f"seed{seed}.json"]
 
     def loader(self, keys):
-        arrays, rows_of = self.arrays, self.needed if self.process.world > 1 else None
+        arrays = self.arrays
         if arrays is None:
             arrays, _ = image_sets.load_pixels("--train_dir", self.images, self.num_workers)
-        where = self.process.device, self.stored, rows_of
+        where = self.process.device, self.stored, self.needed
         self.feed = Feed(arrays, self.images, self.settings, *where)
         return self.feed.loader(keys, self.num_workers)
 
     def own(self, count):
         """The rows of a batch of `count` that this process trains on."""
-        where = self.settings["bn_batch"], self.process.rank, self.process.world
-        return ranks.rank_chunks(count, *where)[1]
+        return ranks.rank_chunks(count, self.settings["bn_batch"], self.process)[1]
 
     def needed(self, count):
-        """Its own rows; with --online the blocks that hold them, as the teacher takes them.
-
-        So no batch of the teacher depends on the number of processes.
-        """
+        """Its own rows; with --online the blocks in which the teacher takes a batch, whatever the
+        number of processes."""
         rows, every, size = self.own(count), torch.arange(count), generate_soft_label.TEACHER_ROWS
-        return every[torch.isin(every // size, rows // size)] if self.networks else rows
+        return every[torch.isin(every // size, rows // size)] if self.teachers else rows
 
     def part(self, item):
         """The training.Part of an item of the feed."""
@@ -114,14 +106,14 @@ class Lessons:
             change = partial(color_jitter, strength=strength, facts=self.feed.facts, g=g)
         x = self.feed.mixed(item, change)
         unmixed = self.feed.unmixed(item) if s["bn_refresh"] else None
-        if self.networks:
-            logits = generate_soft_label.teacher_logits(self.networks, x, half=s["use_fp16"])
-            if item.rows is not None:  # more rows are here than this process trains on
+        if self.teachers:
+            logits = generate_soft_label.teacher_logits(self.teachers, x, half=s["use_fp16"])
+            if len(own) < len(item.rows):  # the teacher took more than this process trains on
                 where = batches.sent(torch.searchsorted(item.rows, own), device)
                 x, logits = x[where], logits[where]
                 unmixed = None if unmixed is None else unmixed[where]
         elif logits is not None:
-            logits = batches.sent(logits if item.rows is None else logits[own], device)
+            logits = batches.sent(logits if len(own) == count else logits[own], device)
         targets = self.images.targets[item.batch.index]
         classes = (batches.sent(targets[i], device) for i in (own, item.batch.partner[own]))
         return training.Part(count, x, training.Goal(logits, *classes, item.batch.lam), unmixed)
@@ -140,8 +132,7 @@ EIGENVECTORS = (
 def color_jitter(x, rows, count, strength, facts, g):
     """Minimax: brightness, contrast and saturation in random order, then PCA noise.
 
-    x          (n, 3, S, S) normalised: the rows `rows` of a batch of `count`. The draws are of the
-               whole batch, so that processes agree
+    x          (n, 3, S, S) normalised: the rows `rows` of a batch of `count`, which is drawn for
     strength   (largest change of the three, standard deviation of the noise);   facts: mean, std
     """
     jitter, lighting = strength
@@ -149,14 +140,13 @@ def color_jitter(x, rows, count, strength, facts, g):
     alpha = (torch.rand(count, 3, generator=g) * 2 - 1)[rows].to(x.device) * jitter
     noise = torch.randn(count, 3, generator=g)[rows].to(x.device) * lighting
     constants = (facts.mean, facts.std, GRAY)
-    mean, std, gray = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in constants)
+    mean, std, gray = (batches.per_channel(values, x.device) for values in constants)
     x = x * std + mean
     for place in range(3):
         kind = order[:, place].view(-1, 1, 1, 1)
         shade = (x * gray).sum(1, keepdim=True)  # (n, 1, S, S)
         flat = shade.mean((2, 3), keepdim=True)
-        dark = torch.zeros_like(shade)
-        towards = torch.where(kind == 0, dark, torch.where(kind == 1, flat, shade))
+        towards = torch.where(kind == 0, 0, torch.where(kind == 1, flat, shade))
         x = x + alpha[:, place].view(-1, 1, 1, 1) * (towards - x)
     values, vectors = (torch.tensor(v, device=x.device) for v in (EIGENVALUES, EIGENVECTORS))
     x = x + ((noise * values) @ vectors.T).view(-1, 3, 1, 1)

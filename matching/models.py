@@ -3,9 +3,8 @@
     model = create_model("resnet18", num_classes=10, image_size=224)
     teacher, facts = load_teacher("resnet18", None, "imagenette", folders, 224)  # 10 of 1000
 
-A new network is one entry in MODELS. At 224 px these are torchvision's networks; at 64 px and below
-the ResNets get a 3x3 stem without max-pool, the usual recipe for CIFAR and Tiny-ImageNet. The
-ConvNets are those of DM, MTT and TESLA: instance norm and average pooling.
+A new network is one entry in MODELS. At 224 px these are torchvision's; at 64 px and below the
+ResNets get a 3x3 stem without max-pool, as usual for CIFAR and Tiny-ImageNet.
 """
 
 import hashlib
@@ -13,6 +12,7 @@ import re
 from functools import partial
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,43 +23,29 @@ from scripts.runtime import refuse
 
 PUBLIC = "torchvision"  # --teacher_checkpoint torchvision: what None means, said in a launcher
 
-# What torchvision's weights="DEFAULT" (the release) means today. Pinned, so that a later
-# torchvision gives the same labels.
-TEACHER_WEIGHTS = {
-    "resnet18": "IMAGENET1K_V1",
-    "resnet50": "IMAGENET1K_V2",
-    "resnet101": "IMAGENET1K_V2",
-    "mobilenet_v2": "IMAGENET1K_V2",
-    "efficientnet_b0": "IMAGENET1K_V1",
-    "shufflenet_v2_x0_5": "IMAGENET1K_V1",
-    "swin_t": "IMAGENET1K_V1",
-    "vit_b_16": "IMAGENET1K_V1",
-    "vgg11": "IMAGENET1K_V1",
-}
+# What torchvision's weights="DEFAULT" (the release) means today; a later one may choose others.
+V1, V2 = "IMAGENET1K_V1", "IMAGENET1K_V2"
+TEACHER_WEIGHTS = {"resnet18": V1, "resnet50": V2, "resnet101": V2, "mobilenet_v2": V2}
+TEACHER_WEIGHTS |= {"efficientnet_b0": V1, "shufflenet_v2_x0_5": V1, "swin_t": V1}
+TEACHER_WEIGHTS |= {"vit_b_16": V1, "vgg11": V1}
 
 # ---- networks
 
 
 class ConvNet(nn.Sequential):
-    """`depth` blocks of 3x3 convolution, instance norm, ReLU, 2x2 average pool; one linear layer.
-
-    Depth 3, width 128, 10 classes, 32 px: 320,010 parameters. The field's depth is 3 up to 32 px,
-    4 up to 64 px, 5 above.
+    """`depth` blocks of 3x3 convolution, instance norm, ReLU, 2x2 average pool; one linear layer:
+    as in DM, MTT and TESLA, whose depth is 3 up to 32 px, 4 up to 64 px, 5 above.
     """
 
     def __init__(self, num_classes, image_size, width=128, depth=None):
         depth = depth or (3 if image_size <= 32 else 4 if image_size <= 64 else 5)
         if image_size >> depth < 1:
             refuse(f"--input_size {image_size}: too small for a ConvNet of depth {depth}")
-        blocks, channels = [], 3
-        for _ in range(depth):  # (B, 3, S, S) -> (B, width, S >> depth, S >> depth)
-            blocks += [
-                nn.Conv2d(channels, width, 3, padding=1),
-                nn.GroupNorm(width, width),  # instance norm with scale and shift
-                nn.ReLU(inplace=True),
-                nn.AvgPool2d(2),
-            ]
-            channels = width
+        blocks = []
+        for n in range(depth):  # (B, 3, S, S) -> (B, width, S >> depth, S >> depth)
+            blocks += [nn.Conv2d(width if n else 3, width, 3, padding=1)]
+            blocks += [nn.GroupNorm(width, width)]  # instance norm with scale and shift
+            blocks += [nn.ReLU(inplace=True), nn.AvgPool2d(2)]
         head = nn.Linear(width * (image_size >> depth) ** 2, num_classes)
         super().__init__(*blocks, nn.Flatten(), head)
 
@@ -85,22 +71,14 @@ class BlockAP(nn.Module):
 
 
 def _resnet_ap10(num_classes, image_size):
-    """ResNetAP-10: one block per stage, instance norm.
-
-    Stem: 7x7 and a 4x4 pool above 128 px, else 3x3 (and a 2x2 pool above 64 px).
-    """
+    """ResNetAP-10 (Minimax): one block per stage, instance norm."""
     kernel, pool = (7, 4) if image_size > 128 else (3, 2) if image_size > 64 else (3, 1)
     widths = (64, 128, 256, 512)
-    model = nn.Sequential(
-        nn.Conv2d(3, 64, kernel, padding=kernel // 2, bias=False),
-        nn.GroupNorm(64, 64),
-        nn.ReLU(inplace=True),
-        nn.AvgPool2d(pool),
-        *[BlockAP(widths[max(i - 1, 0)], width, halve=i > 0) for i, width in enumerate(widths)],
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(512, num_classes),
-    )
+    layers = [nn.Conv2d(3, 64, kernel, padding=kernel // 2, bias=False), nn.GroupNorm(64, 64)]
+    layers += [nn.ReLU(inplace=True), nn.AvgPool2d(pool)]
+    layers += [BlockAP(widths[max(i - 1, 0)], width, i > 0) for i, width in enumerate(widths)]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes)]
+    model = nn.Sequential(*layers)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -136,7 +114,7 @@ MODELS = {
 
 
 def model_name(text):
-    """argparse type: a network's name; `-` and `_` are equal, except after `timm:`."""
+    """argparse type: a name in MODELS, where `-` and `_` are equal, or `timm:NAME`."""
     name = text if text.startswith("timm:") else text.replace("-", "_")
     if name not in MODELS and not name.startswith("timm:"):
         refuse(f"--model/--arch {text}: expected one of {', '.join(MODELS)}, or timm:NAME")
@@ -146,7 +124,7 @@ def model_name(text):
 def create_model(name, num_classes, image_size):
     """A new network: (B, 3, image_size, image_size), normalised -> (B, num_classes) logits.
 
-    Draws its weights from PyTorch's global generator; callers set that with `training.seeded`.
+    Its weights come from PyTorch's global generator: see `training.seeded`.
     """
     if name.startswith("timm:"):
         return _timm(name, pretrained=False, num_classes=num_classes)
@@ -180,13 +158,9 @@ def parameters_of(build):
 def read_state_dict(path, flag):
     """{name: tensor} from a safetensors or torch file, without unpickling any code.
 
-    Takes a plain state dict, or one under "state_dict" or "model", and drops torch's "module." and
-    "_orig_mod." prefixes. Refuses everything else.
+    A plain state dict, or one under "state_dict" or "model", without torch's "module." and
+    "_orig_mod." prefixes.
     """
-    if not Path(path).is_file():
-        refuse(f"{flag} {path}: no such file")
-    import safetensors.torch
-
     unpickled = partial(torch.load, map_location="cpu", weights_only=True)
     load = safetensors.torch.load_file if Path(path).suffix == ".safetensors" else unpickled
     try:
@@ -203,7 +177,7 @@ def read_state_dict(path, flag):
 
 
 def load_state(model, state, what):
-    """Load `state` into `model`; a missing, unknown or misshapen tensor is one line."""
+    """A missing, unknown or misshapen tensor is one line."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -229,8 +203,8 @@ def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher
 
     checkpoint   None or "torchvision": its pinned ImageNet weights (timm's own for timm:NAME); a
                  folder made by train_teacher; or a file that `read_state_dict` takes
-    Returns (model, facts); facts = {"arch", "weights", "sha256", "classes", "columns",
-    "arguments"}, without any path; arguments: train_teacher's flags and images, else None.
+    Returns (model, facts): {"arch", "weights", "sha256", "classes", "columns", "arguments"}; the
+    last are train_teacher's flags and images, else None.
     """
     folders, where, arguments, owned = list(folders), f"{flag} {checkpoint}", None, None
     if checkpoint in (None, PUBLIC):
@@ -244,11 +218,23 @@ def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher
         arguments = manifest["arguments"] | manifest["inputs"]
     else:
         state, weights, digest = read_state_dict(checkpoint, flag), "file", files.sha256(checkpoint)
-    count = _head_size(name, state, image_size, where)
-    owned = owned or _guess_classes(count, dataset, folders, where)
+    with torch.device("meta"):
+        *_, (last, _) = create_model(name, 2, image_size).named_parameters()  # its head's bias
+    if last not in state or state[last].ndim != 1:
+        refuse(f"{where}: lacks {last}: the weights of another architecture than {name}")
+    count = len(state[last])
+    if owned is None:  # a file does not say: the data set's, the images' or ImageNet's, by name
+        ours, imagenet = (list(datasets.known_prompts(of)) for of in (dataset, "imagenet"))
+        owned = next((c for c in (ours, folders, imagenet) if len(c) == count), folders)
     if count != len(owned):
-        refuse(f"{where}: its head has {count} classes, expected {len(owned)}")
-    columns = None if owned == folders else _columns(owned, folders, dataset, where)
+        refuse(f"{where}: its head has {count} classes, expected {len(owned)} of {dataset}")
+    unknown = [folder for folder in folders if folder not in owned]
+    if unknown:
+        known = f"the teacher's {len(owned)}, such as {owned[0]!r}"
+        refuse(f"{where}: the class {unknown[0]!r} of {dataset} is not among {known}")
+    columns = None if owned == folders else [owned.index(folder) for folder in folders]
+    if columns and columns != sorted(columns):
+        refuse(f"{where}: its class order is not the images': they are its columns {columns[:20]}")
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
         model = create_model(name, count, image_size)
     load_state(model, state, where)
@@ -259,32 +245,26 @@ def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher
 
 def _public_weights(name, dataset, image_size):
     """(state dict, name, digest of the values) of torchvision's or timm's ImageNet weights."""
-    import safetensors.torch
-
     if name.startswith("timm:"):
-        model = _timm(name, pretrained=True)
+        model, weights = _timm(name, pretrained=True), "timm pretrained"
         _check_input(name, model.pretrained_cfg, image_size, dataset)
-        state, weights = model.state_dict(), "timm pretrained"
-    else:
-        state, weights = _torchvision_weights(name, image_size)
-    plain = {name: value.contiguous().clone() for name, value in state.items()}
-    return state, weights, hashlib.sha256(safetensors.torch.save(plain)).hexdigest()
-
-
-def _torchvision_weights(name, image_size):
-    if name not in TEACHER_WEIGHTS or image_size <= 64:
+        state = model.state_dict()
+    elif name not in TEACHER_WEIGHTS or image_size <= 64:
         instead = "train a teacher with matching.train_teacher and pass it as --teacher_checkpoint"
         refuse(f"--arch {name}: nobody publishes weights for {image_size} px; {instead}")
-    import torchvision.models
+    else:
+        import torchvision.models
 
-    weights = torchvision.models.get_model_weights(name)[TEACHER_WEIGHTS[name]]
-    cache = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
-    try:
-        state = weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:  # no route, a firewall's page instead of the file
-        elsewhere = f"fetch it elsewhere and put it at {cache}"
-        refuse(f"--arch {name}: cannot fetch {weights.url} ({error}); {elsewhere}")
-    return state, f"torchvision {TEACHER_WEIGHTS[name]}"
+        weights = f"torchvision {TEACHER_WEIGHTS[name]}"
+        published = torchvision.models.get_model_weights(name)[TEACHER_WEIGHTS[name]]
+        try:
+            state = published.get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:  # no route, a firewall's page instead of the file
+            cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name
+            elsewhere = f"fetch it elsewhere and put it at {cache}"
+            refuse(f"--arch {name}: cannot fetch {published.url} ({error}); {elsewhere}")
+    plain = {name: value.contiguous().clone() for name, value in state.items()}
+    return state, weights, hashlib.sha256(safetensors.torch.save(plain)).hexdigest()
 
 
 def _check_input(name, expects, image_size, dataset):
@@ -311,34 +291,3 @@ def _teacher_manifest(name, folder, dataset, image_size, flag):
             refuse(f"{flag} {folder}: its {what} is {manifest[what]}, here it is {value}")
     output.check_file(flag, folder, "model.safetensors", manifest)
     return manifest
-
-
-def _head_size(name, state, image_size, where):
-    """Classes of a state dict: the length of what is this architecture's last parameter."""
-    with torch.device("meta"):
-        *_, (last, _) = create_model(name, 2, image_size).named_parameters()
-    if last not in state or state[last].ndim != 1:
-        refuse(f"{where}: lacks {last}: the weights of another architecture than {name}")
-    return len(state[last])
-
-
-def _guess_classes(count, dataset, folders, where):
-    """Class folders of a bare checkpoint, which does not say them: the data set's, the images', or
-    ImageNet's for 1000; in the order of torchvision's ImageFolder, as every public script has it.
-    """
-    for owned in (datasets.known_prompts(dataset), folders, datasets.known_prompts("imagenet")):
-        if len(owned) == count:
-            return list(owned)
-    refuse(f"{where}: its head has {count} classes, the images have {len(folders)} of {dataset}")
-
-
-def _columns(owned, folders, dataset, where):
-    """Positions of `folders` among the teacher's classes `owned`."""
-    unknown = next((folder for folder in folders if folder not in owned), None)
-    if unknown is not None:
-        known = f"the teacher's {len(owned)}, such as {owned[0]!r}"
-        refuse(f"{where}: the class {unknown!r} of {dataset} is not among {known}")
-    columns = [owned.index(folder) for folder in folders]
-    if columns != sorted(columns):
-        refuse(f"{where}: its class order is not the images': they are its columns {columns[:20]}")
-    return columns

@@ -1,7 +1,6 @@
 """How a batch is shared: its chunks, and what processes that train together say to each other.
 
-Own sums of gradients, not DDP: that averages over processes, which may hold different numbers of
-chunks, also none. So a step is exact for any number of processes.
+Own sums of gradients, not DDP's averages: processes may hold different numbers of chunks, or none.
 """
 
 import contextlib
@@ -24,8 +23,7 @@ def chunks_of(count, size):
     """(first, end) of each chunk of a batch of `count`: of equal length, to one image.
 
     A remainder of few images would get a BatchNorm of its own: 1024 in chunks of 73 are 12 of 73
-    and 2 of 74, as in the release, not 14 of 73 and one of 2. For that, a chunk may be a twentieth
-    longer than `size`.
+    and 2 of 74, as in the release. So a chunk may be a twentieth longer than `size`.
     """
     pieces = math.ceil(count / (1.05 * size))
     if size > 1:
@@ -34,10 +32,10 @@ def chunks_of(count, size):
     return list(zip(ends[:-1], ends[1:]))
 
 
-def rank_chunks(count, size, rank, world):
+def rank_chunks(count, size, process):
     """This process's chunks, [(first row in the batch, slice of its own rows)], and its rows."""
-    mine, chunks, rows = chunks_of(count, size)[rank::world], [], []
-    for first, end in mine:
+    chunks, rows = [], []
+    for first, end in chunks_of(count, size)[process.rank :: process.world]:
         chunks.append((first, slice(len(rows), len(rows) + end - first)))
         rows += range(first, end)
     return chunks, torch.tensor(rows, dtype=torch.int64)
@@ -55,13 +53,12 @@ def joined(process, tracker=None, folder=None):
     try:
         accelerator = Accelerator(cpu=on_cpu, log_with=tracker, project_dir=folder)
     except (ValueError, RuntimeError) as error:  # an invalid port, a host that does not answer
-        at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        at = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
         apart = f"{process.world} processes cannot meet at {at}"
         what = apart if process.world > 1 else f"--tracker {tracker}"
         refuse(f"{what}: {str(error).splitlines()[0]}")
-    if accelerator.num_processes != process.world:
-        found = accelerator.num_processes
-        refuse(f"{process.world} processes were asked for, accelerate sees {found}; use torchrun")
+    if accelerator.num_processes != process.world:  # LOCAL_RANK is missing
+        refuse(f"accelerate does not see the {process.world} processes; use torchrun")
     if tracker and not accelerator.log_with:
         refuse(f"--tracker {tracker}: this package is not installed")
     yield accelerator
@@ -83,10 +80,10 @@ def sum_over_ranks(tensors, world, operation="SUM"):
 
 
 def check_agreement(out, trained):
-    """Refuse processes that were started with different settings, or see different checkpoints.
+    """Refuse processes that were started with different settings, or see different checkpoints:
+    each node's own disk, or a late network file system. Nothing else would show it.
 
-    Each node's own disk, or a late network file system: their gradients are summed, so nothing
-    else would show it.   trained: epochs that this process finds trained, of all seeds
+    trained   epochs that this process finds trained, of all seeds
     """
     settings = int(files.digest_of([out.settings, out.inputs])[:12], 16)
     found = torch.tensor([settings, -settings, trained, -trained], device=out.process.device)
@@ -126,8 +123,8 @@ def average_buffers(model, chunks, world):
 
 def stop_asked(out):
     """Whether a stop signal has reached any process: all leave, or none. Waits for all of them."""
-    asked = torch.tensor([float(out.signals.name is not None)], device=out.process.device)
+    asked = torch.tensor([float(out.stop_signal is not None)], device=out.process.device)
     sum_over_ranks([asked], out.process.world)
     if asked:
-        out.signals.name = out.signals.name or "SIGTERM"
+        out.stop_signal = out.stop_signal or "SIGTERM"
     return bool(asked)

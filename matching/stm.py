@@ -2,15 +2,13 @@
 
     python -m matching.stm --image_path output/images/imagenet_ipc10_s0.7_g8_kmexpand1
 
-The recover step of SRe2L (arXiv 2306.13092) by its published numbers, started from the D4M images
-instead of noise:
+SRe2L's recover step (arXiv 2306.13092), by its published numbers, from the images and not noise:
 
     min over x of   CE(f(a(x)), y) + r_bn sum_l w_l (|m_l - running m_l| + |v_l - running v_l|)
 
 with m_l and v_l the mean and variance of the input of BatchNorm l, w = first_bn_multiplier for the
 first and 1 for the others, and one random crop, flip and shift a() for the whole batch in each of
-4000 Adam steps. A batch holds image i of `batch_size` classes. It is the unit of work: its PNGs are
-written when it is finished.
+4000 Adam steps. A batch, image i of `batch_size` classes, is the unit of work.
 """
 
 import contextlib
@@ -41,8 +39,7 @@ def batchnorm_distance(teacher, first_multiplier):
     def note(layer, inputs, _):
         x = inputs[0]  # (B, C, h, w)
         mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
-        distance = (layer.running_mean - mean).norm() + (layer.running_var - var).norm()
-        distances[layer] = distance
+        distances[layer] = (layer.running_mean - mean).norm() + (layer.running_var - var).norm()
 
     layers = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
     weights = [first_multiplier] + [1.0] * (len(layers) - 1)
@@ -55,13 +52,9 @@ def batchnorm_distance(teacher, first_multiplier):
 
 
 def augment(x, jitter, g):
-    """One crop, flip and cyclic shift of at most `jitter` pixels for the whole batch.
-
-    (B, 3, S, S) -> (B, 3, S, S)
-    """
+    """One crop, flip and cyclic shift of at most `jitter` pixels for a batch (B, 3, S, S)."""
     size = x.shape[-1]
-    [box] = batches.draw_crops(torch.tensor([[size, size]]), CROP_SCALE, g).tolist()
-    top, left, height, width = box
+    top, left, height, width = batches.draw_crops(torch.tensor([[size] * 2]), CROP_SCALE, g)[0]
     flip = bool(torch.rand((), generator=g) < 0.5)
     shift = torch.randint(0, jitter + 1, (2,), generator=g).tolist()  # down, right
     x = x[:, :, top : top + height, left : left + width]
@@ -74,11 +67,11 @@ def match_batch(teacher, x, targets, g, settings, facts, bar):
     """Optimise a batch of normalised images; returns it and its last losses {"ce", "bn"}.
 
     teacher   frozen, in eval mode;   x (B, 3, S, S);   targets (B,);   g: the batch's own generator
-    settings  "iterations", "lr", "r_bn", "first_bn_multiplier", "jitter";   facts: "mean", "std"
     """
     iterations, x = settings["iterations"], x.clone().requires_grad_(True)
     scales = list(zip(facts.mean, facts.std))
-    black, white = (_channels([(v - m) / s for m, s in scales], x) for v in (0.0, 1.0))
+    limits = (tuple((v - m) / s for m, s in scales) for v in (0.0, 1.0))
+    black, white = (batches.per_channel(limit, x.device) for limit in limits)
     optimizer = torch.optim.Adam([x], settings["lr"], betas=(0.5, 0.9), eps=1e-8)
     with batchnorm_distance(teacher, settings["first_bn_multiplier"]) as distance:
         for t in range(iterations):
@@ -95,13 +88,10 @@ def match_batch(teacher, x, targets, g, settings, facts, bar):
     return x.detach(), {"ce": round(ce.item(), 4), "bn": round(bn.item(), 4)}
 
 
-def _channels(values, x):
-    return torch.tensor(values, device=x.device).view(1, 3, 1, 1)
-
-
 def to_pictures(x, facts):
     """(B, 3, S, S) normalised -> (B, S, S, 3) uint8 numpy array."""
-    x = (x * _channels(facts.std, x) + _channels(facts.mean, x)).clamp(0, 1)
+    mean, std = (batches.per_channel(values, x.device) for values in (facts.mean, facts.std))
+    x = (x * std + mean).clamp(0, 1)
     return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -167,10 +157,10 @@ def main(argv=None):
     # SRe2L shifts 224-px images by up to 32 pixels
     settings = args.settings.filled(jitter=round((size or 0) * 32 / 224))
     name = output.folder_name(f"{name}_stm", *settings.parts())
-    if args.dry_run and (waits_for := missing_inputs(path, checkpoint and [checkpoint])):
+    if args.dry_run and (waits_for := missing_inputs(path, [checkpoint])):
         return output.plan(Path(where[1]) / name, 0, count, 3 * count * (size or 0) ** 2, waits_for)
     manifest, images = image_folder.read_images(flag, path), image_sets.open_images(flag, path)
-    ipc, classes, known = images.ipc, manifest["classes"], (images.dataset, images.folders, size)
+    classes, known = manifest["classes"], (images.dataset, images.folders, size)
     teacher, teacher_facts = models.load_teacher(args.arch, checkpoint, *known)
     if not any(isinstance(m, nn.BatchNorm2d) for m in teacher.modules()):
         refuse(f"--arch {args.arch}: has no BatchNorm layer whose statistics could be matched")
@@ -178,14 +168,11 @@ def main(argv=None):
     inputs = {"source": images.content, "source_manifest": source}
     inputs["teacher"] = teacher_facts["sha256"]
     with output.Output(*where, name, "images", settings, inputs, process) as out:
-        jobs = image_folder.list_jobs(classes, ipc, ipc)
+        jobs = image_folder.list_jobs(classes, images.ipc, images.ipc)
         match_images(out, jobs, images, teacher.to(process.device), args.num_workers)
-        facts = {"dataset": images.dataset, "arm": "stm", "ipc": ipc, "image_size": size}
-
-        def row_of(job):
-            return {"source": job.file, "matched": args.arch}
-
-        image_folder.finish_images(out, jobs, classes, row_of, **facts)
+        facts = {"dataset": images.dataset, "arm": "stm", "ipc": images.ipc, "image_size": size}
+        rows = {job: {"source": job.file, "matched": args.arch} for job in jobs}
+        image_folder.finish_images(out, jobs, classes, rows.get, **facts)
     return out.folder
 
 

@@ -4,8 +4,8 @@
     sh matching/train_teacher_cf10.sh
 
 A teacher is a student on real images with hard labels: both are trained by `training.train`. Writes
-OUTPUT_DIR/<name>/{model.safetensors, results.json, manifest.json}; stages 3 and 4 take that folder
-as --teacher_checkpoint. The same command goes on from the last checkpoint, to the same weights.
+OUTPUT_DIR/<name>/{model.safetensors, results.json, manifest.json}: a --teacher_checkpoint of stages
+3 and 4. The same command goes on from the last checkpoint, to the same weights.
 """
 
 from functools import partial
@@ -19,28 +19,14 @@ from matching import batches, crops, evaluation, models, ranks, training
 from scripts import files, output, runtime
 from scripts.runtime import AUGMENT, Parser, generator, number, refuse
 
-# what a student's flags decide, and a teacher's do not
-FIXED = {"sgd": True, "cos_stretch": 1.0, "step_factor": 0.2, "ema": 0.0}
-
-
-def default_recipe(dataset, arch):
-    """{flag: value} of the data set's entry in datasets.ALL; only its size without a recipe.
-
-    ConvNets have no norm before their head, and stay at chance at 0.1: 0.01, as DC, DM and MTT.
-    """
-    facts = datasets.ALL[dataset]
-    values = {"input_size": facts.image_size, **(facts.teacher._asdict() if facts.teacher else {})}
-    if arch.startswith("convnet") and values.get("learning_rate", 0) > 0.02:
-        values["learning_rate"] = 0.01
-    return values
+FIXED = {"sgd": True, "ema": 0.0}  # what a student's flags decide, and a teacher's do not
 
 
 class RealImages(torch.utils.data.Dataset):
     """What a teacher learns from: augmented real images and their classes (see training.train).
 
     Item (epoch, number) -> (images of the whole batch, (n, S, S, 3) uint8, (n,) classes), with the
-    rows of this process. Small sets are held in memory; others are read batch by batch, in the
-    DataLoader's workers.
+    rows of this process. Small sets are held in memory, others are read by the loader's workers.
     """
 
     loss = staticmethod(training.hard_loss)
@@ -75,15 +61,14 @@ class RealImages(torch.utils.data.Dataset):
         epoch, nth = key
         seed, batch_size = self.settings["seed"], self.settings["batch_size"]
         index = batches.epoch_batches(seed, epoch, self.count, batch_size)[nth]
-        where = self.settings["bn_batch"], self.process.rank, self.process.world
-        mine = index[ranks.rank_chunks(len(index), *where)[1]]
+        mine = index[ranks.rank_chunks(len(index), self.settings["bn_batch"], self.process)[1]]
         pixels = np.empty((len(mine), self.size, self.size, 3), np.uint8)
         for k, i in enumerate(mine.tolist()):
             pixels[k] = self.augmented(i, generator(seed, AUGMENT, epoch, i))
         return len(index), torch.from_numpy(pixels), self.classes[mine]
 
     def augmented(self, i, g):
-        """Image i under the draws of `g`: (S, S, 3) uint8."""
+        """(S, S, 3) uint8"""
         array = np.asarray(self._read(self.items[i])) if self.arrays is None else self.arrays[i]
         mirrored = torch.rand((), generator=g).item() < self.settings["flip"]
         if self.settings["augment"] == "pad_crop":  # torchvision's RandomCrop(32, padding=4)
@@ -103,8 +88,8 @@ class RealImages(torch.utils.data.Dataset):
 
     def part(self, item):
         """The training.Part of an item of the loader."""
-        count, pixels, classes = item
-        pixels, classes = (t.to(self.process.device, non_blocking=True) for t in (pixels, classes))
+        count, *tensors = item
+        pixels, classes = (t.to(self.process.device, non_blocking=True) for t in tensors)
         x = batches.normalise(pixels, self.facts.mean, self.facts.std)
         return training.Part(count, x, training.Goal(None, classes, classes))
 
@@ -116,7 +101,11 @@ def get_args(argv=None):
 
     def by_dataset(*names, help, **options):
         def default(args):
-            return default_recipe(args.dataset, args.arch).get(names[-1].lstrip("-"))
+            facts, name = datasets.ALL[args.dataset], names[-1].lstrip("-")
+            value = facts.image_size if name == "input_size" else getattr(facts.teacher, name, None)
+            # no norm before a ConvNet's head: at chance at 0.1. 0.01 as DC, DM and MTT
+            high = name == "learning_rate" and (value or 0) > 0.02
+            return 0.01 if high and args.arch.startswith("convnet") else value
 
         setting(*names, default=default, help=f"{help} [by data set]", **options)
 
@@ -196,8 +185,8 @@ def finish(out, lessons):
     top1, top5 = result["last"]["top1"], result["last"]["top5"]
     made_of = {"dataset": split.dataset, "arch": out.settings["arch"], "image_size": lessons.size}
     made_of |= {"mean": facts.mean, "std": facts.std, "classes": datasets.class_table(split)}
-    made_of["top1"], text = top1, files.json_text(results)
-    out.finish(made_of, {"results.json": lambda: text}, "epochs")
+    derived = {"results.json": lambda: files.json_text(results)}
+    out.finish({**made_of, "top1": top1}, derived, "epochs")
     print(f"{out.folder}: top-1 {top1:.2f}, top-5 {top5:.2f}")
 
 

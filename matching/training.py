@@ -4,8 +4,7 @@
 
 A batch is cut into chunks of `bn_batch` images: what BatchNorm sees together. A chunk is one
 forward and backward pass, its loss is divided by the images of the whole batch, and the gradients
-of all processes are summed. So a step's gradient is that of the whole batch for any number of
-chunks and processes, also for the short last batch.
+of all processes are summed: a step's gradient is that of the batch, however it is cut.
 """
 
 import contextlib
@@ -54,56 +53,42 @@ def make_optimizer(model, sgd, lr, weight_decay, momentum=0.9, fused=False):
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    options = {"lr": lr, "fused": fused or None}
-    if sgd:
-        return torch.optim.SGD(groups, momentum=momentum, **options)
-    return torch.optim.AdamW(groups, **options)
+    options = {"lr": lr, "fused": fused or None, **({"momentum": momentum} if sgd else {})}
+    return (torch.optim.SGD if sgd else torch.optim.AdamW)(groups, **options)
 
 
 def lr_factor(schedule, epoch, epochs, cos_stretch=1.0, warmup_epochs=0, step_factor=0.2, **_):
-    """Learning rate of `epoch` (from 0) over the peak.
-
-    cosine   (1 + cos(pi t / (Z E))) / 2: to 0 for a stretch Z of 1 (the release's --cos), to half
-             for 2 (RDED, EDC; RD3's zeta)
-    linear   1 - t / E (the release without --cos)
-    step     x step_factor at 2/3 and at 5/6 of the epochs (Minimax)
-    """
+    """Learning rate of `epoch` (from 0) over the peak."""
     if epoch < warmup_epochs:
         return (epoch + 1) / (warmup_epochs + 1)
     t, total = epoch - warmup_epochs, epochs - warmup_epochs
-    if schedule == "cosine":
+    if schedule == "cosine":  # the release's --cos; stretched by 2, to half: RDED, EDC, RD3
         return (1 + math.cos(math.pi * t / (cos_stretch * total))) / 2
-    if schedule == "linear":
+    if schedule == "linear":  # the release without --cos
         return 1 - t / total
     if schedule == "constant":
         return 1.0
+    # Minimax's steps are of all epochs
     return step_factor ** sum(epoch >= at for at in (2 * epochs // 3, 5 * epochs // 6))
 
 
 def check_warmup(warmup_epochs, epochs):
-    """Refuse a warm-up that never ends."""
     if warmup_epochs >= epochs:
         refuse(f"--warmup_epochs {warmup_epochs}: not below the {epochs} epochs of training")
 
 
-# ---- losses, summed over the rows: functions of the outputs, the goal, and all settings by name
+# ---- losses, summed over the rows; called as loss(outputs, goal, **settings)
 
 
 class Goal(NamedTuple):
-    """What a network should say of n images: a teacher's logits, or their classes.
+    """What a network should say of n images: a teacher's logits, or their classes."""
 
-    logits     (n, classes), or None for hard labels
-    targets    (n,) class of each image;   partners (n,): of the image mixed in
-    lam        share of the image itself
-    """
-
-    logits: torch.Tensor | None
-    targets: torch.Tensor
-    partners: torch.Tensor
-    lam: float = 1.0
+    logits: torch.Tensor | None  # (n, classes); None for hard labels
+    targets: torch.Tensor  # (n,) class of each image
+    partners: torch.Tensor  # (n,) class of the image mixed in
+    lam: float = 1.0  # share of the image itself
 
     def of(self, rows):
-        """The goal of some rows."""
         logits = None if self.logits is None else self.logits[rows]
         return Goal(logits, self.targets[rows], self.partners[rows], self.lam)
 
@@ -160,15 +145,15 @@ class Forward:
 
 @contextlib.contextmanager
 def seeded(*key, device="cpu"):
-    """PyTorch's global generators set from `key` inside, and restored: for weights and dropout."""
+    """PyTorch's global generators set from `key` inside, and restored."""
     devices = [device] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed_of(*key))
         yield
 
 
-def has_random_layers(model):
-    """Whether a forward pass in train mode draws numbers (dropout, stochastic depth)."""
+def has_dropout(model):
+    """Whether a forward pass in train mode draws numbers: dropout, stochastic depth."""
     words = ("dropout", "stochasticdepth", "droppath")
     return any(word in type(m).__name__.lower() for m in model.modules() for word in words)
 
@@ -177,17 +162,12 @@ def has_random_layers(model):
 
 
 class Part(NamedTuple):
-    """What this process trains on of one batch, on the device.
+    """What this process trains on of one batch, on the device."""
 
-    count     images of the whole batch
-    x         (n, 3, S, S) this process's rows, normalised and mixed;   goal: of the same rows
-    unmixed   (n, 3, S, S) the same rows un-mixed, for --bn_refresh; else None
-    """
-
-    count: int
-    x: torch.Tensor
-    goal: Goal
-    unmixed: torch.Tensor | None = None
+    count: int  # images of the whole batch
+    x: torch.Tensor  # (n, 3, S, S) this process's rows, normalised and mixed
+    goal: Goal  # of the same rows
+    unmixed: torch.Tensor | None = None  # (n, 3, S, S) the same rows un-mixed, for --bn_refresh
 
 
 class Learner:
@@ -197,12 +177,12 @@ class Learner:
         self.lessons, self.seed, self.forward, self.rows = lessons, seed, forward, []
         with seeded(seed, WEIGHTS):
             model = lessons.network()
-        self.has_dropout, self.model = has_random_layers(model), forward.place(model)
+        self.has_dropout, self.model = has_dropout(model), forward.place(model)
         s, sgd = lessons.settings, lessons.settings["sgd"]
         self.lr_flag = "learning_rate" if sgd else "adamw_lr"  # the flag that says the peak
         decay = s["weight_decay" if sgd else "adamw_weight_decay"]
-        rest = s["momentum"], s["fused"]
-        self.optimizer = make_optimizer(self.model, sgd, s[self.lr_flag], decay, *rest)
+        how = s[self.lr_flag], decay, s["momentum"], s["fused"]
+        self.optimizer = make_optimizer(self.model, sgd, *how)
         self.parts, self.tested = {"model": self.model, "optimizer": self.optimizer}, self.model
         if s["ema"]:  # EDC's average, which starts from the initial weights, and is tested
             self.tested = copy.deepcopy(self.model).requires_grad_(False)
@@ -240,8 +220,7 @@ class Learner:
         total, seen, steps = torch.zeros((), device=process.device), 0, 0
         for steps, item in enumerate(items, 1):
             part = self.lessons.part(item)
-            where = settings["bn_batch"], process.rank, process.world
-            chunks, _ = ranks.rank_chunks(part.count, *where)
+            chunks, _ = ranks.rank_chunks(part.count, settings["bn_batch"], process)
             total += self.step(part, chunks, process.world, (self.seed, DROPOUT, epoch, steps - 1))
             seen += len(chunks)
             bar.update(part.count)
@@ -256,17 +235,11 @@ class Learner:
 
     def seeds(self, *key):
         """For dropout; a network without draws nothing."""
-        return (
-            seeded(*key, device=self.forward.device)
-            if self.has_dropout
-            else contextlib.nullcontext()
-        )
+        drawn = self.has_dropout
+        return seeded(*key, device=self.forward.device) if drawn else contextlib.nullcontext()
 
     def step(self, part, chunks, world, key):
-        """One optimiser step on this process's part of a batch; returns its share of the loss.
-
-        chunks   of ranks.rank_chunks;   key: seeds the forward passes of a network with dropout
-        """
+        """One optimiser step on this process's part of a batch; returns its share of the loss."""
         total, settings = torch.zeros((), device=part.x.device), self.lessons.settings
         if part.unmixed is not None:  # RDED: un-mixed images refresh BatchNorm's statistics
             for first, rows in chunks:
@@ -321,11 +294,7 @@ def read_rows(out, name):
 
 
 def open_seeds(out, seeds, lessons):
-    """{seed: (path, state) of its checkpoint} of the seeds that are not finished.
-
-    With --dry_run prints what would be trained, and leaves. Refuses processes that would train
-    apart, before any gradient is summed.
-    """
+    """{seed: (path, state) of its checkpoint} of the seeds that are not finished."""
     epochs, states, done = lessons.settings["epochs"], {}, 0
     weights = 4 * models.parameters_of(lessons.network)
     todo = out.todo(seeds, lessons.files_of, weights)
@@ -350,11 +319,9 @@ def train(out, seeds, lessons, forward, make_tester, checkpoint_every, track=Non
     track         (seed, row) -> None, after each epoch
     lessons       what is trained on: lessons.Lessons of a student, train_teacher.RealImages; has
                   settings   {flag: value} of batches, optimiser, schedule and loss
-                  count      images of an epoch
-                  network    () -> a new network
-                  loss       a function as those above
+                  count      images of an epoch;   network: () -> a new network
+                  loss       a function as those above;   part: item -> Part
                   loader     [(epoch, number of the batch)] -> iterator of items
-                  part       item -> Part
                   files_of   seed -> names of its weights (safetensors) and rows (JSON)
     """
     states = open_seeds(out, seeds, lessons)

@@ -51,9 +51,9 @@ CPU = torch.device("cpu")
 # units per turn. real, synthesis: images by the release, by us; batch, epoch, side: of stages 3-4;
 # encode, pixels: of the generator in stages 1 and 2; spawned: of the release's 8 workers
 SIZES = {
-    "cuda": {"turns": 2, "real": (256, 1300), "synthesis": (3, 32), "steps": 50, "pixels": 512}
+    "cuda": {"turns": 2, "real": (128, 640), "synthesis": (2, 32), "steps": 50, "pixels": 512}
     | {"encode": 512, "matrix": 8192}
-    | {"batch": 1024, "epoch": 10240, "side": 224, "spawned": 8, "workers": 4},
+    | {"batch": 1024, "epoch": 5120, "side": 224, "spawned": 8, "workers": 4},
     "cpu": {"turns": 3, "real": (16, 16), "synthesis": (4, 16), "steps": 10, "pixels": 64}
     | {"encode": 512, "matrix": 1024}
     | {"batch": 1024, "epoch": 1024, "side": 64, "spawned": 2, "workers": 0},
@@ -408,7 +408,7 @@ def stage_2(bench):
         return np.stack([datasets.read_rgb(folder / f"{n}.png") for n in range(few)])
 
     def ours():
-        def stream(positions):
+        def stream(positions, _):
             return ((p, Prototypes(rows[p], np.ones(10))) for p in positions)
 
         parts, work = gen_syn_image.cut(jobs, 32), gen_syn_image.Synthesizer(model, settings)
@@ -432,7 +432,8 @@ def stage_2(bench):
 
 class ReleaseFeed(torch.utils.data.Dataset):
     """Batch by batch: every PNG opened anew, cropped, flipped and normalised by itself, stacked;
-    labels unpickled. Its workers are spawned: each imports torch anew, every epoch."""
+    labels unpickled. Its workers are spawned every epoch; that cost has a row of its own, and here
+    they are forked."""
 
     def __init__(self, paths, drawn, size, pickles):
         self.paths, self.drawn, self.size, self.pickles = paths, drawn, size, pickles
@@ -457,7 +458,6 @@ class ReleaseFeed(torch.utils.data.Dataset):
     def mixed(self, device, workers):
         """(batch, mixed images, logits) of an epoch, on the device."""
         options = {"num_workers": workers, "pin_memory": device.type == "cuda"}
-        options |= {"multiprocessing_context": "spawn"} if workers else {}
         for number, x, logits in torch.utils.data.DataLoader(self, batch_size=None, **options):
             batch = self.drawn[number]
             yield batch, batches.mix(x.to(device), batch, "cutmix"), logits.to(device)

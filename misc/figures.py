@@ -1,15 +1,8 @@
-"""The paper's figures from our outputs: one subcommand each, a PNG and a PDF.
+"""The paper's figures 4 to 8 from our outputs: one subcommand each, a PNG and a PDF.
 
-    python -m misc.figures grid --images output/images/A output/images/B --names D4M Random
-    python -m misc.figures row --images output/images/A output/images/B --class_folder n01440764
-    python -m misc.figures ipc --output_root output --dataset imagenet
-    python -m misc.figures tsne --images output/images/A --data_dir data/imagenet --classes 0-9
-    python -m misc.figures time --output_root output --dataset imagenet
-    python -m misc.figures latents --latent_cache output/latents --prototype_path DIR
-
-grid is figure 4 (methods as rows, classes as columns), row figure 5 (one class), ipc figure 6
-(accuracy over images per class), tsne figure 7 (features of real and synthetic images), time figure
-8 (accuracy against the time of distillation).
+python -m misc.figures grid --images output/images/A output/images/B --names D4M Random
+python -m misc.figures ipc --output_root output --dataset imagenet
+python -m misc.figures tsne --images output/images/A --data_dir data/imagenet --classes 0-9
 """
 
 from pathlib import Path
@@ -37,18 +30,9 @@ ARMS = {  # arm: (its name in figures, what a report calls its images)
 }
 PAPER_IMAGES = "s0.7_g8_kmexpand1"  # in the name of the paper's images
 MARKERS = "os^DvPX*"
-STYLE = {
-    "font.family": "serif",
-    "figure.dpi": 100,
-    "lines.linewidth": 1.4,
-    "lines.markeredgewidth": 1,
-    "grid.linewidth": 0.3,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "savefig.bbox": "tight",
-    "pdf.fonttype": 42,
-}
+STYLE = {"font.family": "serif", "figure.dpi": 100, "savefig.bbox": "tight", "pdf.fonttype": 42}
+STYLE |= {"lines.linewidth": 1.4, "lines.markeredgewidth": 1, "grid.linewidth": 0.3}
+STYLE |= {"legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False}
 COLUMN, PAGE = 3.4, 7.0  # inches: one column and the page of a two-column paper
 
 
@@ -64,17 +48,6 @@ def pyplot():
     return plt
 
 
-def save(figure, path):
-    """`path`.png (300 dpi) and `path`.pdf, without dates, so that equal figures are equal files."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    paths = [Path(f"{path}.png"), Path(f"{path}.pdf")]
-    figure.savefig(paths[0], dpi=300, metadata={"Software": None})
-    figure.savefig(paths[1], metadata=dict.fromkeys(("CreationDate", "Creator", "Producer")))
-    pyplot().close(figure)
-    print(*paths)
-    return paths
-
-
 def short(prompt, length=20):
     """The first synonym of a prompt, cut at a word: 'tench, Tinca tinca' -> 'tench'."""
     name = prompt.split(",")[0].strip()
@@ -85,11 +58,12 @@ def short(prompt, length=20):
 
 
 def open_sets(folders, names):
-    """[(name, ImageSet)] of the methods to compare; the arm's name where none is given."""
+    """The methods to compare: (ImageSets, names); the arm's name where none is given."""
     sets = [open_images("--images", folder) for folder in folders]
-    if names and len(names) != len(sets):
+    names = names or [ARMS.get(s.arm, (s.name,))[0] for s in sets]
+    if len(names) != len(sets):
         refuse(f"--names: {len(names)} names for {len(sets)} image folders")
-    return list(zip(names or [ARMS.get(s.arm, (s.name,))[0] for s in sets], sets))
+    return sets, names
 
 
 def files_of(found, folder):
@@ -102,10 +76,9 @@ def files_of(found, folder):
 
 def choose_classes(words, folders, count):
     """Class folders by name, index or range; by default `count` spread evenly over all."""
+    picks = np.linspace(0, len(folders) - 1, min(count, len(folders))).round().astype(int)
     if words:
         picks = [n for word in words for n in datasets.class_positions([word], folders)]
-    else:
-        picks = np.linspace(0, len(folders) - 1, min(count, len(folders))).round().astype(int)
     return [folders[n] for n in picks]
 
 
@@ -125,11 +98,11 @@ def draw_grid(rows, names, titles, side=PAGE / 10):
     """
     from torchvision.utils import make_grid
 
-    blank, paths = Image.new("RGB", (1, 1), "white"), [path for row in rows for path in row]
-    pictures = [datasets.read_rgb(path) if path else blank for path in paths]
+    blank = Image.new("RGB", (1, 1), "white")
+    pictures = [datasets.read_rgb(path) if path else blank for row in rows for path in row]
     size, gap = max(picture.width for picture in pictures), 2
     pictures = [torch.from_numpy(np.array(p.resize((size, size), 0))) for p in pictures]
-    pictures = [p.permute(2, 0, 1) for p in pictures]
+    pictures = torch.stack(pictures).permute(0, 3, 1, 2)
     sheet = make_grid(pictures, len(titles), padding=gap, pad_value=255).permute(1, 2, 0)
     figure, axes = pyplot().subplots(figsize=(side * len(titles), side * len(rows)))
     axes.imshow(sheet.numpy(), interpolation="nearest" if size <= 64 else "lanczos", aspect="auto")
@@ -147,24 +120,21 @@ def draw_grid(rows, names, titles, side=PAGE / 10):
 
 
 def grid(images, names, classes, count, image):
-    sets = open_sets(images, names)
-    folders = choose_classes(classes, sets[0][1].folders, count)
-    paths = [[files_of(found, folder) for folder in folders] for _, found in sets]
-    for few in (p for row in paths for p in row if image >= len(p)):
+    sets, names = open_sets(images, names)
+    folders = choose_classes(classes, sets[0].folders, count)
+    rows = [[files_of(found, folder) for folder in folders] for found in sets]
+    for few in (paths for row in rows for paths in row if image >= len(paths)):
         refuse(f"--image {image}: {few[0].parent} has {len(few)} images")
-    rows = [[found[image] for found in row] for row in paths]
-    titles = titles_of(sets[0][1], folders)
-    return draw_grid(rows, [name for name, _ in sets], titles, PAGE / len(titles))
+    rows = [[paths[image] for paths in row] for row in rows]
+    return draw_grid(rows, names, titles_of(sets[0], folders), PAGE / len(folders))
 
 
 def row(images, names, class_folder, count):
-    sets = open_sets(images, names)
-    first = sets[0][1]
-    [folder] = choose_classes([class_folder] if class_folder else None, first.folders, 1)
-    rows = [files_of(found, folder) for _, found in sets]
+    sets, names = open_sets(images, names)
+    [folder] = choose_classes([class_folder] if class_folder else None, sets[0].folders, 1)
+    rows = [files_of(found, folder) for found in sets]
     count = min(count, *map(len, rows))
-    titles = titles_of(first, [folder]) + [""] * (count - 1)  # above the first image
-    names = [name for name, _ in sets]
+    titles = titles_of(sets[0], [folder]) + [""] * (count - 1)  # above the first image
     return draw_grid([paths[:count] for paths in rows], names, titles, PAGE / count)
 
 
@@ -185,6 +155,10 @@ class Curve(NamedTuple):
     paper: bool = False
 
     @property
+    def networks(self):
+        return self.student, self.teacher or self.student
+
+    @property
     def title(self):
         titles = paper_tables.MODEL_TITLES
         words = titles.get(self.student, self.student)
@@ -201,25 +175,22 @@ def curve_of(result):
     names["d4m-g"] = f"from_imagenet_ipc{ipc}_{PAPER_IMAGES}"
     variant = result["images"].removeprefix(f"{dataset}_ipc{ipc}_")
     variant = variant.removeprefix(names.get(arm, arm)).removeprefix("_")
-    model = result["generator"] or generators.DEFAULT_CHECKPOINT
-    rest = [
-        "hard labels" if result["labels"] == "hard" else "",
-        "" if result["recipe"] == "d4m" else result["recipe"] or "own recipe",
-        "" if model == generators.DEFAULT_CHECKPOINT else model,
-        variant,
-    ]
-    networks = "+".join(result["teacher"]), result["student"]
-    return Curve(ARMS.get(arm, (arm,))[0], *networks, ", ".join(filter(None, rest)))
+    paper = (None, generators.DEFAULT_CHECKPOINT)
+    rest = ["hard labels"] if result["labels"] == "hard" else []
+    rest += [] if result["recipe"] == "d4m" else [result["recipe"] or "own recipe"]
+    rest += [] if result["generator"] in paper else [result["generator"]]
+    rest += [variant] if variant else []
+    method = ARMS.get(arm, (arm,))[0]
+    return Curve(method, "+".join(result["teacher"]), result["student"], ", ".join(rest))
 
 
 def paper_curves(dataset, methods):
     """{Curve: [(ipc, top1)]} of table 2 (table 1 for CIFAR)."""
     names = {title: name for name, title in paper_tables.MODEL_TITLES.items()}
-    curves = {}
-    for line in paper_tables.paper_rows():
-        mine = line["dataset"] == paper_tables.DATASET_TITLES.get(dataset)
-        mine &= line["table"] in ("Table 1", "Table 2") and line["method"] in methods
-        if mine and "student" in line and "ipc" in line:
+    curves, title = {}, paper_tables.DATASET_TITLES.get(dataset)
+    for line in paper_tables.PAPER_ROWS:
+        mine = line["dataset"] == title and line["table"] in ("Table 1", "Table 2")
+        if mine and line["method"] in methods and {"student", "ipc"} <= line.keys():
             teacher = line.get("teacher", line["student"]).split(" (")[0]  # a note may follow
             networks = (names.get(title, title) for title in (teacher, line["student"]))
             curve = Curve(line["method"], *networks, paper=True)
@@ -247,24 +218,16 @@ def measured_curves(root, dataset, arms, x_of):
 def draw_curves(curves, xlabel, xs=None):
     """Colour says the networks (the method, if all have one network), marker the method; the
     paper's are dashed.   -> figure"""
-
-    def networks(curve):
-        return curve.student, curve.teacher or curve.student
-
-    def method(curve):
-        return curve.method, curve.rest
-
-    coloured, methods = method, list(dict.fromkeys(map(method, curves)))
-    order = methods
-    if len(set(map(networks, curves))) > 1:  # ResNet-18 before ResNet-101
-        by_size = lambda pair: [(len(name), name) for name in pair]  # noqa: E731
-        coloured, order = networks, sorted(set(map(networks, curves)), key=by_size)
+    methods = list(dict.fromkeys((curve.method, curve.rest) for curve in curves))
+    by_size = lambda networks: [(len(name), name) for name in networks]  # noqa: E731
+    networks = sorted({curve.networks for curve in curves}, key=by_size)  # ResNet-18, ResNet-101
     figure, axes = pyplot().subplots(figsize=(COLUMN, 2.6))
     drawn = []
     # the one that ends highest first: the legend reads as the lines do
     for curve, points in sorted(curves.items(), key=lambda c: (c[0].paper, -c[1][-1][1])):
-        style = {"color": f"C{order.index(coloured(curve))}"}
-        style["marker"] = MARKERS[methods.index(method(curve)) % len(MARKERS)]
+        place = methods.index((curve.method, curve.rest))
+        colour = networks.index(curve.networks) if len(networks) > 1 else place
+        style = {"color": f"C{colour}", "marker": MARKERS[place % len(MARKERS)]}
         if curve.paper:
             style |= {"linestyle": (0, (4, 2)), "markerfacecolor": "white", "zorder": 1}
             drawn += axes.plot(*zip(*points), label=curve.title, **style)
@@ -291,7 +254,7 @@ def ipc(output_root, dataset, arms, paper):
 
 def hours(result):
     """Process-hours of all that made a result's images; None where a part is not known."""
-    root = Path(result["path"]).parent.parent.parent
+    root = Path(result["path"]).parents[2]
     seconds = seconds_made(root, root / "images" / result["images"])
     return seconds and seconds / 3600
 
@@ -302,27 +265,27 @@ def seconds_made(root, folder):
     if not ((folder / output.TIMING).is_file() and output.is_complete(folder)):
         return None
     timing, manifest = (files.read_json(folder / n) for n in (output.TIMING, output.MANIFEST))
-    cached, inputs = timing.get("cached_seconds", 0), manifest["inputs"]
+    cached, source = timing.get("cached_seconds", 0), manifest["inputs"].get("source")
     if cached is None:
         return None
-    own, source = timing["process_seconds"] + cached, inputs.get("source")
+    own, taken = timing["process_seconds"] + cached, source is not None
     if manifest.get("arm") in ("d4m", "decoded"):
-        source = inputs.get("prototypes")
+        source = manifest["inputs"].get("prototypes")
     if source is None:  # no prototypes, or made in the same process
         return own
     for path in root.glob(f"*/*/{output.MANIFEST}"):
         before = files.read_json(path)
         if before.get("content") == source:
             seconds = seconds_made(root, path.parent)
-            share = manifest["count"] / before["count"] if "source" in inputs else 1
+            share = manifest["count"] / before["count"] if taken else 1
             return None if seconds is None else own + seconds * share
     return None
 
 
 def time(output_root, dataset, arms, paper):
     curves = measured_curves(output_root, dataset, arms, hours)
-    rows = [row for row in paper_tables.paper_rows() if row["table"] == "Table 6"]
-    rows = [row for row in rows if row["dataset"] == paper_tables.DATASET_TITLES.get(dataset)]
+    of = "Table 6", paper_tables.DATASET_TITLES.get(dataset)
+    rows = [row for row in paper_tables.PAPER_ROWS if (row["table"], row["dataset"]) == of]
     seconds = {row["method"]: row["sec_per_image"] for row in rows}
     for curve, points in paper_curves(dataset, paper).items():
         if curve.method in seconds:
@@ -337,10 +300,9 @@ def time(output_root, dataset, arms, paper):
 
 
 @torch.no_grad()
-def features(model, pictures, size, dataset, device):
+def features(model, pictures, size, facts, device):
     """PIL images -> (N, d) float32 numpy array, the input of the model's last linear layer."""
-    last = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1]
-    found, facts = [], datasets.ALL[dataset]
+    last, found = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1], []
     hook = last.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].float().cpu()))
     square = [p if p.size == (size, size) else datasets.squash(p, size) for p in pictures]
     for part in torch.from_numpy(np.stack(square)).split(64):  # (B, size, size, 3) uint8
@@ -349,22 +311,15 @@ def features(model, pictures, size, dataset, device):
     return torch.cat(found).numpy()
 
 
-def embed(rows, seed):
-    """t-SNE of (N, d) features after PCA to at most 50 dimensions, as its authors advise."""
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
-    rows = PCA(min(50, *rows.shape), random_state=seed).fit_transform(rows)
-    perplexity = min(30, (len(rows) - 1) / 3)
-    return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(rows)
-
-
 def tsne(
     images, names, classes, data_dir, split, real_per_class, arch, teacher_checkpoint, seed, device
 ):
-    sets, device = open_sets(images, names), runtime.this_process(device).device
-    first = sets[0][1]
-    dataset, facts = first.dataset, datasets.ALL[first.dataset]
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    (sets, names), device = open_sets(images, names), runtime.this_process(device).device
+    first, dataset = sets[0], sets[0].dataset
+    facts = datasets.ALL[dataset]
     size = first.image_size or facts.image_size
     chosen = classes or choose_classes(None, first.folders, 10)  # a thousand are no picture
     real = datasets.open_split(dataset, data_dir, split, None, chosen, real_per_class)
@@ -372,18 +327,22 @@ def tsne(
     model, _ = models.load_teacher(arch, teacher_checkpoint, dataset, first.folders, size)
     crop = datasets.squash if facts.image_size <= 64 else evaluation.centre_crop
     groups = [[[crop(real.read(item), size) for item in items] for items in real.items]]
-    for _, found in sets:
+    for found in sets:
         paths = [files_of(found, folder) for folder in real.folders]
         groups.append([[datasets.read_rgb(path) for path in of_class] for of_class in paths])
     labels = [np.repeat(np.arange(len(group)), list(map(len, group))) for group in groups]
-    rows = [features(model.to(device), sum(group, []), size, dataset, device) for group in groups]
-    # one embedding for all panels, so that they can be compared
-    points = np.split(embed(np.concatenate(rows), seed), np.cumsum(list(map(len, rows)))[:-1])
-    figure, panels = pyplot().subplots(
-        1, len(sets), figsize=(min(PAGE, 2.7 * len(sets)), 2.7), squeeze=False
-    )
+    model = model.to(device)
+    rows = [features(model, sum(group, []), size, facts, device) for group in groups]
+    # one embedding for all panels, so that they can be compared; PCA first, as t-SNE's authors do
+    ends, rows = np.cumsum(list(map(len, rows)))[:-1], np.concatenate(rows)
+    rows = PCA(min(50, *rows.shape), random_state=seed).fit_transform(rows)
+    perplexity = min(30, (len(rows) - 1) / 3)
+    embedding = TSNE(2, perplexity=perplexity, init="pca", random_state=seed)
+    points = np.split(embedding.fit_transform(rows), ends)
+    panels_size = (min(PAGE, 2.7 * len(sets)), 2.7)
+    figure, panels = pyplot().subplots(1, len(sets), figsize=panels_size, squeeze=False)
     colours = class_colours(len(real.folders))
-    for axes, (name, _), own, own_labels in zip(panels[0], sets, points[1:], labels[1:]):
+    for axes, name, own, own_labels in zip(panels[0], names, points[1:], labels[1:]):
         scatter(axes, points[0], colours[labels[0]], s=7, alpha=0.35, rasterized=True)
         scatter(axes, own, colours[own_labels], s=46, marker="*", edgecolors="black")
         axes.set_title(name)
@@ -415,6 +374,11 @@ def scatter(axes, points, colours, **style):
 
 
 def latents(latent_cache, prototype_path, dataset, classes, count):
+    """A class's latents on their first two principal components, in the colour of the nearest
+    prototype (a star)."""
+    from matplotlib.collections import LineCollection
+    from sklearn.decomposition import PCA
+
     if not dataset and not output.is_complete(prototype_path):
         refuse(f"--prototype_path {prototype_path}: no finished folder; name its --dataset")
     source = prototype_files.open_prototypes(prototype_path, dataset)
@@ -428,7 +392,18 @@ def latents(latent_cache, prototype_path, dataset, classes, count):
         axes.set_axis_off()
     for axes, position in zip(panels.flat, chosen):
         own = source.classes[position]
-        draw_latents(axes, cached_latents(latent_cache, own), source[position].latents)
+        found = cached_latents(latent_cache, own), source[position].latents
+        rows, centres = (x.reshape(len(x), -1).astype(np.float64) for x in found)
+        nearest = ((centres**2).sum(1) - 2 * rows @ centres.T).argmin(1)  # (N,)
+        pca, colours = PCA(2, random_state=0).fit(rows), class_colours(len(centres))
+        points, stars = pca.transform(rows), pca.transform(centres)
+        scatter(axes, points, colours[nearest], s=7, alpha=0.55)
+        scatter(axes, stars, colours, s=75, marker="*", edgecolors="black")
+        lines = np.stack([points, stars[nearest]], 1)  # (N, 2, 2)
+        style = {"colors": colours[nearest], "linewidths": 0.3, "alpha": 0.35}
+        axes.add_collection(LineCollection(lines, **style))
+        first, second = 100 * pca.explained_variance_ratio_
+        axes.set(xlabel=f"PC 1 ({first:.0f} %)", ylabel=f"PC 2 ({second:.0f} %)")
         axes.set_title(short(own["prompt"]))
     figure.tight_layout(pad=0.6)
     return figure
@@ -444,24 +419,6 @@ def cached_latents(root, own):
         hint = f"name one of them, such as {found[0].parent}" if found else "run stage 1 with it"
         refuse(f"--latent_cache {root}: {len(found)} files {name}; {hint}")
     return load_file(found[0])["latents"]
-
-
-def draw_latents(axes, rows, centres):
-    """A class's latents on their first two principal components, in the colour of the nearest
-    prototype (a star)."""
-    from matplotlib.collections import LineCollection
-    from sklearn.decomposition import PCA
-
-    rows, centres = (x.reshape(len(x), -1).astype(np.float64) for x in (rows, centres))
-    nearest = ((centres**2).sum(1) - 2 * rows @ centres.T).argmin(1)  # (N,)
-    pca, colours = PCA(2, random_state=0).fit(rows), class_colours(len(centres))
-    points, stars = pca.transform(rows), pca.transform(centres)
-    scatter(axes, points, colours[nearest], s=7, alpha=0.55)
-    scatter(axes, stars, colours, s=75, marker="*", edgecolors="black")
-    lines = np.stack([points, stars[nearest]], 1)  # (N, 2, 2)
-    axes.add_collection(LineCollection(lines, colors=colours[nearest], linewidths=0.3, alpha=0.35))
-    first, second = 100 * pca.explained_variance_ratio_
-    axes.set(xlabel=f"PC 1 ({first:.0f} %)", ylabel=f"PC 2 ({second:.0f} %)")
 
 
 # ---- main
@@ -480,25 +437,20 @@ def get_args(argv=None):
     parser, count, subs = Parser("misc.figures", __doc__), number(int, 1), {}
     kinds = parser.add_subparsers(dest="figure", required=True)
     for name, (_, stem, words) in FIGURES.items():
-        subs[name] = kinds.add_parser(name, doc=words, help=words)
-        words = "path without suffix; makes .png and .pdf"
-        subs[name].flag("--output", default=f"output/figures/{stem}", help=words)
-    for name in ("grid", "row", "tsne"):
-        many = {"nargs": "+", "required": True, "metavar": "DIR"}
-        subs[name].flag("--images", help="image folders, one per method", **many)
-        subs[name].flag("--names", nargs="+", help="what to call them")
-    for name in ("grid", "tsne", "latents"):
-        words = "class folders, indices, or ranges such as 0-9 [some, spread evenly]"
-        subs[name].flag("--classes", nargs="+", help=words)
-    for name, most, words in (("grid", 10, "classes"), ("row", 10, "images"), ("latents", 6, "")):
-        subs[name].flag("--count", type=count, default=most, help=words or "classes")
-    for name in ("ipc", "time"):
-        sub = subs[name]
+        sub = subs[name] = kinds.add_parser(name, doc=words, help=words)
+        sub.flag("--output", default=f"output/figures/{stem}", help="without .png and .pdf")
+    for sub in (subs["grid"], subs["row"], subs["tsne"]):
+        sub.flag("--images", nargs="+", required=True, metavar="DIR", help="one folder per method")
+        sub.flag("--names", nargs="+", help="what to call them")
+    for sub in (subs["grid"], subs["tsne"], subs["latents"]):
+        sub.flag("--classes", nargs="+", help="folders, indices or ranges [some, spread evenly]")
+    for name, most in (("grid", 10), ("row", 10), ("latents", 6)):
+        subs[name].flag("--count", type=count, default=most, help="images of a row, or classes")
+    for sub in (subs["ipc"], subs["time"]):
         sub.flag("--output_root", default="output", help="results.json are looked for below it")
         sub.flag("--dataset", type=datasets.name, default="imagenet")
         sub.flag("--arms", nargs="+", default=["d4m", "random"], help="image arms that are drawn")
-        words = "methods drawn from the paper's tables"
-        sub.flag("--paper", nargs="*", default=["D4M", "SRe2L"], help=words)
+        sub.flag("--paper", nargs="*", default=["D4M", "SRe2L"], help="methods of its tables")
     subs["grid"].flag("--image", type=number(int, 0), default=0, help="which image of each class")
     subs["row"].flag("--class_folder", help="folder or index of the class [the first]")
     sub = subs["tsne"]
@@ -516,18 +468,21 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
-def draw(argv):
-    """(figure, where to save it)"""
-    options = vars(get_args(argv))
-    for name in ("settings", "output"):
-        path = options.pop(name)
-    function, _, _ = FIGURES[options.pop("figure")]
-    return function(**options), path
-
-
 @entry_point
 def main(argv=None):
-    return save(*draw(argv))
+    options = vars(get_args(argv))
+    function, _, _ = FIGURES[options.pop("figure")]
+    path = options.pop("output")
+    del options["settings"]
+    figure = function(**options)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    # without dates, so that equal figures are equal files
+    figure.savefig(f"{path}.png", dpi=300, metadata={"Software": None})
+    undated = dict.fromkeys(("CreationDate", "Creator", "Producer"))
+    figure.savefig(f"{path}.pdf", metadata=undated)
+    pyplot().close(figure)
+    print(f"{path}.png {path}.pdf")
+    return figure
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ random weights; on a CPU at toy size. Writes OUT/pipeline.json or OUT/sizes.json
 """
 
 import argparse
+import gc
 import os
 import tempfile
 import time
@@ -53,6 +54,7 @@ def pipeline(bench):
     steps = ["--num_inference_steps", str(bench.size["steps"]), "--image_size", side]
     source = ["--prototype_path", str(prototypes), *data[:2]]
     [images] = gen_syn_image.main([*source, *how, *steps])
+    gc.collect()  # the generator: peaks of the next stages are their own
     real = random_real.main([*data, "--ipc", ipc[0], "--image_size", side])
     network = ["--input_size", side, *where]
     teacher = train_teacher.main([*data, "--arch", arch, *network, "--epochs", "3", "-b", "32"])

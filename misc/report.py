@@ -87,8 +87,7 @@ def draw_sets(folders, most_rows=20, per_class=6):
 
 def get_args(argv=None):
     parser = Parser("misc.report", __doc__)
-    root = Path("output")
-    parser.flag("--output_root", type=Path, default=root, help="holds images/, students/, ...")
+    parser.flag("--output_root", type=Path, default="output", help="holds images/, students/, ...")
     parser.flag("--dataset", type=datasets.name, default="imagenet", metavar="NAME")
     parser.flag("--ipc", type=number(int, 1), default=10)
     return parser.parse_args(argv)

@@ -16,7 +16,7 @@ import torch
 
 from distillation import datasets
 from matching import evaluation, images, models, training
-from misc import benchmark, figures, report
+from misc import benchmark, figures, report, train_tiny_sd
 from scripts import files, generators, output, runtime
 from scripts.runtime import Parser, entry_point, refuse
 from validate import paper_tables
@@ -66,41 +66,22 @@ def find_cells(root, generator, teachers):
         for teacher in files.read_json(found["path"])["teacher"]:
             if teachers.get(teacher["sha256"]) != teacher["arch"]:
                 refuse(f"{where}: its labels are of a {teacher['arch']} not in {root / 'teachers'}")
-        cell = {
-            "arm": arm_title(made["arguments"], made["inputs"].get("prototype_arguments")),
-            "ipc": found["ipc"],
-            # paper_tables names the paper's own recipes only; here they are adapted to 32 px
-            "recipe": "rd3" if settings["bn_refresh"] else "d4m",
-            **{name: settings[name] for name in ("epochs", "batch_size")},
-            "student": found["student"],
-            "teacher": " ".join(found["teacher"]) or None,
-            "labels": found["labels"],
-            "seeds": settings["seeds"],
-            "top1": found["last"],
-            "images": found["images"],
-        }
+        arm = arm_title(made["arguments"], made["inputs"].get("prototype_arguments"))
+        # paper_tables names the paper's own recipes only; here they are adapted to 32 px
+        recipe = "rd3" if settings["bn_refresh"] else "d4m"
+        cell = {"arm": arm, "ipc": found["ipc"], "recipe": recipe}
+        cell |= {name: settings[name] for name in ("epochs", "batch_size")}
+        cell |= {"student": found["student"], "teacher": " ".join(found["teacher"]) or None}
+        cell |= {"labels": found["labels"], "seeds": settings["seeds"], "top1": found["last"]}
+        cell["images"] = found["images"]
         key = tuple(cell[name] for name in ("arm", *KEYS))
         if key in cells:
             refuse(f"{where}: a second result of {cell_name(cell)}; keep one of them")
         cells[key] = cell
     if not cells:
         refuse(f"--output_root {root}: no student of stage 4 is there")
-    order = ("ipc", "recipe", "epochs", "batch_size", "student")
-    return sorted(
-        cells.values(),
-        key=lambda c: (*(c[k] for k in order), c["teacher"] or "", place_of(c["arm"])),
-    )
-
-
-@torch.no_grad()
-def through_vae(pixels, vae):
-    """(N, S, S, 3) uint8 -> the decoded means of their posteriors, likewise."""
-    parts = []
-    for part in pixels.split(250):
-        x = part.to(vae.device).permute(0, 3, 1, 2) / 127.5 - 1
-        decoded = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
-        parts.append(((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu())
-    return torch.cat(parts)
+    by_row = lambda c: (*(c[k] or "" for k in KEYS[:6]), place_of(c["arm"]))  # noqa: E731
+    return sorted(cells.values(), key=by_row)
 
 
 def judge(root, folders, names, data_dir, vae, process):
@@ -111,7 +92,9 @@ def judge(root, folders, names, data_dir, vae, process):
     facts, forward, found = datasets.ALL[DATASET], training.Forward(process.device), {}
     test = datasets.open_split(DATASET, data_dir, "val")
     pixels, targets = evaluation.validation_pixels(test, SIZE, process, flag="--data_dir")
-    sets = {"test": (pixels, targets), "test_through_vae": (through_vae(pixels, vae), targets)}
+    decoded = train_tiny_sd.reconstructions(vae, pixels.permute(0, 3, 1, 2))
+    decoded = (decoded * 255).round().byte().permute(0, 2, 3, 1)
+    sets = {"test": (pixels, targets), "test_through_vae": (decoded, targets)}
     for name in names:
         flag, made = "--output_root", images.open_images("--output_root", root / "images" / name)
         arrays, _ = images.load_pixels(flag, made)
@@ -119,15 +102,14 @@ def judge(root, folders, names, data_dir, vae, process):
     for folder in folders:
         made = files.read_json(folder / "results.json")["arguments"]
         network, _ = models.load_teacher(made["arch"], folder, DATASET, test.folders, SIZE)
-        network = network.to(process.device)
-        top1 = {}
+        network, top1 = network.to(process.device), {}
         for name, pair in sets.items():
             score = evaluation.evaluate(network, *pair, forward, facts.mean, facts.std)
             top1[name] = round(score["top1"], 2)
         found[made["arch"]] = {
             "images_a_class": made["max_images_per_class"] or "all",
-            **{name: top1[name] for name in ("test", "test_through_vae")},
-            "images": {name: top1[name] for name in names},
+            **{name: top1.pop(name) for name in ("test", "test_through_vae")},
+            "images": top1,
         }
     return found
 
@@ -175,9 +157,9 @@ def verdict(better, worse):
     what = f"{ours} against {theirs} ({cell_name(better)}"
     if min(a["n"], b["n"]) < 2:
         return f"not tested: {what}; n = 1)"
-    sides = [side[key] for side in (a, b) for key in ("mean", "std", "n")]
     p = float(a["mean"] == b["mean"])
     if a["std"] or b["std"]:
+        sides = [side[key] for side in (a, b) for key in ("mean", "std", "n")]
         p = float(ttest_ind_from_stats(*sides, equal_var=False).pvalue)
     seen = "seen" if a["mean"] > b["mean"] else "the opposite is seen"
     return f"{seen if p < 0.05 else 'not seen'}: {what}; p = {p:.2g}, n = {a['n']} and {b['n']})"
@@ -187,19 +169,19 @@ def claims(cells):
     """{claim: [one sentence per pair of cells that differ in nothing else]}"""
     found = {claim: [] for claim in (*BETTER_ARM, SOFT, TRANSFER, IPC, *SWEEP, *NOT_HERE)}
     for a, b in permutations(cells, 2):
-        differ = [key for key in ("arm", *KEYS) if a[key] != b[key]]
+        differ, said = [key for key in ("arm", *KEYS) if a[key] != b[key]], []
+        soft = a["labels"] == "soft"
         if a["arm"] != "D4M":
             continue
         if differ == ["arm"]:
             said = [claim for claim, arm in BETTER_ARM.items() if b["arm"] == arm]
-            said += [c for c, arm in SWEEP.items() if b["arm"].startswith(arm)]
-        elif differ == ["teacher", "labels"] and a["labels"] == "soft":
+            said += [c for c, arm in SWEEP.items() if soft and b["arm"].startswith(arm)]
+        elif soft and differ == ["teacher", "labels"]:
             said = [SOFT] + [TRANSFER] * (a["teacher"] != a["student"])
-        else:
-            said = [IPC] * (differ == ["ipc"] and a["ipc"] > b["ipc"])
+        elif differ == ["ipc"] and a["ipc"] > b["ipc"]:
+            said = [IPC]
         for claim in said:
-            if claim not in SWEEP or a["labels"] == "soft":
-                found[claim].append(verdict(a, b))
+            found[claim].append(verdict(a, b))
     return {claim: sentences or ["not tested"] for claim, sentences in found.items()}
 
 
@@ -220,20 +202,19 @@ def table(part):
     cells = part["cells"]
     several = [k for k in ("ipc", "recipe", "student") if len({c[k] for c in cells}) > 1]
     teachers = sorted({c["teacher"] for c in cells if c["teacher"]})
-    titles = [{"ipc": "IPC"}.get(key, key) for key in several]
-    head = ["trained on", *titles, *(f"soft, {t}" for t in teachers), "hard"]
+    head = ["trained on", *(k.replace("ipc", "IPC") for k in several)]
+    head += [*(f"soft, {t}" for t in teachers), "hard"]
     head += [f"taken for its class by {t}" for t in teachers]
-    rule = "|---" * (1 + len(titles)) + "|---:" * (2 * len(teachers) + 1) + "|"
+    rule = "|---" * (1 + len(several)) + "|---:" * (2 * len(teachers) + 1) + "|"
     lines, rows = ["| " + " | ".join(head) + " |", rule], {}
     for c in cells:
         row = rows.setdefault((c["arm"], *(str(c[k]) for k in several)), {"images": c["images"]})
         row[c["teacher"] or "hard"] = c["top1"]
-    for key, row in rows.items():
-        words = list(key)
+    for words, row in rows.items():
         for column in (*teachers, "hard"):
             found = row.get(column)
             few = f" (n = {found['n']})" if found and found["n"] != 3 else ""
-            words.append(paper_tables.number(found["mean"], found["std"]) + few if found else "")
+            words += (paper_tables.number(found["mean"], found["std"]) + few if found else "",)
         judged = [part["teachers"][t]["images"][row["images"]] for t in teachers]
         lines.append("| " + " | ".join([*words, *map(paper_tables.number, judged)]) + " |")
     return lines
@@ -257,26 +238,24 @@ Diffusion itself at 512 px.
 def describe(part):
     """Markdown: machine, generator, teachers, students and what all cells share."""
     model, hardware, versions = part["model"], part["machine"], part["versions"]
-    where = [hardware[key] for key in ("gpu", "cpu") if key in hardware]
+    where = ", ".join(hardware[key] for key in ("gpu", "cpu") if key in hardware)
     counts, steps = model["parameters"], model["steps"]
-    by = f"this page by commit {part['commit']}; {part['date']}. `{part['command']}`"
-    made = f"torch {versions['torch']}, diffusers {versions['diffusers']}; {by}"
+    made = f"torch {versions['torch']}, diffusers {versions['diffusers']}; this page by commit "
+    made += f"{part['commit']}; {part['date']}. `{part['command']}`"
     psnr = f"{model['reconstruction_psnr_db']} dB PSNR on {model['reconstruction_psnr_on']}"
     vae = f"VAE {counts['vae']:,} parameters, latents {model['latent']}, {psnr}"
     steps = f"{steps['vae']:,} + {steps['unet']:,} training steps"
-    lines = [f"{', '.join(where)}, {hardware['cores']} cores; {made}", ""]
+    lines = [f"{where}, {hardware['cores']} cores; {made}", ""]
     lines += [f"- generator: {vae}; UNet {counts['unet']:,} parameters; {steps}"]
     for arch, t in part["teachers"].items():
         name = f"teacher {arch}, trained on {t['images_a_class']} pictures per class"
         vae = f"of the test pictures sent through the VAE it gets {t['test_through_vae']:.1f}"
         lines.append(f"- {name}: {t['test']:.1f}; {vae}")
     lines += [f"- student {name}: {count:,} parameters" for name, count in part["students"].items()]
-    shared = {key: sorted({str(c[key]) for c in part["cells"]}) for key in (*KEYS[:4], "seeds")}
-    words = {"ipc": "IPC", "batch_size": "batch"}
-    return [
-        *lines,
-        "- " + "; ".join(f"{words.get(k, k)} {', '.join(v)}" for k, v in shared.items()),
-    ]
+    shared = []
+    for key, title in zip((*KEYS[:4], "seeds"), ("IPC", "recipe", "epochs", "batch", "seeds")):
+        shared.append(f"{title} {', '.join(sorted({str(c[key]) for c in part['cells']}))}")
+    return [*lines, "- " + "; ".join(shared)]
 
 
 def markdown(parts):
@@ -319,8 +298,7 @@ def get_args(argv=None):
     parser.flag("--output_root", type=Path, required=True, help="OUT of the launcher")
     parser.flag("--scale", choices=list(SCALES), required=True)
     parser.flag("--model", default="misc/tiny-sd-cifar10", help="the generator's folder")
-    words = "CIFAR-10; teachers are tested on its test pictures"
-    parser.flag("--data_dir", required=True, help=words)
+    parser.flag("--data_dir", required=True, help="CIFAR-10, to test the teachers")
     parser.flag("--results", type=Path, required=True, help="where the page is written")
     parser.flag("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     return parser.parse_args(argv)

@@ -4,12 +4,10 @@
     python -m misc.train_tiny_sd --dataset cifar10 --data_dir data/cifar10 --output_dir DIR
 
 D4M needs a frozen latent diffusion model that knows the classes by their prompts (paper, section
-3.1). Where Stable Diffusion v1-5 is too large, or cannot be had, this makes one of the same parts,
-configured as v1-5 is; stock diffusers loads it. It is trained on the training split only: first the
-VAE, then UNet and text encoder together on its latents.
-
-The same command resumes, on a CPU to the same bytes as a run that was never stopped. `samples/`
-shows how training goes; it is not part of the model.
+3.1). Where Stable Diffusion v1-5 is too large, or cannot be had, this makes one of the same parts;
+stock diffusers loads it. It is trained on the training split only: first the VAE, then UNet and
+text encoder together on its latents. The same command resumes, on a CPU to the same bytes as a run
+that was never stopped. `samples/` shows how training goes; it is not part of the model.
 """
 
 import functools
@@ -88,8 +86,7 @@ def make_tokenizer(prompts, length=16):
     for text in corpus:
         normal = splitter.normalizer.normalize_str(text)
         words |= {word for word, _ in splitter.pre_tokenizer.pre_tokenize_str(normal)}
-    merges = learn_merges(words)
-    alphabet = sorted(ByteLevel.alphabet())
+    merges, alphabet = learn_merges(words), sorted(ByteLevel.alphabet())
     tokens = ["<|startoftext|>", "<|endoftext|>", *alphabet, *(byte + END for byte in alphabet)]
     tokens += dict.fromkeys(a + b for a, b in merges)
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -111,30 +108,21 @@ def learn_merges(words, limit=4096):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         for symbols in spelt:
-            i = 0
-            while i < len(symbols) - 1:
-                if (symbols[i], symbols[i + 1]) == best:
+            for i in range(len(symbols)):
+                if tuple(symbols[i : i + 2]) == best:
                     symbols[i : i + 2] = [best[0] + best[1]]
-                i += 1
     return merges
 
 
 def make_text_encoder(tokenizer, width):
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        projection_dim=width,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config)
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "projection_dim": width}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": len(tokenizer)}
+    sizes["max_position_embeddings"] = tokenizer.model_max_length
+    ids = {name: getattr(tokenizer, name) for name in special}
+    return CLIPTextModel(CLIPTextConfig(**sizes, **ids))
 
 
 def make_vae(size, channels, layers=1):
@@ -158,13 +146,13 @@ def make_unet(size, text_width, channels, layers=1, attention="inner"):
     """
     from diffusers import UNet2DConditionModel
 
-    cross = "CrossAttn" if attention == "inner" else ""
+    cross, inner = "CrossAttn" if attention == "inner" else "", len(channels) - 1
     return UNet2DConditionModel(
         sample_size=size,
         block_out_channels=tuple(channels),
         layers_per_block=layers,
-        down_block_types=("DownBlock2D", *[f"{cross}DownBlock2D"] * (len(channels) - 1)),
-        up_block_types=(*[f"{cross}UpBlock2D"] * (len(channels) - 1), "UpBlock2D"),
+        down_block_types=("DownBlock2D", *[f"{cross}DownBlock2D"] * inner),
+        up_block_types=(*[f"{cross}UpBlock2D"] * inner, "UpBlock2D"),
         cross_attention_dim=text_width,
         attention_head_dim=4,
         norm_num_groups=min(16, *channels),
@@ -179,16 +167,10 @@ def make_pipeline(vae, text_encoder, tokenizer, unet):
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1, **betas),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet}
+    parts["scheduler"] = PNDMScheduler(skip_prk_steps=True, steps_offset=1, **betas)
+    parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = StableDiffusionPipeline(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -210,9 +192,7 @@ def tiny_pipeline(seed=0, size=32, vae=(8, 8, 8), unet=(8, 16), text_width=16, l
 def saved(pipeline):
     """{file name: bytes} of the pipeline in diffusers format, fp16 safetensors."""
     for name in TRAINED:
-        for weight in getattr(pipeline, name).parameters():
-            half = weight.to("cpu", torch.float16, memory_format=torch.contiguous_format)
-            weight.data = half
+        getattr(pipeline, name).to("cpu", torch.float16, memory_format=torch.contiguous_format)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pipeline.save_pretrained(folder, safe_serialization=True)
@@ -240,53 +220,42 @@ class Trainer(NamedTuple):
     stop_after: int
 
     def fit(self, name, networks, loss_at, sample):
-        """Minimise `loss_at(step) -> (loss, figures)`; returns {name: steps} of all trainings.
+        """Minimise `loss_at(step) -> (loss, figures)` by AdamW, with a warm-up and a cosine to 0.
 
         networks   a ModuleDict; on return it holds the moving average of its weights, rounded to
                    the fp16 in which they are saved, so that what is measured is what others load
         sample     called with the step, on averaged weights
+        Returns {name: steps} of all trainings so far.
         """
-        cuda, path = self.device.type == "cuda", self.out.folder / CHECKPOINT
-        layout = torch.channels_last if cuda else torch.contiguous_format
-        networks.to(self.device, memory_format=layout)
-        # weights of finished networks, number of steps of each, and the training at hand
-        state = {"done": {}, "steps": {}, "current": None}
-        if path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True)
-
-        def save():
-            with files.atomic(path, self.out.tag) as temporary:
-                torch.save(state, temporary)
-
-        if name not in state["done"]:
-            autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=cuda)
-            self._minimise(state, save, name, networks, autocast(loss_at), sample)
-            state["done"][name], state["current"] = networks.state_dict(), None
-            save()
-        networks.load_state_dict(state["done"][name])
-        for weight in networks.requires_grad_(False).eval().parameters():
-            weight.copy_(weight.half())
-        return state["steps"]
-
-    def _minimise(self, state, save, name, networks, loss_at, sample):
-        """AdamW with a warm-up and a cosine to 0."""
         from diffusers.training_utils import EMAModel
 
+        cuda, path = self.device.type == "cuda", self.out.folder / CHECKPOINT
+        layout = torch.channels_last if cuda else torch.contiguous_format
+        weights = list(networks.to(self.device, memory_format=layout).parameters())
+        loss_at = torch.autocast(self.device.type, torch.bfloat16, enabled=cuda)(loss_at)
         lr, batch_size = self.settings[f"{name}_lr"], self.settings[f"{name}_batch_size"]
-        decay, weights, start = self.settings["ema_decay"], list(networks.parameters()), 0
+        # {name: (its steps, those that are done, weights, optimizer, average)}; without the last
+        # two when all are done
+        state = torch.load(path, "cpu", weights_only=True) if path.exists() else {}
+        steps, start, *before = state.get(name, (0, 0))
+        if before:
+            networks.load_state_dict(before[0])
         optimizer = torch.optim.AdamW(weights, lr, betas=(0.9, 0.99), weight_decay=1e-3)
+        decay = self.settings["ema_decay"]
         ema = EMAModel(weights, decay, use_ema_warmup=True, power=3 / 4, foreach=True)
-        parts = (networks, optimizer, ema)
-        if state["current"]:
-            start, *before = state["current"]
-            for part, was in zip(parts, before):
-                part.load_state_dict(was)
-            ema.to(self.device)
-        if name not in state["steps"]:
-            state["steps"][name] = self.number_of_steps(name, loss_at)
-        steps = state["steps"][name]
+        for part, was in zip((optimizer, ema), before[1:]):
+            part.load_state_dict(was)
+        ema.to(self.device)
+        steps = steps or self.number_of_steps(name, loss_at)
         warmup, quarter = min(100, steps // 10 + 1), max(1, steps // 4)
         sample_every = quarter if self.sample_every is None else self.sample_every
+
+        def save(done, *parts):
+            state[name] = (steps, done, *(part.state_dict() for part in parts))
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            self.out.write(CHECKPOINT, buffer.getvalue())
+
         options = {"total": steps * batch_size, "initial": start * batch_size, "unit": "image"}
         with self.out.progress(desc=name, **options) as bar:
             for done in range(start + 1, steps + 1):
@@ -307,11 +276,12 @@ class Trainer(NamedTuple):
                     if not np.isfinite(list(figures.values())).all():
                         refuse(f"--{name}_lr {lr:g}: {name} diverged at step {done}: {figures}")
                 if done == steps:
+                    ema.copy_to(weights)
+                    save(done, networks)
                     break
                 stop = done - start == self.stop_after
-                if done % self.checkpoint_every == 0 or stop or self.out.signals.name:
-                    state["current"] = (done, *(part.state_dict() for part in parts))
-                    save()
+                if done % self.checkpoint_every == 0 or stop or self.out.stop_signal:
+                    save(done, networks, optimizer, ema)
                     self.out.leave_if_asked()
                 if stop:
                     print(f"--stop_after {self.stop_after}: run the same command to go on")
@@ -321,7 +291,9 @@ class Trainer(NamedTuple):
                     ema.copy_to(weights)
                     sample(done)
                     ema.restore(weights)
-        ema.copy_to(weights)
+        for weight in networks.requires_grad_(False).eval().parameters():
+            weight.copy_(weight.half())
+        return {name: steps for name, (steps, *_) in state.items()}
 
     def number_of_steps(self, name, loss_at):
         """--{name}_steps, or what fits into its share of --minutes."""
@@ -369,16 +341,15 @@ def feature_distance(network, mean, std):
 def train_vae(trainer, pixels, tests, perceptual):
     """The autoencoder of uint8 `pixels`: squared error + KL from N(0, 1), averaged over the latent,
     + `perceptual` distance. `tests` are only looked at."""
-    settings, device = trainer.settings, trainer.device
+    settings, device, seed = trainer.settings, trainer.device, trainer.settings["seed"]
     # PyTorch draws first weights from its global generator
-    torch.manual_seed(runtime.seed_of(settings["seed"], VAE))
+    torch.manual_seed(runtime.seed_of(seed, VAE))
     vae = make_vae(settings["image_size"], settings["vae_channels"], settings["vae_layers"])
     count, side = settings["vae_batch_size"], settings["image_size"] // settings["vae_factor"]
 
     def loss_at(step):
-        rows = batch_rows(settings["seed"], VAE, step, len(pixels), count)
+        rows, draws = batch_rows(seed, VAE, step, len(pixels), count), generator(seed, VAE, 1, step)
         batch = to_unit_range(pixels[rows], device)
-        draws = generator(settings["seed"], VAE, 1, step)
         if settings["flip"] == "on":
             mirrored = torch.rand(count, 1, 1, 1, generator=draws).to(device) < 0.5
             batch = torch.where(mirrored, batch.flip(-1), batch)
@@ -469,7 +440,7 @@ def train_unet(trainer, vae, pixels, labels, prompts, compiled):
     texts = [*prompts, "", NEGATIVE_PROMPT]
     tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
     tokens = tokens.input_ids.to(device)  # (classes + 2, length)
-    alphas = pipeline.scheduler.alphas_cumprod.to(device)
+    alphas, gamma = pipeline.scheduler.alphas_cumprod.to(device), settings["min_snr_gamma"]
 
     def loss_at(step):
         rows = batch_rows(seed, UNET, step, len(means), settings["unet_batch_size"])
@@ -482,10 +453,8 @@ def train_unet(trainer, vae, pixels, labels, prompts, compiled):
         posterior, noise = torch.randn((2, count, *means.shape[1:]), generator=draws).to(device)
         rows = rows.to(device)
         latents = means[rows].float() + stds[rows].float() * posterior  # (B, 4, h, w)
-        known = (latents * vae.config.scaling_factor, noise, timesteps, alphas)
-        loss, error = diffusion_loss(
-            unet, text_encoder, tokens, which, *known, settings["min_snr_gamma"]
-        )
+        known = (latents * vae.config.scaling_factor, noise, timesteps, alphas, gamma)
+        loss, error = diffusion_loss(unet, text_encoder, tokens, which, *known)
         return loss, {"mse": error.detach()}
 
     def sample(step):
@@ -507,8 +476,7 @@ def png_grid(pictures, columns):
         pictures = pictures.repeat_interleave(2, -1).repeat_interleave(2, -2)
     sheet = make_grid(pictures.clamp(0, 1), columns, padding=2, pad_value=1)[:, 2:, 2:]
     file = io.BytesIO()
-    sheet = (sheet * 255).round().byte().permute(1, 2, 0)
-    Image.fromarray(sheet.numpy()).save(file, "PNG")
+    Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy()).save(file, "PNG")
     return file.getvalue()
 
 
@@ -523,8 +491,7 @@ def text_samples(pipeline, prompts, count, seed, guidance_scale):
 
 
 def final_samples(pipeline, pixels, labels, prompts, settings):
-    """samples.png: text to image, and with --samples real three images and their reconstructions
-    before it."""
+    """samples.png (see SAMPLES)."""
     made = text_samples(pipeline, prompts[:10], 6, settings["seed"], settings["sample_guidance"])
     if settings["samples"] == "text":
         return png_grid(made.flatten(0, 1), 6)
@@ -593,10 +560,8 @@ def get_args(argv=None):
     own_size = lambda args: datasets.ALL[args.dataset].image_size  # noqa: E731
     setting("--image_size", type=count, default=own_size, help="pixels [the data set's]")
     parser.heading("size and length; the default of all of them is the preset's")
-    words = "digits: 5 minutes on a CPU core; cpu: CIFAR-10 in an hour; gpu: in 20 minutes"
-    setting("--preset", choices=PRESETS, default=_preset, help=f"{words} [by data set and device]")
-    words = "pixels per position of the latent, per side"
-    setting("--vae_factor", type=int, choices=[1, 2, 4, 8], default=_factor, help=words)
+    setting("--preset", choices=PRESETS, default=_preset, help="for 5, 60 and 20 minutes")
+    setting("--vae_factor", type=int, choices=[1, 2, 4, 8], default=_factor, help="of its latents")
     setting("--vae_channels", type=count, nargs="+", default=_vae_channels, help="one per level")
     setting("--vae_layers", type=count, default=by_preset(1, 1, 2))
     widths = by_preset([32, 64], [32, 64, 128], [128, 256, 256])
@@ -614,25 +579,19 @@ def get_args(argv=None):
     setting("--vae_lr", type=rate, default=by_preset(4e-3, 4e-3, 1e-3))
     setting("--unet_lr", type=rate, default=by_preset(2e-3, 1e-3, 5e-4))
     setting("--ema_decay", type=decay, default=by_preset(0.995, 0.999, 0.9995))
-    mirrored = by_preset("off", "on", "on")
-    setting("--flip", choices=["on", "off"], default=mirrored, help="mirrored images too")
+    setting("--flip", choices=["on", "off"], default=by_preset("off", "on", "on"))
     setting("--kl_weight", type=weight, default=1e-5, help="of the KL averaged over a latent")
-    snr = by_preset(0.0, 5.0, 5.0)
-    setting("--min_snr_gamma", type=weight, default=snr, help="structure is learnt first; 0: off")
-    words = "share of prompts that become empty or the negative prompt, for guidance"
-    setting("--prompt_dropout", type=share, default=0.1, help=words)
+    setting("--min_snr_gamma", type=weight, default=by_preset(0.0, 5.0, 5.0), help="0: off")
+    setting("--prompt_dropout", type=share, default=0.1, help="empty or negative prompts instead")
     parser.heading("perceptual loss of the VAE")
-    words = "a classifier of matching.train_teacher; not the one that will judge the images"
-    flag("--perceptual_checkpoint", help=words)
+    flag("--perceptual_checkpoint", help="of train_teacher; not who will judge the images")
     flag("--perceptual_arch", help="its architecture, where the checkpoint is a bare file")
     setting("--perceptual_weight", type=weight, default=0.1, help="0 switches it off")
     parser.heading("how it runs")
     setting("--compile", action="store_true", default=False, help="torch.compile the UNet")
-    words = "what samples.png shows; text: no real image, for a model that is handed on"
-    setting("--samples", choices=list(SAMPLES), default="real", help=words)
+    setting("--samples", choices=list(SAMPLES), default="real", help="text: shows no real image")
     setting("--sample_guidance", type=number(float), default=3.0, help="guidance scale of samples")
-    words = "steps between grids in samples/; 0: none [a quarter of the training]"
-    flag("--sample_every", type=natural, help=words)
+    flag("--sample_every", type=natural, help="steps; 0: never [a quarter of the training]")
     flag("--checkpoint_every", type=count, default=500, help="steps")
     flag("--stop_after", type=natural, default=0, help="exit after so many steps; 0: never")
     runtime.add_process_flags(parser)
@@ -642,26 +601,20 @@ def get_args(argv=None):
 def check_sizes(settings, count):
     """Refuse networks that do not fit the images; count: training images."""
     size, factor, widths = (settings[n] for n in ("image_size", "vae_factor", "vae_channels"))
-    made = 2 ** (len(widths) - 1)
+    made, coarsest = 2 ** (len(widths) - 1), factor * 2 ** (len(settings["unet_channels"]) - 1)
     if made != factor:
         refuse(f"--vae_channels {widths}: makes a factor of {made}, --vae_factor is {factor}")
-    coarsest = factor * 2 ** (len(settings["unet_channels"]) - 1)
     if size % coarsest:
         refuse(f"--image_size {size}: not a multiple of {coarsest}, the UNet's coarsest position")
-    for flag in ("vae_channels", "unet_channels"):
-        for width in settings[flag]:
+    for name in ("vae", "unet"):
+        for width in settings[f"{name}_channels"]:
             if width % 16:
-                refuse(f"--{flag} {width}: not a multiple of 16, the groups of the normalisation")
-    for flag in ("vae_batch_size", "unet_batch_size"):
-        if count < settings[flag]:
-            refuse(f"--{flag} {settings[flag]}: there are only {count} training images")
-
-
-def checkpoint_bytes(settings):
-    """Of the UNet's weights, their average and AdamW's two moments, in fp32."""
-    sizes = [settings[f"unet_{name}"] for name in ("channels", "layers", "attention")]
-    with torch.device("meta"):
-        return 16 * models.count_parameters(make_unet(8, settings["text_width"], *sizes))
+                refuse(
+                    f"--{name}_channels {width}: not a multiple of 16, the normalisation's groups"
+                )
+        most = settings[f"{name}_batch_size"]
+        if count < most:
+            refuse(f"--{name}_batch_size {most}: there are only {count} training images")
 
 
 def load_perceptual(checkpoint, arch, split, size, device):
@@ -679,32 +632,35 @@ def main(argv=None):
     process = runtime.this_process(args.device, args.shard, args.dry_run, args.wait)
     if process.world > 1:
         refuse(f"--output_dir {args.output_dir}: trained by one process, not {process.world}")
-    settings, size = args.settings, args.image_size
+    settings, size, root = args.settings, args.image_size, args.data_dir
     chosen = (args.label_file_path, args.classes, args.max_images_per_class, args.download)
-    open_named = functools.partial(datasets.open_split, args.dataset, args.data_dir)
+    open_named = functools.partial(datasets.open_split, args.dataset, root)
     split = open_named("train", *chosen)
     check_sizes(settings, split.count)
+    sizes = [settings[f"unet_{name}"] for name in ("channels", "layers", "attention")]
+    with torch.device("meta"):  # fp32: weights, their average and AdamW's two moments
+        needed = 16 * models.count_parameters(make_unet(8, args.text_width, *sizes))
     perceptual, classifier = None, None
     if args.perceptual_checkpoint and args.perceptual_weight:
         waits = output.awaited(args.perceptual_checkpoint, "matching.train_teacher")
         if waits and args.dry_run:
-            return output.plan(args.output_dir, 0, 1, checkpoint_bytes(settings), waits)
+            return output.plan(args.output_dir, 0, 1, needed, waits)
         teacher = (args.perceptual_checkpoint, args.perceptual_arch)
         perceptual, classifier = load_perceptual(*teacher, split, size, process.device)
-    precision = "bf16 autocast" if process.device.type == "cuda" else "fp32"
     inputs = {"images": split.digest(), "prompts": list(split.prompts), "perceptual": classifier}
-    inputs["precision"] = precision
+    inputs["precision"] = "bf16 autocast" if process.device.type == "cuda" else "fp32"
     where = ("--output_dir", args.output_dir, "", "tiny_sd")
     with output.Output(*where, settings, inputs, process, together=True) as out:
-        out.todo([INDEX], lambda name: [name], checkpoint_bytes(settings))
+        out.todo([INDEX], lambda name: [name], needed)
         if out.complete:
             print(f"{out.folder}: is finished already")
             return
         torch.backends.cudnn.benchmark = True
         pixels, labels = load_images(split, size, args.num_workers)
-        tests, places = pixels, ("val", "cifar-10-batches-py", "cifar-100-python")
-        root = args.data_dir  # None: the images need no folder
+        places = ("val", "cifar-10-batches-py", "cifar-100-python")
+        # None: the images need no folder
         held_out = root is None or any((Path(root) / place).is_dir() for place in places)
+        tests = pixels
         if held_out:
             tests, _ = load_images(open_named("val", *chosen), size, args.num_workers)
         every = (args.checkpoint_every, args.sample_every, args.stop_after)

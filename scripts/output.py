@@ -1,11 +1,8 @@
 """The frame of every stage: its output folder, from the name to the manifest.
 
-    with Output("--save_prototype_path", root, name, "prototypes", args.settings, inputs, process)
-    as out:
-        todo = out.todo(classes, lambda c: [class_file(c)], bytes_each)    # what this process has
-                                                                           yet to make
-        for c in out.steps(todo):                                          # leaves between two
-                                                                           units after a signal
+    with Output("--out", root, name, "prototypes", settings, inputs, process) as out:
+        todo = out.todo(classes, lambda c: [class_file(c)], bytes_each)  # what is missing
+        for c in out.steps(todo):  # leaves between two units after a signal
             out.write(class_file(c), data)
         out.finish(facts)
 
@@ -22,9 +19,11 @@ import hashlib
 import json
 import os
 import resource
+import signal
 import socket
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,19 +31,12 @@ from pathlib import Path
 import torch
 
 from scripts import files
-from scripts.runtime import StopSignals, progress, refuse, result_of, warn
+from scripts.runtime import STOP_SIGNALS, progress, refuse, stop, warn
 
 ARGS, MANIFEST, TIMING, LOG = "args.json", "manifest.json", "timing.json", "log.jsonl"
-LIBRARIES = (
-    "torch",
-    "torchvision",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "scikit-learn",
-    "numpy",
-    "pillow",
-)
+LIBRARIES = ("torch", "torchvision", "diffusers", "transformers", "accelerate")
+LIBRARIES += ("scikit-learn", "numpy", "pillow")
+CLEARING = 2  # seconds that a process may hold another's lock, to clear up behind it
 
 
 def folder_name(stem, *parts):
@@ -61,14 +53,14 @@ class Output:
 
     flag       the flag that says where, for messages; the folder is `root`/`name`
     stage      what the manifest calls it: prototypes, images, soft_labels, student, teacher
-    settings   {flag: value} of all flags that decide bytes
+    settings   {flag: value} of all flags that decide bytes; afterwards the values in use
     inputs     {what: hash or facts} of everything that the stage reads
-    process    a Process; with dry_run nothing is made: `todo` prints the plan and exits
+    process    a Process; with dry_run nothing is made: `todo` prints the plan and leaves
     resumable  settings of which a folder that was begun keeps its own value, with a warning
     together   all processes work on the same units (training), and only rank 0 writes
 
-    complete   whether the manifest was there at the start
-    settings   as they are used (see resumable)
+    complete     whether the manifest was there at the start
+    stop_signal  the name of a stop signal that came, or None
     """
 
     def __init__(
@@ -80,53 +72,46 @@ class Output:
         self.settings = json.loads(json.dumps(settings))  # as args.json will give them back
         self.inputs = json.loads(json.dumps(inputs))
         self.resumable, self.together = resumable, together
-        self.signals, self.names, self.made, self.units = StopSignals(), [], 0, 0
+        self.names, self.made, self.units, self.stop_signal = [], 0, 0, None
         self.tag = f"{process.rank}-of-{process.world}"
-        self._pending, self._locks, self._background = None, [], ThreadPoolExecutor(1)
+        self._pending, self._background = None, ThreadPoolExecutor(1)
 
     def __enter__(self):
-        try:
+        with (
+            contextlib.ExitStack() as stack
+        ):  # what is done here is undone if the folder is refused
             if not self.process.dry_run:
-                self._make_folder()
-                self._lock()
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock(stack)
             self._begin()
-        except BaseException:
-            self._unlock()
-            raise
+            for signum in STOP_SIGNALS:
+                stack.callback(signal.signal, signum, signal.signal(signum, self._note_stop))
+            stack.enter_context(self._background)
+            self._undo = stack.pop_all()
         self.complete = is_complete(self.folder)
         self.start = time.perf_counter()
         if self.process.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.process.device)
-        self.signals.__enter__()
         return self
 
     def __exit__(self, kind, *_):
-        self._background.shutdown()
-        self.signals.__exit__()
-        self._unlock()
+        self._undo.close()
         return kind is Planned
 
     # ---- one process per (folder, rank, world)
 
-    def _make_folder(self):
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            refuse(f"{self.flag} {self.folder}: cannot make this folder: {error.strerror}")
-
-    def _lock(self):
+    def _lock(self, stack):
         """Lock this (rank, world) of the folder and clear up behind killed processes.
 
         The system's locks die with their process, so none is ever stale. `lockf`, not `flock`: a
         reading process would inherit that one and keep it when its parent is killed.
         """
         mine = self.folder / f".lock-{self.tag}"
-        file = self._take(mine, patience=2)
-        self._locks.append((mine, file))
+        file = stack.enter_context(self._take(mine))
+        stack.callback(mine.unlink, missing_ok=True)  # before the file is closed
         with contextlib.suppress(OSError):  # a full disk: locked all the same
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         self._sweep(self.tag)
         for other in set(self.folder.glob(".lock-*-of-*")) - {mine}:
             same_run = other.name.endswith(f"-of-{self.process.world}")
@@ -136,45 +121,36 @@ class Output:
                 other.unlink(missing_ok=True)
                 file.close()
 
-    def _take(self, path, patience=0, required=True):
+    def _take(self, path, required=True):
         """`path`, open and locked; None if another process holds it and it is not `required`.
 
-        patience   seconds to wait for who only clears up; with --wait for whoever holds it
+        With --wait waits for whoever holds it, else no longer than CLEARING.
         """
         since, told = time.monotonic(), False
         while True:
-            try:
-                file = open(path, "a+", encoding="utf-8")
-            except OSError as error:
-                refuse(f"{self.flag} {self.folder}: cannot write there: {error.strerror}")
+            file = open(path, "a+b", buffering=0)
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 file.seek(0)
-                who = file.read() or "another process"
+                who = file.read().decode() or "another process"
             except OSError as error:  # a file system without locks
                 warn(f"{path}: no file locks here ({error.strerror}); start no second job there")
                 return file
             else:
-                if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     return file
                 who = None  # its last holder removed it between our open and our lock
             file.close()
             if who and not required:
                 return None
-            if who and time.monotonic() - since > patience:
+            if who and time.monotonic() - since > CLEARING:
                 if not self.process.wait:
                     refuse(f"{self.flag} {self.folder}: {who} is writing there")
                 if not told:
                     print(f"{self.folder}: waiting for {who}, which is writing there", flush=True)
                 told = True
             time.sleep(0.05)
-
-    def _unlock(self):
-        for path, file in self._locks:
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # a full disk: its text was not written
-                file.close()
 
     def _sweep(self, tag):
         """Remove what a killed process of this (rank, world) left half-written."""
@@ -186,47 +162,36 @@ class Output:
 
     def _begin(self):
         """args.json: written at the first start, compared at every other."""
-        path = self.folder / ARGS
+        path, now = self.folder / ARGS, {"arguments": self.settings, "inputs": self.inputs}
         if not path.exists():
-            names = os.listdir(self.folder) if self.folder.is_dir() else []
-            odd = [n for n in sorted(names) if n[0] != "." and n not in (ARGS, TIMING, LOG)]
+            names = sorted(path.name for path in self.folder.glob("[!.]*"))
+            odd = [name for name in names if name not in (ARGS, TIMING, LOG)]
             if odd:
                 where = f"{self.flag} {self.folder}"
                 refuse(f"{where}: not made by this stage: it holds {odd[0]}, no {ARGS}")
             if self.process.dry_run:
                 return
-            text = files.json_text({"arguments": self.settings, "inputs": self.inputs})
-            files.write(path, text, self.tag, once=True)
+            files.write(path, files.json_text(now), self.tag, once=True)
         before = files.read_json(path)
-        if not isinstance(before, dict) or {type(v) for v in before.values()} != {dict}:
-            refuse(f"{path}: not as this stage writes it")
-        self._compare(before.get("arguments", {}), self.settings)
-        self._compare(before.get("inputs", {}), self.inputs)
-
-    def _compare(self, before, now):
-        for name in {**before, **now}:
-            old, new = before.get(name), now.get(name)
-            if old == new:
-                continue
-            if name in self.resumable:
+        while difference := _difference(before, now):
+            (kind, *names), old, new = difference
+            name = ".".join(names) or kind
+            if kind == "arguments" and name in self.resumable:
                 warn(f"--{name} {new}: {self.folder} was begun with {old}, which is used")
-                now[name] = old
+                self.settings[name] = old
                 continue
-            while isinstance(old, dict) and isinstance(new, dict):  # say what differs inside
-                inner = next(key for key in {**old, **new} if old.get(key) != new.get(key))
-                name, old, new = f"{name}.{inner}", old.get(inner), new.get(inner)
             values = f"{name} {_short(old)}, now {name} {_short(new)}"
             refuse(f"{self.flag} {self.folder}: begun with {values}; choose another folder")
 
     # ---- units
 
-    def todo(self, units, files_of, bytes_each, runs=False):
-        """The units of this process that are not on disk yet.
+    def todo(self, units, files_of, bytes_each, blocks=False):
+        """The units of this process that are not on disk yet; checks that all others fit there.
 
-        units      all units of the folder, in order;   files_of(unit) -> its files, relative paths
-        bytes_each bytes of one unit's files, for the check of free space
-        runs       a process takes one run of neighbours instead of every world-th unit
-        Counted in messages are files: a batch of images is so many images.
+        units       all units of the folder, in order
+        files_of    unit -> its files, relative paths; they are what messages count
+        bytes_each  bytes of one unit's files
+        blocks      a process takes one block of neighbours instead of every world-th unit
         With --dry_run: prints what would be made and leaves the `with` block.
         """
         units, rank, world = list(units), self.process.rank, self.process.world
@@ -242,7 +207,7 @@ class Output:
         mine = range(rank, len(units), world)
         if self.together:
             mine = range(len(units))
-        elif runs:
+        elif blocks:
             mine = range(rank * len(units) // world, (rank + 1) * len(units) // world)
         return [units[n] for n in mine if lacking[n]]
 
@@ -258,11 +223,15 @@ class Output:
             self.made += 1
             self.leave_if_asked()
 
+    def _note_stop(self, signum, _frame):
+        self.stop_signal = signal.Signals(signum).name
+
     def leave_if_asked(self):
-        if self.signals.name:
+        """Between two units: exit with status 75 if a stop signal came."""
+        if self.stop_signal:
             self.flush()
             self._log_run()
-            self.signals.leave_if_asked()
+            stop(self.stop_signal)
 
     def progress(self, **options):
         """A bar (tqdm) that only rank 0 draws."""
@@ -282,7 +251,7 @@ class Output:
     def flush(self):
         """Wait for what `later` has begun."""
         if self._pending:
-            result_of(self._pending)
+            self._pending.result()
         self._pending = None
 
     def log(self, **row):
@@ -357,6 +326,18 @@ def awaited(path, module):
     return f"{path}: python -m {module} makes it" if begun or not path.exists() else None
 
 
+def _difference(before, now):
+    """(path of keys, old value, new value) where two JSON values first differ, or None."""
+    if before == now:
+        return None
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            if found := _difference(before.get(key), now.get(key)):
+                return (key, *found[0]), *found[1:]
+        return None
+    return (), before, now
+
+
 def _short(value):
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -376,8 +357,7 @@ def library_versions():
 
 
 def content_digest(entries):
-    """One sha256 over the names and sha256s of a folder's files: equal if and only if all files
-    are."""
+    """One sha256 over the names and sha256s of a folder's files."""
     lines = "".join(f"{entry['sha256']}  {name}\n" for name, entry in sorted(entries.items()))
     return hashlib.sha256(lines.encode("utf-8")).hexdigest()
 
@@ -391,34 +371,38 @@ def read_manifest(flag, folder, stage, verify=False):
     """The manifest of a finished folder of `stage`, after checking its files against it.
 
     Sizes are compared for every file; a file written after the manifest (or all, with `verify`) is
-    hashed. Refuses, in one line, a folder that is missing, unfinished, of another stage, edited or
-    changed. The checksum is no signature: what names a file is confined to the folder, and values
-    are checked where they are used.
+    hashed. Refuses a folder that is missing, unfinished, of another stage, edited or changed. The
+    checksum is no signature: what names a file is confined to the folder, and values are checked
+    where they are used.
     """
     folder = Path(folder)
+    where = f"{flag} {folder}"
     if not folder.is_dir():
-        refuse(f"{flag} {folder}: no such folder{_neighbours(folder)}")
+        there = sorted(path.name for path in folder.parent.glob("[!.]*/"))
+        hint = f" (there is {', '.join(there[:4])}{' ...' * (len(there) > 4)})" if there else ""
+        refuse(f"{where}: no such folder{hint}")
     if not is_complete(folder):
         what = f"not made by the {stage} stage"
         if (folder / ARGS).exists():
             what = f"its {stage} stage is not finished: run it again to go on"
-        refuse(f"{flag} {folder}: no {MANIFEST}: {what}")
-    where, manifest = f"{flag} {folder}: {MANIFEST}", files.read_json(folder / MANIFEST)
+        refuse(f"{where}: no {MANIFEST}: {what}")
+    manifest = files.read_json(folder / MANIFEST)
     checksum = manifest.pop("checksum", None) if isinstance(manifest, dict) else None
     if checksum != files.digest_of(manifest):
-        refuse(f"{where} was edited or damaged: its checksum does not fit")
+        refuse(f"{where}: {MANIFEST} was edited or damaged: its checksum does not fit")
     if manifest.get("stage") != stage:
-        refuse(f"{where} is of the stage {_short(manifest.get('stage'))}, expected {stage}")
+        made_by = _short(manifest.get("stage"))
+        refuse(f"{where}: {MANIFEST} is of the stage {made_by}, expected {stage}")
     written = (folder / MANIFEST).stat().st_mtime
     for name, entry in manifest["files"].items():
         if not all(files.safe_name(part, 255) for part in name.split("/")):
-            refuse(f"{where} lists {name!r}, which is not a plain relative path")
+            refuse(f"{where}: {MANIFEST} lists {name!r}, which is not a plain relative path")
         path = folder / name
         if not path.is_file():
-            refuse(f"{flag} {folder}: {name} is missing, its manifest lists it")
+            refuse(f"{where}: {name} is missing, its manifest lists it")
         stat = path.stat()
         if stat.st_size != entry["size"]:
-            refuse(f"{flag} {folder}: {name} has {stat.st_size} bytes, expected {entry['size']}")
+            refuse(f"{where}: {name} has {stat.st_size} bytes, expected {entry['size']}")
         if verify or stat.st_mtime > written:
             check_file(flag, folder, name, manifest)
     return manifest
@@ -429,14 +413,6 @@ def check_file(flag, folder, name, manifest, data=None):
     found = files.sha256(Path(folder) / name) if data is None else hashlib.sha256(data).hexdigest()
     if found != manifest["files"][name]["sha256"]:
         refuse(f"{flag} {folder}: {name} is not what its manifest says: changed since it was made")
-
-
-def _neighbours(folder):
-    """' (there is A, B)' for an error about a folder that does not exist."""
-    if not folder.parent.is_dir():
-        return ""
-    names = sorted(p.name for p in folder.parent.iterdir() if p.is_dir() and p.name[0] != ".")
-    return f" (there is {', '.join(names[:4])}{' ...' * (len(names) > 4)})" if names else ""
 
 
 # ---- log and timing
@@ -477,30 +453,25 @@ def peak_memory(device):
 def write_timing(folder):
     """`folder`/timing.json from the `run` rows of its log, over all processes and restarts.
 
-    seconds: the longest-working process's sum; process_seconds: of all; host_mib, cuda_mib: the
+    seconds: of the process that worked longest; process_seconds: of all; host_mib, cuda_mib: the
     largest peak of one process; cached_seconds: what another run spent on latents that came from a
     cache, null where that is not known.
     """
-    rows = log_rows(folder)
-    runs = [
-        row
-        for row in rows
-        if row.get("event") == "run" and isinstance(row.get("seconds"), (int, float))
-    ]
-    by_rank = {}
+    rows, by_rank = log_rows(folder), Counter()
+    runs = [row for row in rows if row.get("event") == "run" and "seconds" in row]
     for row in runs:
-        by_rank[row.get("rank")] = by_rank.get(row.get("rank"), 0) + row["seconds"]
+        by_rank[row["rank"]] += row["seconds"]
     timing = {
         "seconds": round(max(by_rank.values(), default=0), 2),
-        "process_seconds": round(sum(by_rank.values()), 2),
+        "process_seconds": round(by_rank.total(), 2),
         "processes": len(by_rank),
-        "units": sum(row.get("units", 0) for row in runs),
+        "units": sum(row["units"] for row in runs),
     }
     for name in ("host_mib", "cuda_mib"):
-        if any(name in row for row in runs):
-            timing[name] = max(row.get(name, 0) for row in runs)
-    cached = {row.get("file"): row.get("seconds") for row in rows if row.get("event") == "cached"}
+        if peaks := [row[name] for row in runs if name in row]:
+            timing[name] = max(peaks)
+    cached = {row["file"]: row["seconds"] for row in rows if row.get("event") == "cached"}
     if cached:
-        known = all(isinstance(seconds, (int, float)) for seconds in cached.values())
-        timing["cached_seconds"] = round(sum(cached.values()), 2) if known else None
+        unknown = None in cached.values()
+        timing["cached_seconds"] = None if unknown else round(sum(cached.values()), 2)
     files.write(Path(folder) / TIMING, files.json_text(timing))

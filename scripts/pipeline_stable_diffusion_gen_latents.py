@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 
 class StableDiffusionGenLatentsPipeline(StableDiffusionImg2ImgPipeline):
@@ -21,9 +22,8 @@ class StableDiffusionGenLatentsPipeline(StableDiffusionImg2ImgPipeline):
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected (B, 3, H, W), got {tuple(images.shape)}")
-        images = self.image_processor.preprocess(images).to(
-            self.vae.device, self.vae.dtype
-        )  # [0, 1] -> [-1, 1]
-        return (
-            self.vae.encode(images).latent_dist.sample(generator) * self.vae.config.scaling_factor
-        )
+        images = self.image_processor.preprocess(images)  # [0, 1] -> [-1, 1]
+        posterior = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist
+        # in fp32: PyTorch 2.11 draws another noise in half precision, 2.15 does not
+        latents = DiagonalGaussianDistribution(posterior.parameters.float()).sample(generator)
+        return latents.to(self.vae.dtype) * self.vae.config.scaling_factor

@@ -26,6 +26,11 @@ class StableDiffusionLatents2ImgPipeline(StableDiffusionImg2ImgPipeline):
             raise ValueError(f"{len(given)} prompts for {len(latents)} latents")
         return super().__call__(prompt=prompt, image=latents, **kwargs)
 
+    def prepare_latents(self, image, timestep, batch, per_prompt, dtype, *device_and_generator):
+        """In fp32: PyTorch 2.11 draws another noise in half precision, 2.15 does not."""
+        how = (batch, per_prompt, torch.float32, *device_and_generator)
+        return super().prepare_latents(image, timestep, *how).to(dtype)
+
     @torch.no_grad()
     def decode(self, latents):
         """Without diffusion: latents (B, 4, h, w), scaled -> images (B, 3, H, W) in [0, 1]."""

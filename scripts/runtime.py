@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import math
 import os
 import re
 import signal
@@ -28,25 +29,12 @@ EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 class Refusal(SystemExit):
-    """What `refuse` raises in a background thread; `result_of` prints it in the main one."""
+    """Bad input, in one line: `entry_point` prints it and leaves with status 2."""
 
 
 def refuse(message) -> NoReturn:
-    """Print one line to stderr and exit with status 2: the only way this project turns bad input
-    down."""
-    line = " ".join(str(message).split())
-    if threading.current_thread() is not threading.main_thread():
-        raise Refusal(line)
-    _say(f"error: {line}")
-    raise SystemExit(EXIT_REFUSED)
-
-
-def result_of(future):
-    """The result of background work; what was refused there is refused here, once."""
-    try:
-        return future.result()
-    except Refusal as refusal:
-        refuse(refusal.code)
+    """How this project turns bad input down, in any thread."""
+    raise Refusal(" ".join(str(message).split()))
 
 
 def warn(message):
@@ -55,45 +43,45 @@ def warn(message):
 
 
 def _say(line):
-    """One line on stderr, clear of any progress bar; characters that stderr cannot show are
-    escaped."""
-    encoding = sys.stderr.encoding or "utf-8"
-    tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)
+    tqdm.write(line, file=sys.stderr)  # clear of progress bars
     sys.stderr.flush()
 
 
 def entry_point(main):
-    """Decorator of every script's `main`: trouble that no check can foresee is one line and status
-    2 as well."""
+    """Decorator of every script's `main`: bad input, and trouble that no check can foresee, is one
+    line on stderr and status 2."""
 
     @functools.wraps(main)
     def run(argv=None):
         try:
             return main(argv)
-        except OSError as error:  # a file vanished, a name is too long, the disk fails
-            if error.filename is None:
-                raise
-            refuse(f"{error.filename}: {error.strerror}")
-        except torch.OutOfMemoryError as error:
-            refuse(f"out of GPU memory: {str(error).splitlines()[0]}")
-        except RuntimeError as error:
-            if str(error).startswith("DataLoader worker"):
-                refuse(
-                    "a reading process died, probably out of memory; --num_workers 0 does without"
-                )
-            if "DefaultCPUAllocator" not in str(error):
-                raise
-            refuse(f"out of memory: {str(error).splitlines()[0]}")
-        except UnicodeEncodeError as error:
-            near = error.object[max(0, error.start - 60) : error.end + 60]
-            refuse(f"{near!a}: this name is not UTF-8; rename it")
-        except MemoryError as error:
-            refuse(f"out of memory: {error}")
         except KeyboardInterrupt:
             _say("interrupted; run the same command to go on")
             raise SystemExit(EXIT_INTERRUPTED) from None
+        except (Refusal, Exception) as error:
+            line = _in_one_line(error)
+            if line is None:
+                raise
+            _say(f"error: {line}")
+            raise SystemExit(EXIT_REFUSED) from None
 
     return run
+
+
+def _in_one_line(error):
+    """What to say of trouble that is no mistake of ours; None for what keeps its traceback."""
+    first = str(error).split("\n")[0]
+    if isinstance(error, Refusal):
+        return first
+    if isinstance(error, OSError) and error.filename is not None:  # it vanished, the disk fails
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, UnicodeEncodeError):
+        near = error.object[max(0, error.start - 60) : error.end + 60]
+        return f"{near!a}: this name is not UTF-8; rename it"
+    if first.startswith("DataLoader worker"):
+        return "a reading process died, probably out of memory; --num_workers 0 does without"
+    full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return f"out of memory: {first}" if full or "DefaultCPUAllocator" in str(error) else None
 
 
 # ---- flags
@@ -156,8 +144,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, prog, doc, retired=None):
-        super().__init__(prog, description=doc.split("\n")[0], formatter_class=_Help)
-        self.allow_abbrev = False
+        description = doc.split("\n")[0]
+        super().__init__(prog, description=description, formatter_class=_Help, allow_abbrev=False)
         self.retired, self.shorts, self.computed, self._into = retired or {}, {}, {}, self
 
     def heading(self, title):
@@ -179,7 +167,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         words = [_underscored(word) for word in (sys.argv[1:] if args is None else args)]
         for word in words:
-            if any(0xD800 <= ord(letter) <= 0xDFFF for letter in word):
+            if re.search("[\ud800-\udfff]", word):
                 refuse(f"{word!a}: not UTF-8")  # no manifest could name it
             flag = word.split("=", 1)[0]
             if flag in self.retired:
@@ -204,18 +192,16 @@ def _underscored(word):
     return "--" + flag[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
-def number(kind, least=None, most=None, above=None, below=None):
+def number(kind, least=None, most=None, above=-math.inf, below=math.inf):
     """argparse type: an int or a finite float with least <= x <= most and above < x < below."""
     limit = 2**63 - 1 if kind is int else 3e38  # more fits no tensor, or is infinite in float32
     least, most = (-limit if least is None else least), (limit if most is None else most)
+    low = f"at least {least}" if above == -math.inf else f"above {above}"
+    high = f"at most {most}" if below == math.inf else f"below {below}"
 
     def parse(text):
         value = kind(text)
-        fits = least <= value <= most  # NaN does not
-        fits = fits and (above is None or value > above) and (below is None or value < below)
-        if not fits:
-            low = f"above {above}" if above is not None else f"at least {least}"
-            high = f"below {below}" if below is not None else f"at most {most}"
+        if not (least <= value <= most and above < value < below):  # NaN is not
             raise argparse.ArgumentTypeError(f"{text[:40]}: expected {low} and {high}")
         return value
 
@@ -261,15 +247,16 @@ def this_process(device="auto", shard="0/1", dry_run=False, wait=False) -> Proce
     compose. Refuses a WORLD_SIZE without a rank, which would do all the work in every process.
     """
     _stop_at_once()
-    found = [(n, os.environ.get(n, d)) for n, d in (("WORLD_SIZE", "1"), ("RANK", "0"))]
-    found.append(("LOCAL_RANK", os.environ.get("LOCAL_RANK", "0")))
-    for name, text in found:
+    place = []
+    for name, default in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        text = os.environ.get(name, default)
         if not re.fullmatch("[0-9]{1,9}", text):
             refuse(f"{name}={text}: expected a number, as torchrun sets it")
-    world, rank, local_rank = (int(text) for _, text in found)
+        place.append(int(text))
+    world, rank, local_rank = place
     if world > 1 and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
         refuse(f"WORLD_SIZE={world} without RANK and MASTER_ADDR: use torchrun, or unset it")
-    if not 0 <= rank < world:
+    if rank >= world:
         refuse(f"RANK={rank} is outside WORLD_SIZE={world}")
     found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", shard)
     if not found or int(found[1]) >= int(found[2]):
@@ -292,28 +279,23 @@ def _device(name, local_rank) -> torch.device:
         return torch.device(found[1])
     index, count = int(found[2] or local_rank), torch.cuda.device_count()
     if index >= count:
-        refuse(
-            f"--device {name}: process {local_rank} needs CUDA device {index}, there are {count}"
-        )
+        needs = f"process {local_rank} needs CUDA device {index}, there are {count}"
+        refuse(f"--device {name}: {needs}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 # ---- seeds
 
-# What a key draws is its second number, so that no two uses share a generator. A key is (seed,
-# stream, ...).
+# A key is (seed, use, ...): no two uses share a generator.
 SHUFFLE, POSTERIOR, SYNTHESIS, START, CHOICE, ORDER = range(1, 7)
 BATCH, JITTER, WEIGHTS, DROPOUT, AUGMENT, STM = range(7, 13)
 
 
 def seed_of(*key) -> int:
-    """A 63-bit seed from integers such as (seed, SYNTHESIS, class, image), by numpy's SeedSequence
-    hash."""
-    return int(
-        np.random.SeedSequence([int(k) for k in key]).generate_state(1, np.uint64)[0]
-        >> np.uint64(1)
-    )
+    """A 63-bit seed from integers such as (seed, SYNTHESIS, class, image): numpy's SeedSequence."""
+    sequence = np.random.SeedSequence([int(k) for k in key])
+    return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 
 def generator(*key) -> torch.Generator:
@@ -326,47 +308,26 @@ def generator(*key) -> torch.Generator:
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # torchrun's and Slurm's warnings
 
 
+def stop(name) -> NoReturn:
+    """Leave, with status 75, after the stop signal `name`."""
+    # no print: the signal may have come in the middle of one
+    os.write(2, f"\n{name}: stopped; run the same command to go on\n".encode())
+    raise SystemExit(EXIT_STOPPED)
+
+
 def _stop_at_once():
-    """While nothing is at hand - loading, or writing the manifest - a stop signal ends the process
-    with status 75."""
+    """Stop signals end this process at once; an Output lets it finish the unit at hand first."""
     owner = os.getpid()
 
     def leave(signum, _frame):
         if os.getpid() != owner:  # a reading process that inherited this handler
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
-        os.write(
-            2, f"\n{signal.Signals(signum).name}: stopped; run the same command to go on\n".encode()
-        )
-        raise SystemExit(EXIT_STOPPED)
+        stop(signal.Signals(signum).name)
 
     if threading.current_thread() is threading.main_thread():
         for signum in STOP_SIGNALS:
             signal.signal(signum, leave)
-
-
-class StopSignals:
-    """Turns SIGTERM and SIGUSR1 into a name that loops look at between two units."""
-
-    def __init__(self):
-        self.name = None
-
-    def __enter__(self):
-        self._before = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *_):
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _note(self, signum, _frame):
-        self.name = signal.Signals(signum).name
-
-    def leave_if_asked(self):
-        """Between two units: exit with status 75 if a signal came."""
-        if self.name:
-            _say(f"{self.name}: stopped after a finished unit; run the same command to go on")
-            raise SystemExit(EXIT_STOPPED)
 
 
 def progress(items=None, quiet=False, **options):
@@ -382,8 +343,7 @@ def progress(items=None, quiet=False, **options):
 
 @contextlib.contextmanager
 def memory_for(what, flag):
-    """Running out of GPU memory inside is one line that names the flag to lower, where nothing can
-    be halved."""
+    """Running out of GPU memory inside is one line that names the flag to lower."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -398,8 +358,7 @@ class MemoryLimit:
 
 
 def in_parts(function, items, limit):
-    """[function(part)] with at most `limit.most` items per part, fewer from the first time that
-    memory runs out.
+    """[function(part)] with at most `limit.most` items per part, fewer once memory runs out.
 
     Items, their seeds and their order stay; only the number that is computed at once changes.
     """
@@ -412,9 +371,8 @@ def in_parts(function, items, limit):
             continue
         except torch.OutOfMemoryError:
             if len(part) == 1:
-                refuse(
-                    "out of GPU memory with one image at a time: use --dtype fp16, or a larger GPU"
-                )
+                why = "out of GPU memory with one image at a time"
+                refuse(f"{why}: use --dtype fp16, or a larger GPU")
         torch.cuda.empty_cache()  # here, where no traceback holds the failed batch any more
         limit.most = len(part) // 2
         warn(f"out of GPU memory with {len(part)} images at a time: from now on {limit.most}")

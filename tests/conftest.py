@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 
 from scripts import files, output
+from scripts.runtime import entry_point
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -146,7 +147,7 @@ def refused(capsys):
     def check(main, argv, *words):
         capsys.readouterr()
         with pytest.raises(SystemExit) as leaving:
-            main([str(a) for a in argv])
+            entry_point(main)([str(a) for a in argv])
         printed = capsys.readouterr().err
         assert leaving.value.code == 2, printed
         lines = [line for line in printed.splitlines() if line.startswith("error: ")]

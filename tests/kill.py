@@ -8,8 +8,8 @@ already; else only imports would be hit. A signal counts if it falls between the
 and the manifest; the histogram says how many of the units were finished then. After each, every
 file must be whole; the command is run again (and perhaps stopped again) until it ends. Then the
 tree, logs and timing aside, must be that of the uninterrupted run. No unit is made twice: those
-that were there before a run must be the very same files after it (inode and time), and the run
-that ends must say that it made what was missing. Exit status 1 if not.
+that were there before a run must be the very same files after it (inode and time). Exit status 1 if
+not.
 """
 
 import contextlib
@@ -30,76 +30,11 @@ import torch
 from tqdm import tqdm
 
 from scripts import files, generators, output
-from scripts.runtime import EXIT_STOPPED, STOP_SIGNALS, Parser, number, refuse
+from scripts.runtime import EXIT_STOPPED, STOP_SIGNALS, Parser, entry_point, number, refuse
 
 MODEL = Path(__file__).parent.parent / "misc" / "tiny-sd-digits"
 WAIT = 120  # seconds after which a run counts as hanging
 COUNTS = ("counted", "sent", "unreadable", "different", "completed", "twice", "kept")
-
-
-# ---- forked runs
-
-
-class Ended(NamedTuple):
-    """How a forked run ended: exit status (or minus the signal that killed it), stdout, stderr."""
-
-    status: int
-    out: str
-    err: str
-
-
-class Forked:
-    """`function(*args)` in a forked child: what this process has imported needs no import again."""
-
-    def __init__(self, function, *args, environment=None):
-        self.files = [tempfile.TemporaryFile("w+", encoding="utf-8") for _ in "oe"]
-        where = multiprocessing.get_context("fork")
-        self.process = where.Process(target=self._child, args=(function, args, environment or {}))
-        self.process.start()
-
-    def _child(self, function, args, environment):
-        for descriptor, file in zip((1, 2), self.files):
-            os.dup2(file.fileno(), descriptor)
-        sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
-        os.environ.update(environment)
-        tqdm.set_lock(threading.RLock())  # forks share its own: one killed with it stops all
-        for stop in STOP_SIGNALS:
-            signal.signal(stop, signal.SIG_DFL)
-        function(*args)
-
-    def running(self):
-        return self.process.is_alive()
-
-    def send(self, stop):
-        if self.running():
-            os.kill(self.process.pid, stop)
-
-    def wait(self, seconds=WAIT) -> Ended:
-        self.process.join(seconds)
-        self.send(signal.SIGKILL)
-        self.process.join()
-        texts = []
-        for file in self.files:
-            file.seek(0)
-            texts.append(file.read())
-            file.close()
-        return Ended(self.process.exitcode, *texts)
-
-
-def rank_environment(rank, world, port=0):
-    """What torchrun puts into the environment of a rank."""
-    names = {"WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": world}
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return {name: str(value) for name, value in {**names, **where}.items()}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-# ---- one stage
 
 
 def tree(folder):
@@ -126,8 +61,8 @@ def damaged(folder, wanted):
 class Stage(NamedTuple):
     """A stage that makes one folder below `root`.
 
-    units   groups of files that are made together;   epochs: of a training, whose files are no
-            units but checkpoints
+    units   groups of files that are made together
+    epochs  of a training, which has a checkpoint instead of units; else 0
     """
 
     name: str
@@ -148,140 +83,155 @@ class Stage(NamedTuple):
         return output.is_complete(self.folder)
 
     def done(self):
-        """{unit: [(inode, time of change)] of its files} of what is finished; no files: epochs."""
+        """{unit: [(inode, time of change)] of its files} of what is finished."""
         found = {}
-        with contextlib.suppress(FileNotFoundError):
-            if (self.folder / "seed0.json").exists():
-                found = dict.fromkeys(range(self.epochs))
-            elif self.epochs:  # the checkpoint goes when the other files are there
-                state = torch.load(self.folder / "checkpoint_seed0.pt", weights_only=True)
-                found = dict.fromkeys(range(len(state["rows"])))
-        for unit, group in enumerate(self.units if not self.epochs else ()):
+        for unit, group in enumerate(self.units):
             with contextlib.suppress(FileNotFoundError):
                 stats = [(self.folder / name).stat() for name in group]
                 found[unit] = [(stat.st_ino, stat.st_mtime_ns) for stat in stats]
         return found
 
     def share(self):
-        return len(self.done()) / (self.epochs or len(self.units))
+        """Of the units, or of the epochs, that are finished."""
+        path = self.folder / "checkpoint_seed0.pt"
+        if self.epochs and path.exists():
+            return len(torch.load(path, weights_only=True)["rows"]) / self.epochs
+        return len(self.done()) / len(self.units) if not self.epochs else float(self.begun())
 
-    def logged(self):
-        """What the runs that came to their end say that they have made, one number for each."""
-        rows = output.log_rows(self.folder)
-        return [row["units"] for row in rows if row.get("event") == "run"]
+    def made_twice(self, before):
+        """Units that were there `before` a run and were written again by it."""
+        after = self.done() if not self.epochs else before  # a checkpoint is written again
+        return [self.units[n] for n, stamps in before.items() if after.get(n) != stamps]
 
-    def made_twice(self, before, logged, world):
-        """What a run made that was there before it, or None.   before, logged: from before it"""
-        after, made = self.done(), self.logged()[len(logged) :]
-        again = [self.units[n] for n, stamp in before.items() if stamp and after.get(n) != stamp]
-        if again:
-            return f"{again[:2]} were there and were written again"
-        missing = (self.epochs or len(self.units)) - len(before)
-        made = [sum(made) // len(self.units[0])] if not self.epochs else made
-        if len(self.logged()) == len(logged) + world and set(made) != {missing}:
-            return f"{made} made, {missing} were missing"
-        return None
+    # ---- its processes
 
+    def start(self, world):
+        """Forked processes: what this one has imported needs no import again."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1]}
+        where |= {"WORLD_SIZE": world, "LOCAL_RANK": 0}
+        places = [{**where, "RANK": rank} if world > 1 else {} for rank in range(world)]
+        fork = multiprocessing.get_context("fork")
+        runs = [fork.Process(target=self._child, args=(place,)) for place in places]
+        for run in runs:
+            run.start()
+        return runs
 
-class Harness:
-    """Runs one stage under signals; `wanted` is the tree of the uninterrupted run."""
+    def _child(self, place):
+        log = open(f"{self.root}.{os.getpid()}.log", "w", buffering=1)
+        for descriptor in (1, 2):
+            os.dup2(log.fileno(), descriptor)
+        sys.stdout = sys.stderr = log
+        os.environ.update({name: str(value) for name, value in place.items()})
+        tqdm.set_lock(threading.RLock())  # forks share its own: one killed with it stops all
+        for stop in STOP_SIGNALS:
+            signal.signal(stop, signal.SIG_DFL)
+        self.main(self.argv)
+        for stop in STOP_SIGNALS:  # nothing is left to stop
+            signal.signal(stop, signal.SIG_IGN)
 
-    def __init__(self, stage, world, rng):
-        self.stage, self.world, self.rng = stage, world, rng
-        first, runs = None, self.start()
-        while any([run.running() for run in runs]) and not stage.finished():
-            first = first or (time.monotonic() if stage.begun() else None)
-            time.sleep(0.0005)
-        self.seconds = time.monotonic() - (first or time.monotonic())  # first file to manifest
-        failed = [end.err[-500:] for end in (run.wait() for run in runs) if end.status]
-        if failed:
-            refuse(f"{stage.name}: the uninterrupted run failed: {failed}")
-        self.wanted = tree(stage.root)
-
-    def start(self):
-        """The stage's processes."""
-        port, ranks = free_port(), range(self.world)
-        places = [rank_environment(rank, self.world, port) for rank in ranks]
-        places = places if self.world > 1 else [None]
-        return [Forked(self.stage.main, self.stage.argv, environment=place) for place in places]
-
-    def stop_once(self, stop):
-        """Start, send the signal `stop` at a random instant; (share of the units or None, ends).
-
-        The share that was finished then; None if it came before the first unit's file or after the
-        manifest. SIGKILL hits one of several ranks, other signals all.
-        """
-        stage, runs, length = self.stage, self.start(), 2 * self.seconds
-        while not stage.begun() and any([run.running() for run in runs]):
-            time.sleep(0.0005)
-            length = 1.1 * self.seconds  # from the first file on; a rerun is hit from its start on
-        until = time.monotonic() + self.rng.random() * length
-        while time.monotonic() < until and any([run.running() for run in runs]):
-            time.sleep(0.0005)
-        kill = stop == signal.SIGKILL
-        victims = [self.rng.choice(runs)] if kill else runs
-        begun, share = stage.begun(), stage.share()
-        for run in victims:
-            run.send(stop)
-        if kill:
-            victims[0].process.join()
-            share = stage.share()  # what the dead one left
-            for run in runs if stage.epochs else ():  # the others wait for it
-                run.send(stop)
-        hit = begun and not stage.finished()
-        ends = {run: run.wait() for run in runs}
-        hit = hit and all(ends[run].status for run in victims)
-        self.seconds *= 1.03 if hit else 0.93  # the machine is busier or less busy than at first
-        return share if hit else None, list(ends.values())
-
-    def torture(self, stop, kills, most):
-        """`kills` counted signals in at most so many seconds   -> report"""
-        stage, start = self.stage, time.monotonic()
-        report = {**dict.fromkeys(COUNTS, 0), "shares": [], "problems": []}
-        wrong = report["problems"]
-
-        def look(run, *args):
-            """What is wrong after a run."""
-            before, logged = stage.done(), stage.logged()
-            result = run(*args)
-            twice = stage.made_twice(before, logged, self.world)
-            bad = damaged(stage.root, self.wanted)
-            wrong.extend([twice] * bool(twice) + [f"{name} is damaged" for name in bad])
-            report["twice"] += bool(twice)
-            report["unreadable"] += len(bad)
-            report["kept"] += len(before)
-            return result
-
-        while report["counted"] < kills and time.monotonic() - start < most:
-            shutil.rmtree(stage.root)
-            chance = 1.0
-            while not stage.finished() and report["counted"] < kills and self.rng.random() < chance:
-                share, ends = look(self.stop_once, stop)
-                report["sent"] += 1
-                chance = 0.5
-                if share is not None:
-                    report["counted"] += 1
-                    report["shares"].append(share)
-                    wrong.extend(filter(None, (check_end(end, stop) for end in ends)))
-            ends = look(lambda: [run.wait() for run in self.start()])
-            wrong.extend(f"the rerun failed: {end.err[-300:]}" for end in ends if end.status)
-            report["completed"] += 1
-            odd = sorted({name for name, _ in tree(stage.root).items() ^ self.wanted.items()})
-            report["different"] += bool(odd)
-            wrong.extend([f"{odd[:5]} differ from the uninterrupted run"] * bool(odd))
-        if report["counted"] < kills:
-            wrong.append(f"only {report['counted']} signals in {most:.0f} s")
-        return report
+    def ended(self, runs):
+        """[(exit status, or minus the signal that killed it; what it printed)] of its processes."""
+        for run in runs:
+            run.join(WAIT)
+            run.kill()
+            run.join()
+        logs = [Path(f"{self.root}.{run.pid}.log") for run in runs]
+        texts = [log.read_text() if log.exists() else "" for log in logs]
+        return [(run.exitcode, text) for run, text in zip(runs, texts)]
 
 
-def check_end(end, stop):
+def wait_while(runs, condition):
+    while any([run.is_alive() for run in runs]) and condition():
+        time.sleep(0.0005)
+
+
+def run_alone(stage, world):
+    """(tree of the uninterrupted run, seconds from its first file to its manifest)"""
+    runs = stage.start(world)
+    wait_while(runs, lambda: not stage.begun())
+    start = time.monotonic()
+    wait_while(runs, lambda: not stage.finished())
+    seconds = time.monotonic() - start
+    failed = [printed[-500:] for status, printed in stage.ended(runs) if status]
+    if failed:
+        refuse(f"{stage.name}: the uninterrupted run failed: {failed}")
+    return tree(stage.root), seconds
+
+
+def stop_once(stage, world, stop, seconds, rng):
+    """Start, send `stop` at a random instant; (share of the units finished then or None, ends).
+
+    None if it came before the first unit's file or after the manifest. SIGKILL hits one of several
+    ranks, other signals all.
+    """
+    # the length of a first run counts from its first file on; a rerun may be hit while it loads
+    runs, length = stage.start(world), seconds * (2 if stage.begun() else 1.1)
+    wait_while(runs, lambda: not stage.begun())
+    until = time.monotonic() + rng.random() * length
+    wait_while(runs, lambda: time.monotonic() < until)
+    victims, begun = [rng.choice(runs)] if stop == signal.SIGKILL else runs, stage.begun()
+    for run in victims:
+        if run.is_alive():
+            os.kill(run.pid, stop)
+    if stop == signal.SIGKILL:
+        victims[0].join()
+        for run in runs if stage.epochs else ():  # the others wait for it
+            run.kill()
+    ends = stage.ended(runs)
+    hit = begun and not stage.finished() and all(run.exitcode for run in victims)
+    return stage.share() if hit else None, ends
+
+
+def odd_end(status, printed, stop):
     """What is wrong with how a run ended that got the signal `stop`, or None."""
-    words = "run the same command to go on"
-    if end.status == EXIT_STOPPED and words in end.err and "Traceback" not in end.err:
-        return None
-    if stop == signal.SIGKILL or end.status == 0 or (end.status == -int(stop) and not end.err):
-        return None  # the last: it came before the process had begun
-    return f"status {end.status}: {end.err[-300:]}"
+    if status == EXIT_STOPPED:
+        fine = "run the same command to go on" in printed and "Traceback" not in printed
+    else:  # the last: it came before the process had begun
+        fine = stop == signal.SIGKILL or status == 0 or (status == -int(stop) and not printed)
+    return None if fine else f"status {status}: {printed[-300:]}"
+
+
+def torture(stage, world, stop, kills, rng, most=3600):
+    """`kills` counted signals in at most so many seconds   -> report"""
+    (wanted, seconds), start = run_alone(stage, world), time.monotonic()
+    report = {**dict.fromkeys(COUNTS, 0), "shares": [], "problems": []}
+    wrong = report["problems"]
+
+    def look(run, *args):
+        """Run, and note what is wrong afterwards."""
+        before = stage.done()
+        result = run(*args)
+        twice, bad = stage.made_twice(before), damaged(stage.root, wanted)
+        wrong.extend(f"{names} were there and were written again" for names in twice)
+        wrong.extend(f"{name} is damaged" for name in bad)
+        report["twice"] += bool(twice)
+        report["unreadable"] += len(bad)
+        report["kept"] += len(before)
+        return result
+
+    while report["counted"] < kills and time.monotonic() - start < most:
+        shutil.rmtree(stage.root)
+        chance = 1.0
+        while not stage.finished() and report["counted"] < kills and rng.random() < chance:
+            share, ends = look(stop_once, stage, world, stop, seconds, rng)
+            report["sent"] += 1
+            chance = 0.5
+            seconds *= 0.93 if share is None else 1.03  # the machine is more or less busy now
+            if share is not None:
+                report["counted"] += 1
+                report["shares"].append(share)
+                wrong.extend(filter(None, (odd_end(*end, stop) for end in ends)))
+        ends = look(lambda: stage.ended(stage.start(world)))
+        wrong.extend(f"the rerun failed: {printed[-300:]}" for status, printed in ends if status)
+        report["completed"] += 1
+        odd = sorted({name for name, _ in tree(stage.root).items() ^ wanted.items()})
+        report["different"] += bool(odd)
+        wrong.extend([f"{odd[:5]} differ from the uninterrupted run"] * bool(odd))
+    if report["counted"] < kills:
+        wrong.append(f"only {report['counted']} signals in {most:.0f} s")
+    return report
 
 
 # ---- the four stages
@@ -333,10 +283,12 @@ def run(root, model, kills, stop=signal.SIGKILL, world=1, seed=0, hit="1234", sm
     generators.load(str(model), torch.device("cpu"))
     rng, reports = random.Random(seed), {}
     for stage in stages(Path(root), model, small):
-        harness, n = Harness(stage, world, rng), hit.find(stage.name[0])
-        if n >= 0:
-            share = kills // len(hit) + (n < kills % len(hit))
-            reports[stage.name] = harness.torture(stop, share, most=3600)
+        n = hit.find(stage.name[0])
+        if n < 0:
+            run_alone(stage, world)
+            continue
+        share = kills // len(hit) + (n < kills % len(hit))
+        reports[stage.name] = torture(stage, world, stop, share, rng)
         if len(reports) == len(hit):
             break
     return reports
@@ -370,6 +322,7 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
+@entry_point
 def main(argv=None):
     args = get_args(argv)
     if not args.stages or set(args.stages) - set("1234"):

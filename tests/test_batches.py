@@ -21,26 +21,21 @@ def draw(nth, count=2, epoch=0, **changes):
     return batches.draw_batch(protocol, epoch, nth, torch.arange(count), sizes)
 
 
-# ---- draws
-
-
 def test_crops_are_distributed_as_torchvisions():
     from torchvision.transforms import RandomResizedCrop
 
-    n, size, scale = 4000, 64, (0.08, 1.0)
+    n, size, scale = 2000, 64, (0.08, 1.0)
     ours = batches.draw_crops(torch.full((n, 2), size), scale, generator(0)).double()
     image = Image.new("RGB", (size, size))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         params = [RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(n)]
-    assert (ours[:, :2] >= 0).all() and ours[:, 2:].min() >= 1
-    assert (ours[:, :2] + ours[:, 2:] <= size).all()
+    assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= size).all()
     statistics = (lambda c: c[:, 2] * c[:, 3] / size**2, lambda c: (c[:, 3] / c[:, 2]).log())
     for of in (*statistics, lambda c: c[:, 0]):
         a, b = of(ours).sort().values, of(torch.tensor(params).double()).sort().values
         assert (a.mean() - b.mean()).abs() < 4 * (a.var() / n + b.var() / n).sqrt()
-        tenths = a[:: n // 10] - b[:: n // 10]
-        assert tenths.abs().max() < 0.1 * b.std() + 1
+        assert (a[:: n // 10] - b[:: n // 10]).abs().max() < 0.1 * b.std() + 1
 
 
 def test_crops_of_odd_images_fall_back_to_the_centre():
@@ -50,10 +45,9 @@ def test_crops_of_odd_images_fall_back_to_the_centre():
 
 
 def test_draws_depend_on_their_key_alone():
-    first, state = draw(1, 8, 3), torch.random.get_rng_state()
+    first = draw(1, 8, 3)
     for a, b in zip(first, draw(1, 8, 3)):
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
-    assert torch.equal(state, torch.random.get_rng_state())
     for other in (draw(1, 8, 3, fkd_seed=43), draw(1, 8, 4), draw(2, 8, 3)):
         assert not torch.equal(first.crop, other.crop) and not torch.equal(first.box, other.box)
 
@@ -70,8 +64,7 @@ def test_an_epoch_is_a_permutation_cut_into_batches():
 
 def test_flips_have_their_probability_and_lambda_is_beta_and_the_boxs_real_area():
     assert not draw(0, 50, flip=0.0).flip.any() and draw(0, 50, flip=1.0).flip.all()
-    assert 0.4 < draw(0, 1000, flip=0.5).flip.double().mean() < 0.6
-    mixup, a = [draw(n, mix_type="mixup").lam for n in range(2000)], 0.8
+    mixup, a = [draw(n, mix_type="mixup").lam for n in range(1000)], 0.8
     assert abs(np.mean(mixup) - 0.5) < 0.03
     assert abs(np.var(mixup) - 1 / (4 * (2 * a + 1))) < 0.01
     for n in range(200):
@@ -79,16 +72,12 @@ def test_flips_have_their_probability_and_lambda_is_beta_and_the_boxs_real_area(
         top, left, bottom, right = batch.box.tolist()
         assert 0 <= top <= bottom <= 32 and 0 <= left <= right <= 32
         assert batch.lam == 1 - (bottom - top) * (right - left) / 1024
-        if 0 < min(top, left) and max(bottom, right) < 32:  # nothing cut off
-            assert bottom - top == right - left and (bottom - top) % 2 == 0
-    plain = draw(0, mix_type="none")
-    assert plain.lam == 1 and plain.partner.tolist() == [0, 1]
 
 
 # ---- pixels
 
 
-@pytest.mark.parametrize("size", [224, 64, 32])
+@pytest.mark.parametrize("size", [224, 32])
 def test_replayed_bytes_are_torchvisions(size):
     from torchvision.transforms import InterpolationMode, Normalize
     from torchvision.transforms import functional as F
@@ -106,37 +95,28 @@ def test_replayed_bytes_are_torchvisions(size):
         assert torch.equal(x[k], Normalize(facts.mean, facts.std)(F.to_tensor(theirs)))
 
 
-def differing(images, boxes, flips, size):
-    """Bytes that differ between Pillow's crops and those of integer sums."""
-    index = torch.arange(len(boxes)) % len(images)
+EDGES = [(1, 1), (1, 40), (40, 1), (40, 40), (2, 3), (39, 17), (5, 40)]
+EDGES = [(top, left, h, w) for h, w in EDGES for top, left in ((0, 0), (40 - h, 40 - w))]
+SIZES = [(224, 224, 100), (32, 32, 400), (224, 64, 100), (64, 224, 30), (33, 47, 150)]
+
+
+@pytest.mark.parametrize("saved, size, count", [*SIZES, (40, 8, 0), (40, 96, 0)])
+def test_the_gpus_crop_has_pillows_bytes(saved, size, count):
+    """Random crops, enlarged and shrunk, and boxes of every odd shape: 0 bytes differ."""
+    g, images = generator(saved, size), photos(8, saved)
+    boxes = batches.draw_crops(torch.full((count, 2), saved), (0.02, 1.0), g)
+    boxes = boxes if count else torch.tensor(EDGES)
+    flips, index = torch.rand(len(boxes), generator=g) < 0.5, torch.arange(len(boxes)) % 8
     expected = crops.crop_on_cpu(list(images), index, boxes, flips, size)
     found = crops.resized_crop_batch(torch.from_numpy(images)[index], boxes, flips, size)
-    return int((found != expected).sum())
+    assert torch.equal(found, expected)
 
 
-SIZES = [(224, 224, 150), (64, 64, 300), (32, 32, 400), (224, 64, 100), (64, 224, 30)]
-
-
-@pytest.mark.parametrize("saved, size, count", [*SIZES, (100, 32, 150), (33, 47, 150)])
-def test_the_gpus_crop_has_pillows_bytes(saved, size, count):
-    """1,280 random crops altogether, enlarged and shrunk: 0 bytes differ."""
-    g = generator(saved, size)
-    boxes = batches.draw_crops(torch.full((count, 2), saved), (0.02, 1.0), g)
-    assert differing(photos(8, saved), boxes, torch.rand(count, generator=g) < 0.5, size) == 0
-
-
-@pytest.mark.parametrize("size", [8, 32, 40, 96])
-def test_the_gpus_crop_of_any_box(size):
-    shapes = [(1, 1), (1, 40), (40, 1), (40, 40), (2, 3), (39, 17), (5, 40)]
-    boxes = [(top, left, h, w) for h, w in shapes for top, left in ((0, 0), (40 - h, 40 - w))]
-    assert differing(photos(1, 40), torch.tensor(boxes), torch.arange(14) % 3 == 0, size) == 0
-
-
-@pytest.mark.parametrize("mix_type", ["none", "mixup", "cutmix"])
+@pytest.mark.parametrize("mix_type", ["mixup", "cutmix"])
 def test_mix_is_the_formula(mix_type):
     pixels, statistics = torch.from_numpy(photos(6, 8)), ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     x, box = batches.normalise(pixels, *statistics), torch.tensor([1, 2, 5, 7])
-    partner = torch.arange(6) if mix_type == "none" else torch.tensor([3, 0, 5, 1, 2, 4])
+    partner = torch.tensor([3, 0, 5, 1, 2, 4])
     batch = batches.Batch(torch.arange(6), None, None, partner, box, 0.3)
     whole = batches.mix(x, batch, mix_type)
     for i in range(6):
@@ -145,9 +125,6 @@ def test_mix_is_the_formula(mix_type):
         if mix_type == "cutmix":
             expected[:, 1:5, 2:7] = other[:, 1:5, 2:7]
         torch.testing.assert_close(whole[i], expected)
-    rows = torch.tensor([4, 5])
-    assert torch.equal(batches.mix(x, batch, mix_type, rows, partner[rows]), whole[rows])
     if mix_type == "cutmix":  # of bytes: the same bits
-        mixed = batches.normalise(pixels, *statistics, cutmix=(partner, box.tolist()))
-        part = batches.normalise(pixels, *statistics, rows, (partner[rows], box.tolist()))
-        assert torch.equal(mixed, whole) and torch.equal(part, whole[rows])
+        mixed = batches.normalise(pixels, *statistics, (partner, box.tolist()))
+        assert torch.equal(mixed, whole)

@@ -58,7 +58,8 @@ def test_its_tables_say_what_the_json_says(result):
 
 
 def bench(tmp_path):
-    return benchmark.Bench(torch.device("cpu"), {"turns": 2, "matrix": 64}, [], tmp_path, False, "convnet_mini")
+    size = {"turns": 2, "matrix": 64}
+    return benchmark.Bench(torch.device("cpu"), size, [], tmp_path, False, "convnet_mini")
 
 
 def test_a_row_knows_whether_its_target_is_met(tmp_path, monkeypatch):

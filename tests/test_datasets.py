@@ -16,9 +16,6 @@ from distillation.datasets import BadImage, open_split, read_rgb
 from distillation.label_files import known_prompts, read_label_file
 from tests.conftest import picture, picture_folder
 
-COUNTS = {"imagenet": 1000, "imagenette": 10, "imagewoof": 10, "imagenet100": 100}
-COUNTS |= {"tiny_imagenet": 200, "cifar10": 10, "cifar100": 100, "digits": 10, "imagefolder": 0}
-
 
 def opened(argv):
     return open_split(*argv)
@@ -29,26 +26,21 @@ def one_pixel(path, value=100):
     Image.new("RGB", (1, 1), (value, 0, 0)).save(path)
 
 
-# ---- class lists and prompts
+# ---- class lists, prompts, numbers
 
 
-@pytest.mark.parametrize("name", datasets.ALL)
-def test_a_data_sets_list_is_in_index_order(name):
-    prompts = known_prompts(name)
-    assert len(prompts) == COUNTS[name] and list(prompts) == sorted(prompts)
-    assert all(p == p.strip() and '"' not in p for p in prompts.values())
-
-
-def test_the_prompts_that_the_release_gets_wrong():
-    imagenet = known_prompts("imagenet")
-    in_order = list(imagenet.values())
+def test_the_lists_are_in_index_order_and_without_the_releases_mistakes():
+    known = {name: known_prompts(name) for name in datasets.ALL}
+    assert [len(known[name]) for name in known] == [1000, 10, 10, 100, 200, 10, 100, 10, 0]
+    for prompts in known.values():
+        assert list(prompts) == sorted(prompts)
+        assert all(p == p.strip() and '"' not in p for p in prompts.values())
+    in_order = list(known["imagenet"].values())
     assert in_order.index("crane, bird") == 134 and in_order.index("crane, machine") == 517
-    assert imagenet["n01629819"] == "European fire salamander, Salamandra salamandra"
     for name in ("imagenette", "imagewoof", "imagenet100", "tiny_imagenet"):
-        assert known_prompts(name).items() <= imagenet.items()
-    cifar = list(known_prompts("cifar100").items())
-    assert cifar[:2] == [("apple", "apple"), ("aquarium_fish", "aquarium fish")]
-    assert cifar[39] == ("keyboard", "keyboard")
+        assert known[name].items() <= known["imagenet"].items()
+    cifar = list(known["cifar100"].items())
+    assert cifar[1] == ("aquarium_fish", "aquarium fish") and cifar[39][0] == "keyboard"
 
 
 def test_colours_are_those_of_published_weights():
@@ -62,34 +54,12 @@ def test_colours_are_those_of_published_weights():
         assert (datasets.ALL[name].mean, datasets.ALL[name].std) == colours
 
 
-def test_a_data_set_without_a_teacher_recipe_is_an_error():
-    with pytest.raises(TypeError, match="teacher"):
-        datasets.DataSet(datasets.in_folders, "folders", train_images=None)
-    assert datasets.ALL["imagenet"].teacher == (90, 256, 0.1, 1e-4, 5, "rrc", 0.5)
-
-
 def test_digits_are_split_by_class_and_never_overlap():
     train, val = open_split("digits", None), open_split("digits", None, "val")
     assert train.count + val.count == 1797 and train.count == datasets.ALL["digits"].train_images
     for c in range(10):
         assert not set(train.items[c]) & set(val.items[c]) and 43 <= len(val.items[c]) <= 45
     assert train.digest() != val.digest() == open_split("digits", None, "val").digest()
-
-
-def test_imagefolders_prompts_are_its_folder_names_or_a_label_file(tmp_path):
-    picture_folder(tmp_path, ["tabby_cat", "dog"], 1)
-    split = open_split("imagefolder", tmp_path)
-    assert split.folders == ("dog", "tabby_cat") and split.prompts == ("dog", "tabby cat")
-    labels = tmp_path / "labels.txt"
-    labels.write_bytes('\ufeffa dog\r\n"a tabby, striped"\r\n'.encode())
-    prompts = open_split("imagefolder", tmp_path, label_file=labels).prompts
-    assert prompts == ("a dog", "a tabby, striped")
-    labels.write_text("tabby_cat\tstriped\ndog\tbarks\n")
-    prompts = open_split("imagefolder", tmp_path / "train", label_file=labels).prompts
-    assert prompts == ("barks", "striped")
-    picture_folder(tmp_path, ["Eel"], 1)  # class indices are those of torchvision's ImageFolder
-    theirs = torchvision.datasets.ImageFolder(tmp_path / "train").classes
-    assert list(open_split("imagefolder", tmp_path).folders) == theirs
 
 
 def test_a_part_of_the_classes_keeps_its_class_ids(refused):
@@ -99,7 +69,31 @@ def test_a_part_of_the_classes_keeps_its_class_ids(refused):
     refused(lambda argv: open_split("digits", None, classes=argv), ["8-11"], "8-11", "0-9")
 
 
+def test_class_sizes_are_checked_before_anything_is_loaded(tmp_path, refused):
+    picture_folder(tmp_path, ["big"], count=5)
+    picture_folder(tmp_path, ["small"], count=3)
+
+    def check(argv):
+        datasets.check_class_sizes(open_split("imagefolder", tmp_path), 4, *argv)
+
+    refused(check, ["error"], "--ipc 4", "small", "only 3 images", "--on_small_class repeat")
+    check(["repeat"])
+    (tmp_path / "train/void").mkdir()
+    refused(check, ["repeat"], "void has no images")
+
+
 # ---- layouts
+
+
+def test_imagefolders_prompts_are_its_folder_names_or_a_label_file(tmp_path):
+    picture_folder(tmp_path, ["tabby_cat", "dog", "Eel"], 1)
+    split = open_split("imagefolder", tmp_path)
+    assert split.folders == tuple(torchvision.datasets.ImageFolder(tmp_path / "train").classes)
+    assert split.prompts == ("Eel", "dog", "tabby cat")
+    labels = tmp_path / "labels.txt"
+    labels.write_text("tabby_cat\tstriped\ndog\tbarks\nEel\tswims\n")
+    prompts = open_split("imagefolder", tmp_path / "train", label_file=labels).prompts
+    assert prompts == ("swims", "barks", "striped")
 
 
 def test_tiny_imagenets_val_is_read_by_its_annotations(tmp_path, refused):
@@ -114,7 +108,10 @@ def test_tiny_imagenets_val_is_read_by_its_annotations(tmp_path, refused):
     assert [i[0].name for i in val.items][:2] == ["val_0.JPEG", "val_1.JPEG"]
     assert len(open_split("tiny_imagenet", tmp_path).items[0]) == 1
     (tmp_path / "val/val_annotations.txt").write_text("".join(rows[1:]))
-    refused(opened, ["tiny_imagenet", tmp_path, "val"], "val_0.JPEG")
+    refused(opened, ["tiny_imagenet", tmp_path, "val"], "val_0.JPEG", "val_annotations.txt")
+
+
+KAGGLE, LINES = "LOC_val_solution.csv", "imagenet_2012_validation_synset_labels.txt"
 
 
 def test_a_flat_imagenet_val_with_each_of_its_ground_truth_files(tmp_path, refused):
@@ -126,48 +123,36 @@ def test_a_flat_imagenet_val_with_each_of_its_ground_truth_files(tmp_path, refus
     (tmp_path / "val").mkdir()
     for i in range(1, 1001):
         os.link(tmp_path / "pixel.png", tmp_path / "val" / f"ILSVRC2012_val_{i:08d}.JPEG")
+    refused(opened, ["imagenet", tmp_path, "val"], "--data_dir", "no ground truth", KAGGLE)
 
-    def is_read():
+    data = tmp_path / "ILSVRC2012_devkit_t12" / "data"
+    data.mkdir(parents=True)
+    types = [("ILSVRC2012_ID", "O"), ("WNID", "O")]
+    synsets = np.array([(i, wnid) for i, wnid in enumerate(wnids, 1)], dtype=types)
+    savemat(data / "meta.mat", {"synsets": synsets})
+    rows = [f"ILSVRC2012_val_{i:08d},{wnid} 1 2 3 4 " for i, wnid in enumerate(wnids, 1)]
+    written = {data / "ILSVRC2012_validation_ground_truth.txt": map(str, range(1, 1001))}
+    written |= {tmp_path / LINES: wnids, tmp_path / KAGGLE: ["ImageId,PredictionString", *rows]}
+    for path, lines in written.items():
+        path.write_text("\n".join(lines) + "\n")
         items = open_split("imagenet", tmp_path, "val").items
         assert all(len(one) == 1 for one in items)
         assert [items[0][0].stem[-4:], items[999][0].stem[-4:]] == ["1000", "0001"]
-
-    argv = ["imagenet", tmp_path, "val"]
-    refused(opened, argv, "--data_dir", "is flat", "LOC_val_solution.csv")
-    rows = [f"ILSVRC2012_val_{i:08d},{wnid} 1 2 3 4 " for i, wnid in enumerate(wnids, 1)]
-    kaggle = tmp_path / "LOC_val_solution.csv"
-    kaggle.write_text("ImageId,PredictionString\n" + "\n".join(rows) + "\n")
-    is_read()
-    kaggle.unlink()
-    (tmp_path / GROUND_TRUTH_LINES).write_text("\n".join(wnids) + "\n")
-    is_read()
-    (tmp_path / GROUND_TRUTH_LINES).unlink()
-    types = [("ILSVRC2012_ID", "O"), ("WNID", "O")]
-    synsets = np.array([(i, wnid) for i, wnid in enumerate(wnids, 1)], dtype=types)
-    data = tmp_path / "ILSVRC2012_devkit_t12" / "data"
-    data.mkdir(parents=True)
-    savemat(data / "meta.mat", {"synsets": synsets})
-    ids = "\n".join(map(str, range(1, 1001))) + "\n"
-    (data / "ILSVRC2012_validation_ground_truth.txt").write_text(ids)
-    is_read()
+        path.unlink()
 
 
-GROUND_TRUTH_LINES = "imagenet_2012_validation_synset_labels.txt"
-DAMAGED = {
-    "a column is missing": ("LOC_val_solution.csv", b"ImageId,Label\na,b\n", "KeyError"),
-    "a wnid is missing": ("LOC_val_solution.csv", b"ImageId,PredictionString\na,\n", "IndexError"),
-    "not text": (GROUND_TRUTH_LINES, b"\xff\xfe\x00", "UnicodeDecodeError"),
-    "not MATLAB's": ("meta.mat", b"half a file", "meta.mat"),
-}
+DAMAGED = [
+    (KAGGLE, b"ImageId,Label\na,b\n"),
+    (LINES, b"\xff\xfe\x00"),
+    ("meta.mat", b"half a file"),
+]
 
 
-@pytest.mark.parametrize("what", DAMAGED)
-def test_damaged_ground_truth(what, tmp_path, refused):
-    name, content, word = DAMAGED[what]
+@pytest.mark.parametrize("name, content", DAMAGED)
+def test_damaged_ground_truth(name, content, tmp_path, refused):
     (tmp_path / "val").mkdir()
     (tmp_path / name).write_bytes(content)
-    (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n")
-    refused(opened, ["imagenette", tmp_path, "val"], name, "ground truth", word)
+    refused(opened, ["imagenette", tmp_path, "val"], f"{name}: cannot be read as ground truth")
 
 
 def test_a_missing_class_is_named_and_a_subset_is_found_in_a_whole_imagenet(tmp_path, refused):
@@ -180,7 +165,8 @@ def test_a_missing_class_is_named_and_a_subset_is_found_in_a_whole_imagenet(tmp_
 
 
 def test_a_root_that_is_missing_and_a_failed_download(tmp_path, refused, monkeypatch):
-    refused(lambda argv: open_split("cifar10", None), [], "--data_dir: missing", "cifar-10-batches")
+    words = ("--data_dir: no such folder", "cifar-10-batches")
+    refused(lambda argv: open_split("cifar10", None), [], *words)
     refused(opened, ["imagenet", "gone"], "--data_dir gone", "train/<wnid>/")
 
     def download(self):
@@ -198,30 +184,20 @@ def test_squash_is_the_releases_resize():
     assert np.array_equal(np.array(datasets.squash(image, 32)), np.array(theirs))
 
 
-# ---- odd folders
-
-
+# what is done to a class folder: what the refusal says
 ODD_FOLDERS = {
-    "a loop": lambda cat: os.symlink(".", cat / "loop"),
-    "a broken link": lambda cat: os.symlink("/gone/dog", cat.parent / "dog2"),
-    "a pipe": lambda cat: os.mkfifo(cat / "z.png"),
-    "a device": lambda cat: cat.rename(cat.with_name("nul")),
-    "one on some file systems": lambda cat: (cat.parent / "CAT").mkdir(),
-}
-WORDS = {
-    "a loop": "cat/loop: a link to ., a folder that it is in",
-    "a pipe": "cat/z.png: not a file",
-}
-WORDS |= {
-    "a broken link": "dog2 is a broken link, to /gone/dog",
-    "a device": "'nul': not a safe name",
+    lambda cat: os.symlink(".", cat / "loop"): "cat/loop: a link to ., a folder that it is in",
+    lambda cat: os.symlink("/gone", cat.parent / "dog2"): "dog2 is a broken link, to /gone",
+    lambda cat: os.mkfifo(cat / "z.png"): "cat/z.png: not a file",
+    lambda cat: cat.rename(cat.with_name("nul")): "'nul': not a safe name",
+    lambda cat: (cat.parent / "CAT").mkdir(): "'CAT' and 'cat' are one on some file systems",
 }
 
 
-@pytest.mark.parametrize("what", ODD_FOLDERS)
-def test_odd_folders(what, tmp_path, refused):
-    ODD_FOLDERS[what](picture_folder(tmp_path, ["cat", "dog"]) / "train/cat")
-    words = WORDS.get(what, f"'CAT' and 'cat' are {what}")
+@pytest.mark.parametrize("change", ODD_FOLDERS, ids=list(ODD_FOLDERS.values()))
+def test_odd_folders(change, tmp_path, refused):
+    change(picture_folder(tmp_path, ["cat", "dog"]) / "train/cat")
+    words = ODD_FOLDERS[change]
     refused(lambda argv: open_split("imagefolder", *argv).fingerprint(), [tmp_path], words)
 
 
@@ -252,34 +228,30 @@ def changed(number, line):
     return lines([*DIGITS[: number - 1], line, *DIGITS[number:]])
 
 
-# name: (the file, what the refusal says - or None if it is read as if it were well formed)
+# the file: what the refusal says - or None if it is read as if it were well formed
 MALFORMED = {
-    "byte order mark": (b"\xef\xbb\xbf" + lines(), None),
-    "CR LF": (lines(end="\r\n"), None),
-    "quotes around, spaces outside": (lines([f'  "{prompt}" ' for prompt in DIGITS]), None),
-    "folders in another order": (b"".join(keyed("0123456789").splitlines(True)[::-1]), None),
-    "empty": (b"", "line 1: is blank"),
-    "blank line": (changed(4, ""), "line 4: is blank"),
-    "stray quote": (changed(3, 'two"'), "line 3: has a stray quote mark"),
-    "two tabs": (changed(2, "1\tone\tuno"), "line 2: has more than one tab"),
-    "a folder twice": (keyed("0123446789"), "line 6: the folder 4 stands twice"),
-    "a folder in one line": (changed(3, "2\ttwo"), "some lines have a folder name"),
-    "an unknown folder": (keyed("012345678x"), "line 10: there is no class folder 'x'"),
-    "a folder is missing": (keyed("012345678"), "no line for 1 class folders, first 9"),
-    "wrong count": (lines(DIGITS[:9]), "has 9 prompts, there are 10 classes"),
-    "wrong order": (lines(DIGITS[::-1]), "line 1: 'nine' is the prompt of 9"),
-    "control character": (changed(8, "sev\x00en"), "line 8: holds the control character"),
-    "UTF-16": ("\n".join(DIGITS).encode("utf-16"), "not UTF-8"),
+    b"\xef\xbb\xbf" + lines(end="\r\n"): None,
+    lines([f'  "{prompt}" ' for prompt in DIGITS]): None,
+    b"".join(keyed("0123456789").splitlines(True)[::-1]): None,
+    changed(4, ""): "line 4: has no prompt",
+    changed(3, 'two"'): "line 3: has a stray quote mark",
+    changed(2, "1\tone\tuno"): "line 2: has more than one tab",
+    keyed("0123446789"): "line 6: the folder 4 stands twice",
+    changed(3, "2\ttwo"): "some lines have a folder name",
+    keyed("012345678x"): "line 10: there is no class folder 'x'",
+    keyed("012345678"): "no line for 1 class folders, first 9",
+    lines(DIGITS[:9]): "has 9 prompts, there are 10 classes",
+    changed(8, "sev\x00en"): "line 8: holds the control character",
+    "\n".join(DIGITS).encode("utf-16"): "not UTF-8",
 }
 
 
-@pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_label_file_is_normalised_or_refused_with_its_line(name, tmp_path, refused):
-    content, words = MALFORMED[name]
+@pytest.mark.parametrize("content", MALFORMED)
+def test_a_malformed_label_file_is_normalised_or_refused_with_its_line(content, tmp_path, refused):
     (tmp_path / "labels.txt").write_bytes(content)
-    argv = [tmp_path / "labels.txt", list(known_prompts("digits")), "digits"]
+    argv, words = [tmp_path / "labels.txt", list(known_prompts("digits"))], MALFORMED[content]
     if words is None:
-        assert read_label_file(*argv) == DIGITS
+        assert read_label_file(*argv, "digits") == DIGITS
     else:
         refused(lambda _: read_label_file(*argv), [], f"--label_file_path {argv[0]}", words)
 
@@ -311,77 +283,39 @@ def saved(array_or_image, form, **options):
     return stream.getvalue()
 
 
-def flipped(data, at):
-    """One bit of the byte at share `at` turned over."""
-    place = int(len(data) * at)
-    return data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :]
-
-
-def png(width, height, depth, colour, rows):
-    """A PNG written by hand, for what Pillow does not write."""
-
-    def chunk(name, data):
-        check = struct.pack(">I", zlib.crc32(name + data))
-        return struct.pack(">I", len(data)) + name + data + check
-
-    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    parts = chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
-def palette_with_transparency():
-    image = Image.fromarray(RGB).quantize(16)
-    image.info["transparency"] = bytes(range(0, 256, 16))
-    return image
-
-
-def animated(form):
-    first, second = Image.fromarray(RGB), Image.fromarray(255 - RGB)
-    return saved(first, form, save_all=True, append_images=[second], duration=40, lossless=True)
-
-
-def rotated_by_exif():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return saved(picture(1, (24, 16)), "PNG", exif=exif)
-
-
-GRAY16 = np.linspace(0, 65535, 576).reshape(24, 24).astype(np.uint16)
-GRAY8 = np.repeat((GRAY16 / 257).round()[..., None], 3, axis=2)
-ROWS16 = b"".join(b"\0" + row.astype(">u2").tobytes() for row in RGB.astype(int) * 257)
+PNG, JPEG = saved(RGB, "PNG"), saved(RGB, "JPEG")
+HEAD = b"IHDR" + struct.pack(">II", 30000, 30000) + PNG[24:29]
+BOMB = PNG[:12] + HEAD + struct.pack(">I", zlib.crc32(HEAD)) + PNG[33:]
+OTHER = [Image.fromarray(255 - RGB)]
+ANIMATED = saved(RGB, "WEBP", save_all=True, append_images=OTHER, duration=40, lossless=True)
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
 CMYK = Image.fromarray(RGB).convert("CMYK")
 ALPHA = np.dstack([RGB, np.tile(np.arange(24, dtype=np.uint8) * 10, (24, 1))])
-JPEG = saved(RGB, "JPEG")
-AS_GRAY = np.repeat(RGB[..., :1], 3, axis=2)
-AS_BITS = np.where(AS_GRAY > 127, 255, 0)
-PALETTE = np.array(palette_with_transparency().convert("RGBA"))[..., :3]
+GRAY16 = np.linspace(0, 65535, 576).reshape(24, 24).astype(np.uint16)
+GRAY8 = np.repeat((GRAY16 / 257).round()[..., None], 3, axis=2)
+BITS = RGB[..., 0] > 127
 HALVES, SEVENS = np.full((24, 24), 0.5, np.float32), np.full((24, 24), -7, np.int32)
+INDEXED = Image.fromarray(RGB).quantize(16)
+INDEXED.info["transparency"] = bytes(range(0, 256, 16))
 
 # name: (file name, its bytes, the picture that it is, or None for an error)
 ODD = {
     "truncated JPEG": ("x.jpg", JPEG[: len(JPEG) // 2], None),
-    "truncated PNG": ("x.png", saved(RGB, "PNG")[:-200], None),
-    "bit-flipped PNG": ("x.png", flipped(saved(RGB, "PNG"), 0.5), None),
-    "bit-flipped JPEG header": ("x.jpg", flipped(JPEG, 0.0), None),
+    "truncated PNG": ("x.png", PNG[:-200], None),
     "empty": ("x.jpg", b"", None),
     "HTML as JPEG": ("x.jpg", b"<!DOCTYPE html><html><body>404 Not Found</body></html>", None),
-    "only zeros, as after a crash": ("x.jpg", bytes(4096), None),
-    "bomb: 30,000 x 30,000 declared": ("x.png", png(30000, 30000, 8, 2, b"\0"), None),
-    "zero pixels wide": ("x.png", png(0, 16, 8, 2, b""), None),
-    "32-bit float TIFF": ("x.tif", saved(Image.fromarray(HALVES), "TIFF"), None),
-    "negative 32-bit integers": ("x.tif", saved(Image.fromarray(SEVENS), "TIFF"), None),
+    "bomb: 30,000 x 30,000 declared": ("x.png", BOMB, None),
+    "32-bit float TIFF": ("x.tif", saved(HALVES, "TIFF"), None),
+    "negative 32-bit integers": ("x.tif", saved(SEVENS, "TIFF"), None),
     "CMYK JPEG": ("x.jpg", saved(CMYK, "JPEG", quality=95), "close"),
-    "gray": ("x.png", saved(RGB[..., 0], "PNG"), AS_GRAY),
-    "gray with alpha": ("x.png", saved(Image.fromarray(RGB).convert("LA"), "PNG"), "luma"),
-    "1 bit": ("x.png", saved(Image.fromarray(RGB[..., 0] > 127), "PNG"), AS_BITS),
+    "1 bit": ("x.png", saved(BITS, "PNG"), np.dstack([BITS * 255] * 3)),
     "16-bit gray": ("x.png", saved(GRAY16, "PNG"), GRAY8),
-    "16-bit RGB": ("x.png", png(24, 24, 16, 2, ROWS16), RGB),
-    "palette with transparency": ("x.png", saved(palette_with_transparency(), "PNG"), PALETTE),
+    "palette": ("x.png", saved(INDEXED, "PNG"), np.array(INDEXED.convert("RGBA"))[..., :3]),
     "RGBA": ("x.png", saved(ALPHA, "PNG"), RGB),
-    "animated WebP": ("x.webp", animated("WEBP"), RGB),
-    "rotated by EXIF": ("x.png", rotated_by_exif(), picture(1, (24, 16))),
-    "PNG called .JPEG": ("x.JPEG", saved(RGB, "PNG"), RGB),
-    "1 x 300 pixels": ("x.png", saved(picture(2, (300, 1)), "PNG"), picture(2, (300, 1))),
+    "animated WebP": ("x.webp", ANIMATED, RGB),
+    "rotated by EXIF": ("x.png", saved(RGB, "PNG", exif=TURNED), RGB),
+    "PNG called .JPEG": ("x.JPEG", PNG, RGB),
 }
 
 
@@ -395,42 +329,8 @@ def test_an_odd_image_is_an_error_with_its_path_or_a_defined_picture(name, tmp_p
             read_rgb(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
         return
-    image = read_rgb(path)
-    assert image.mode == "RGB"
+    found = np.array(read_rgb(path))
     if isinstance(expected, str):
-        luma = np.array(Image.fromarray(RGB).convert("L"))[..., None]
-        wanted = RGB if expected == "close" else luma
-        assert np.abs(np.array(image).astype(int) - wanted).mean() < 8
+        assert np.abs(found.astype(int) - RGB).mean() < 8
     else:
-        assert np.array_equal(np.array(image), expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM"])
-def test_any_flipped_byte_or_cut_is_a_picture_or_a_bad_image(form, tmp_path):
-    """2,000 damaged files per format."""
-    data, draw = saved(RGB, form), np.random.default_rng(0)
-    path = tmp_path / f"x.{form.lower()}"
-    for _ in range(2000):
-        damaged = bytearray(data)
-        for place in draw.integers(0, len(data), draw.integers(1, 6)):
-            damaged[place] = draw.integers(0, 256)
-        end = draw.integers(0, len(data)) if draw.random() < 0.3 else len(data)
-        path.write_bytes(damaged[:end])
-        try:
-            assert read_rgb(path).mode == "RGB"
-        except BadImage as error:
-            assert str(path) in str(error)
-
-
-def test_class_sizes_are_checked_before_anything_is_loaded(tmp_path, refused):
-    picture_folder(tmp_path, ["big"], count=5)
-    picture_folder(tmp_path, ["small"], count=3)
-
-    def check(argv):
-        datasets.check_class_sizes(open_split("imagefolder", tmp_path), 4, *argv)
-
-    refused(check, ["error"], "--ipc 4", "small", "only 3 images", "--on_small_class repeat")
-    check(["repeat"])
-    (tmp_path / "train/void").mkdir()
-    refused(check, ["repeat"], "void has no images")
+        assert np.array_equal(found, expected)

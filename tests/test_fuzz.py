@@ -23,8 +23,8 @@ pytest.importorskip("hypothesis", reason="pip install hypothesis runs the fuzz t
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-LONG = pytest.param(2000, marks=pytest.mark.slow)
-pytestmark = pytest.mark.parametrize("count", [40, LONG], ids=["short", "long"])
+LONG = pytest.param(2000, marks=pytest.mark.slow, id="long")
+pytestmark = pytest.mark.parametrize("count", [pytest.param(40, id="short"), LONG])
 SMALL = ["--epochs", "1", "--num_workers", "0", "--device", "cpu"]
 
 
@@ -92,9 +92,9 @@ def damaged(data, draw):
 def test_label_files(count, run):  # noqa: F811
     picture_folder("data", ["0", "one"], count=1)
 
-    @tried(
-        count, st.binary(max_size=99) | st.lists(LINE, max_size=3).map("\n".join).map(str.encode)
-    )
+    lines = st.lists(LINE, max_size=3).map("\n".join).map(str.encode)
+
+    @tried(count, st.binary(max_size=99) | lines)
     def check(content):
         Path("labels.txt").write_bytes(content)
         run(gen_prototype.main, *FOLDERS, "--label_file_path", "labels.txt")

@@ -86,18 +86,23 @@ def test_training_waits_for_nothing(waiting, random, teacher, labels):
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision_is_close_to_fp32(tiny_sd, dtype):
+    """The same noise too, whatever PyTorch draws in half precision."""
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=generator(0))
+    latents = torch.randn(3, 4, 8, 8, generator=generator(0))
 
-    def encoded(device, precision):
-        model = generators.load(str(tiny_sd), device, dtype=precision, part="encoder")
-        return model.encode(pixels, [generator(7, i) for i in range(3)])
+    def made(device, precision):
+        model = generators.load(str(tiny_sd), device, dtype=precision)
+        draws, none = ([generator(use, i) for i in range(3)] for use in (7, 8)), model.condition("")
+        encoded = model.encode(pixels, next(draws))
+        made = model.denoise(latents, [none] * 3, none, next(draws), 0.9, 1.0, 3)
+        return encoded, model.decode(made)
 
-    half, full = encoded(CUDA, dtype), encoded(CPU, "fp32")
-    assert half.dtype == generators.DTYPES[dtype] and half.isfinite().all()
-    assert (half.float().cpu() - full).abs().mean() < 0.1 * full.abs().mean()
+    for half, full in zip(made(CUDA, dtype), made(CPU, "fp32")):
+        assert half.dtype == generators.DTYPES[dtype]
+        assert (half.float().cpu() - full).abs().mean() < 0.1 * full.abs().mean()
 
 
-@pytest.mark.parametrize("options", [{}, {"channels_last": True}, {"compile": True}])
+@pytest.mark.parametrize("options", [{}, {"channels_last": True}])
 def test_synthesis_is_seeded_image_by_image(tiny_sd, options):
     model = generators.load(str(tiny_sd), CUDA, dtype="fp32", **options)
     latents = torch.randn(4, 4, 8, 8, generator=generator(1))

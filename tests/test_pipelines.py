@@ -11,6 +11,10 @@ CPU = torch.device("cpu")
 SETTINGS = {"strength": 0.7, "guidance_scale": 8.0, "num_inference_steps": 50, "output_type": "pt"}
 
 
+IMAGES = torch.rand(3, 3, 32, 32, generator=generator(0))
+LATENTS = torch.randn(3, 4, 8, 8, generator=generator(1))
+
+
 @pytest.fixture(scope="module")
 def stable_diffusion(tiny_sd):
     return generators.load(str(tiny_sd), CPU)
@@ -26,36 +30,28 @@ def synthesis(stable_diffusion):
     return stable_diffusion.pipeline
 
 
-def test_encoding_is_a_sample_of_the_posterior_times_the_scaling_factor(encoder):
-    images = torch.rand(3, 3, 32, 32, generator=generator(0))
-    with torch.no_grad():
-        posterior = encoder.vae.encode(images * 2 - 1).latent_dist
-    expected = posterior.sample(generator(1)) * encoder.vae.config.scaling_factor
-    assert torch.equal(encoder(images, generator(1)), expected)
-    assert expected.shape == (3, 4, 8, 8)
-
-
-def test_encoding_equals_the_stock_pipelines_own(encoder, synthesis):
-    """Stock img2img encodes, then noises; here its scheduler adds no noise."""
-    images = torch.rand(2, 3, 32, 32, generator=generator(0))
+@pytest.fixture
+def stock(synthesis):
     stock = StableDiffusionImg2ImgPipeline(**synthesis.components, requires_safety_checker=False)
+    stock.set_progress_bar_config(disable=True)
+    return stock
+
+
+def test_encoding_is_a_sample_of_the_posterior_times_the_scaling_factor(encoder, stock):
+    with torch.no_grad():
+        posterior = encoder.vae.encode(IMAGES * 2 - 1).latent_dist
+    expected = posterior.sample(generator(1)) * encoder.vae.config.scaling_factor
+    assert torch.equal(encoder(IMAGES, generator(1)), expected)
+    # stock img2img encodes, then noises; here its scheduler adds no noise
     stock.scheduler.add_noise = lambda latents, noise, t: latents
-    arguments = (images * 2 - 1, torch.tensor([1]), 2, 1, torch.float32, CPU)
-    expected = stock.prepare_latents(*arguments, generator(5))
+    arguments = (IMAGES * 2 - 1, torch.tensor([1]), 3, 1, torch.float32, CPU)
+    assert torch.equal(stock.prepare_latents(*arguments, generator(1)), expected)
     del stock.scheduler.add_noise
-    assert torch.equal(encoder(images, generator(5)), expected)
-
-
-def test_a_latent_does_not_depend_on_its_batch(encoder):
-    images = torch.rand(4, 3, 32, 32, generator=generator(0))
-    together = encoder(images, [generator(7, i) for i in range(4)])
-    alone = torch.cat([encoder(images[i : i + 1], [generator(7, i)]) for i in range(4)])
-    assert (together - alone).abs().max() < 1e-4
 
 
 def test_synthesis_is_diffusers_loop_with_36_calls(synthesis, monkeypatch):
     """PNDM, 50 steps, strength 0.7: t = 701, 681, ... 1; guidance and decoding written out here."""
-    latents = torch.randn(2, 4, 8, 8, generator=generator(1))
+    latents = LATENTS[:2]
     prompts, negative = ["zero", "one"], ["cartoon, anime, painting"] * 2
     calls, forward = [], UNet2DConditionModel.forward
 
@@ -86,23 +82,23 @@ def test_synthesis_is_diffusers_loop_with_36_calls(synthesis, monkeypatch):
     assert torch.equal(ours.images, (images / 2 + 0.5).clamp(0, 1))
 
 
-def test_synthesis_equals_stock_img2img(synthesis):
-    latents = torch.randn(1, 4, 8, 8, generator=generator(1))
-    stock = StableDiffusionImg2ImgPipeline(**synthesis.components, requires_safety_checker=False)
-    stock.set_progress_bar_config(disable=True)
-    ours = synthesis("two", latents, generator=generator(3), **SETTINGS).images
-    theirs = stock("two", image=latents, generator=generator(3), **SETTINGS).images
+def test_synthesis_equals_stock_img2img(synthesis, stock):
+    ours = synthesis("two", LATENTS[:1], generator=generator(3), **SETTINGS).images
+    theirs = stock("two", image=LATENTS[:1], generator=generator(3), **SETTINGS).images
     assert torch.equal(ours, theirs)
 
 
-def test_an_image_does_not_depend_on_its_batch(synthesis):
-    latents = torch.randn(3, 4, 8, 8, generator=generator(1))
-    prompts, draws = ["zero", "one", "two"], [generator(4, i) for i in range(3)]
-    together = synthesis(prompts, latents, generator=draws, **SETTINGS).images
-    for i in range(3):
-        draw = [generator(4, i)]
-        alone = synthesis(prompts[i], latents[i : i + 1], generator=draw, **SETTINGS).images
-        assert (together[i] - alone[0]).abs().max() < 1e-4
+def test_no_latent_and_no_image_depends_on_its_batch(encoder, synthesis):
+    prompts, settings = ["zero", "one", "two"], {**SETTINGS, "num_inference_steps": 10}
+    for made in (
+        lambda which, draws: encoder(IMAGES[which], draws),
+        lambda which, draws: (
+            synthesis(prompts[which], LATENTS[which], generator=draws, **settings).images
+        ),
+    ):
+        together = made(slice(3), [generator(7, i) for i in range(3)])
+        alone = [made(slice(i, i + 1), [generator(7, i)]) for i in range(3)]
+        assert (together - torch.cat(alone)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 32, 32), (1, 1, 32, 32), (3, 32, 32)])

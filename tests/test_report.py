@@ -10,32 +10,18 @@ from tests.test_paper_tables import fake
 
 
 def test_every_arm_has_a_row_in_order_and_stages_their_seconds(tmp_path, capsys):
-    networks = "convnet_w128", "convnet_w128"
+    students, networks = tmp_path / "students", ("convnet_mini", "convnet_mini")
     for arm, mean in (("text", 40.0), ("random", 30.0), ("d4m", 50.0), ("odd", 9.0)):
-        fake(
-            tmp_path / "students", arm, "cifar10", 10, arm, f"cifar10_ipc10_{arm}", *networks, mean
-        )
-    hard = {"hard": True, "n": 1}
-    fake(
-        tmp_path / "students",
-        "x",
-        "cifar10",
-        10,
-        "d4m",
-        "cifar10_ipc10_d4m",
-        *networks,
-        20.0,
-        **hard,
-    )
-    fake(tmp_path / "students", "y", "cifar10", 50, "d4m", "cifar10_ipc50_d4m", *networks, 99.0)
+        fake(students, arm, "digits", 4, arm, f"digits_ipc4_{arm}", *networks, mean)
+    fake(students, "x", "digits", 4, "d4m", "digits_ipc4_d4m", *networks, 20.0, hard=True, n=1)
+    fake(students, "y", "digits", 50, "d4m", "digits_ipc50_d4m", *networks, 99.0)
     for n, folder in enumerate(("labels/a", "labels/b", "students/text")):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / folder / "timing.json").write_text(json.dumps({"seconds": 10 + n}))
-    report.main(["--output_root", str(tmp_path), "--dataset", "cifar10", "--ipc", "10"])
+    report.main(["--output_root", str(tmp_path), "--dataset", "digits", "--ipc", "4"])
     text = (tmp_path / "report.md").read_text()
     assert text.strip() == capsys.readouterr().out.strip()
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert rows == [
+    assert [line for line in text.splitlines() if line.startswith("| ")] == [
         "| trained on | soft labels | hard labels |",
         "| D4M | 50.0 ± 1.0 | 20.0 |",
         "| random real images | 30.0 ± 1.0 | not run |",
@@ -51,14 +37,12 @@ def test_every_arm_has_a_row_in_order_and_stages_their_seconds(tmp_path, capsys)
 
 def test_the_picture_shows_every_set(tmp_path):
     folder = make_random(tmp_path / "images")
-    found = report.find_images(tmp_path, "digits", 4)
-    assert found == {"real": folder}
-    report.draw_sets({"real": folder, "again": folder}).savefig(tmp_path / "grid.png")
-    with Image.open(tmp_path / "grid.png") as image:
+    assert report.find_images(tmp_path, "digits", 4) == {"real": folder}
+    report.draw_sets({"real": folder, "again": folder}).savefig("grid.png")
+    with Image.open("grid.png") as image:
         assert image.width > 2 * image.height  # 8 columns, 3 rows
 
 
 def test_nothing_is_refused(tmp_path, refused):
-    refused(
-        report.main, ["--output_root", tmp_path, "--dataset", "digits"], "no results of stage 4"
-    )
+    argv = ["--output_root", tmp_path, "--dataset", "digits"]
+    refused(report.main, argv, "no results of stage 4")

@@ -4,12 +4,11 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.conftest import ROOT, STAGE_1, tree
+from tests.conftest import ROOT
 
 SBATCH = sorted((ROOT / "scripts/slurm").glob("*.sbatch"))
 ARRAY = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "4"}
@@ -56,10 +55,6 @@ def slurm(tmp_path):
     return start
 
 
-def each_file(test):
-    return pytest.mark.parametrize("file", SBATCH, ids=lambda file: file.stem)(test)
-
-
 def is_array(file):
     return "#SBATCH --array=0-" in file.read_text()
 
@@ -68,8 +63,10 @@ def record(tmp_path):
     return (tmp_path / "record").read_text().splitlines()
 
 
-@each_file
+@pytest.mark.parametrize("file", SBATCH, ids=lambda file: file.stem)
 def test_a_finished_job_is_not_put_back(file, slurm, tmp_path):
+    options = re.findall(r"^#SBATCH (--[a-z-]+)", file.read_text(), re.MULTILINE)
+    assert {"--requeue", "--open-mode", "--signal", "--time", "--gres", "--output"} <= set(options)
     job = slurm(file, "--seed", "1", **ARRAY)
     assert job.wait(20) == 0, job.stderr.read()
     [line] = [line for line in record(tmp_path) if not line.startswith("scontrol show")]
@@ -84,6 +81,7 @@ def test_a_finished_job_is_not_put_back(file, slurm, tmp_path):
 
 def warned(slurm, tmp_path, file, number, **variables):
     """(exit status, what was called after the stage's SIGTERM) of a job that gets a signal."""
+    (tmp_path / "record.started").unlink(missing_ok=True)
     job = slurm(file, SLEEP="1", **ARRAY, **variables)
     while not (tmp_path / "record.started").exists() and job.poll() is None:
         time.sleep(0.02)
@@ -95,18 +93,15 @@ def warned(slurm, tmp_path, file, number, **variables):
     return status, lines[len(passed) + 1 :]
 
 
-@each_file
-@pytest.mark.parametrize(
-    "number, then", [(signal.SIGUSR1, ["scontrol requeue 40_2"]), (signal.SIGTERM, [])]
-)
-def test_a_warned_job_is_put_back_and_a_cancelled_one_stays_out(
-    file, number, then, slurm, tmp_path
-):
-    assert warned(slurm, tmp_path, file, number) == (75, then)
+@pytest.mark.parametrize("file", [SBATCH[0], SBATCH[-1]], ids=["array", "torchrun"])
+def test_a_warned_job_is_put_back_and_a_cancelled_one_stays_out(file, slurm, tmp_path):
+    again = ["scontrol requeue 40_2"]
+    assert warned(slurm, tmp_path, file, signal.SIGUSR1) == (75, again)
+    assert warned(slurm, tmp_path, file, signal.SIGTERM) == (75, [])
+    assert warned(slurm, tmp_path, file, signal.SIGUSR1, STATUS="2") == (2, [])
 
 
 def test_a_job_that_is_refused_stays_out_of_the_queue(slurm, tmp_path):
-    assert warned(slurm, tmp_path, SBATCH[0], signal.SIGUSR1, STATUS="2") == (2, [])
     assert slurm(SBATCH[0], STATUS="2").wait(20) == 2
     assert not [line for line in record(tmp_path) if "requeue" in line]
 
@@ -120,29 +115,3 @@ def test_an_array_of_a_part_needs_the_number_of_shards(count, last, slurm, tmp_p
         assert slurm(SBATCH[0], SHARDS="4", SLURM_RESTART_COUNT=again, **part).wait(20) == 0
     first, second = record(tmp_path)
     assert first == second and first.endswith("--shard 2/4")
-
-
-@each_file
-def test_every_file_asks_to_be_put_back_after_preemption(file):
-    options = re.findall(r"^#SBATCH (--[a-z-]+)", file.read_text(), re.MULTILINE)
-    assert {"--requeue", "--open-mode", "--signal", "--time", "--gres", "--output"} <= set(options)
-
-
-@pytest.mark.slow
-def test_a_requeued_job_completes_a_real_stage(slurm, prototypes, model, tmp_path):
-    """Stage 1 behind its sbatch file: warned after its first class, and started again."""
-    launcher, out = tmp_path / "stage1.sh", tmp_path / "out"
-    slow = "import sys, time; from scripts.output import Output; write = Output.write\n"
-    slow += "Output.write = lambda *words: (write(*words), time.sleep(1))\n"
-    slow += "from distillation import gen_prototype; gen_prototype.main(sys.argv[1:])"
-    words = " ".join([*STAGE_1, *model, "--save_prototype_path", str(out)])
-    launcher.write_text(f"exec {sys.executable} -c '{slow}' {words} \"$@\"\n")
-    how = {"file": SBATCH[0], "LAUNCHER": str(launcher), "PYTHONPATH": str(ROOT)}
-    job = slurm(**how)
-    while not list(out.rglob("0000_0.json")) and job.poll() is None:
-        time.sleep(0.01)
-    job.send_signal(signal.SIGUSR1)
-    assert job.wait(120) == 75 and "scontrol requeue 41" in record(tmp_path)
-    assert not list(out.rglob("manifest.json"))
-    assert slurm(**how).wait(120) == 0
-    assert tree(out / prototypes.name) == tree(prototypes)

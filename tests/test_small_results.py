@@ -1,5 +1,6 @@
 """The experiment on photographs: its launcher's chain closes, its page says what the cells say."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from distillation import gen_prototype, gen_syn_image, image_folder
+from matching import labels
 from misc import small_results
 from scripts import files, output
 from tests.conftest import ROOT
@@ -25,22 +28,16 @@ ARMS = 13
 
 def steps(**variables):
     """[(module, parsed arguments)] of all steps but the page."""
-    import importlib
-
     found = [(m, words) for _, m, words in commands(LAUNCHER, MODEL=MODEL, **variables)]
     assert found.pop()[0] == "misc.small_results"
     return [(m.split(".")[1], importlib.import_module(m).get_args(words)) for m, words in found]
 
 
-CHANGED = {"KM_EXPAND": "10", "TEACHER_EPOCHS": "200", "TEACHER_BATCH": "128"}
-CHANGED |= {"TEACHER_IMAGES": "0", "BATCH_SIZE": "1024"}
+CHANGED = {"KM_EXPAND": "10", "TEACHER_EPOCHS": "200", "TEACHER_IMAGES": "0", "BATCH_SIZE": "1024"}
 
 
-@pytest.mark.parametrize("scale, variables", [("cpu", {}), ("gpu", {}), ("cpu", CHANGED)])
+@pytest.mark.parametrize("scale, variables", [("gpu", {}), ("cpu", CHANGED)])
 def test_each_step_takes_what_an_earlier_one_makes(scale, variables, tmp_path):
-    from distillation import gen_prototype, gen_syn_image, image_folder
-    from matching import labels
-
     made, images, trained, stage_1 = set(), [], [], {}
     for name, args in steps(SCALE=scale, OUT=str(tmp_path), **variables):
         s = args.settings
@@ -70,8 +67,7 @@ def test_each_step_takes_what_an_earlier_one_makes(scale, variables, tmp_path):
             trained.append((args.model, args.hard_label, args.online, args.epochs, args.batch_size))
     assert len(images) == len(set(images)) == ARMS * (1 if scale == "cpu" else 2)
     if scale == "cpu":
-        batch = int(variables.get("BATCH_SIZE", 25))
-        one = [("convnet_w64", hard, False, 300, batch) for hard in (False, True)]
+        one = [("convnet_w64", hard, False, 300, 1024) for hard in (False, True)]
         assert trained == one * ARMS
     else:
         assert len(trained) == ARMS * 2 * 3 * 2 * 3  # IPCs, students, recipes, 2 teachers and hard
@@ -83,42 +79,35 @@ def test_only_the_arms_that_are_asked_for_until_the_time_is_over(tmp_path):
     some = steps(OUT=str(tmp_path), ARMS="random text", IPCS="1 2")
     made = [(n, a.ipc) for n, a in some if n in ("random_real", "gen_syn_image")]
     assert made == [(n, ipc) for ipc in (1, 2) for n in ("random_real", "gen_syn_image")]
-    none = shell(LAUNCHER, DRY_RUN="1", MODEL=MODEL, OUT=str(tmp_path), MINUTES="0")
-    modules = [
-        line.split(" -m ")[1].split()[0] for line in none.stdout.splitlines() if "-m" in line
-    ]
-    assert modules == ["matching.train_teacher", "misc.small_results"]
+    assert [name for name, _ in steps(OUT=str(tmp_path), MINUTES="0")] == ["train_teacher"]
 
 
-def stubbed(tmp_path, text):
-    """The environment in which the launcher's Python is this script."""
+def side_by_side(tmp_path, text):
+    """The environment in which the launcher's Python is this script, and two of it run at once."""
     stub = tmp_path / "python"
     stub.write_text(f'#!/bin/sh\necho "$*" >> "{tmp_path}/calls"\ncase "$*" in\n{text}\nesac\n')
     stub.chmod(0o755)
-    return {"PYTHON": str(stub), "MODEL": MODEL, "OUT": str(tmp_path / "out")}
+    return {"PYTHON": str(stub), "MODEL": MODEL, "OUT": str(tmp_path / "out"), "JOBS": "2"}
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
-@pytest.mark.parametrize("failing", ["matching.train_teacher", "--hard_label", "--fkd_path"])
-def test_a_step_that_stops_stops_the_launcher_with_its_status(tmp_path, failing, jobs):
-    ended = shell(LAUNCHER, cwd=ROOT, JOBS=jobs, **stubbed(tmp_path, f'*"{failing}"*) exit 75 ;;'))
-    assert ended.returncode == 75
+@pytest.mark.parametrize("failing", ["--hard_label", "--fkd_path"])
+def test_a_step_that_stops_stops_the_launcher_with_its_status(tmp_path, failing):
+    environment = side_by_side(tmp_path, f'*"{failing}"*) exit 75 ;;')
+    assert shell(LAUNCHER, cwd=ROOT, **environment).returncode == 75
     assert "misc.small_results" not in (tmp_path / "calls").read_text()
 
 
-@pytest.mark.parametrize("jobs, child", [("1", "matching.train_teacher"), ("2", "--hard_label")])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_the_launcher_reaches_the_stage_and_ends_both(tmp_path, number, jobs, child):
+def test_a_signal_to_the_launcher_reaches_the_stage_and_ends_both(tmp_path):
     """The stage gets it as SIGTERM, finishes its unit, and no later step starts."""
-    text = f"""*"{child}"*)
+    text = f"""*--hard_label*)
     trap 'sleep 0.2; echo left >> "{tmp_path}/left"; exit 75' TERM
     echo > "{tmp_path}/ready"
     while :; do sleep 0.05; done ;;"""
-    environment = {"PATH": os.environ["PATH"], "JOBS": jobs, **stubbed(tmp_path, text)}
+    environment = {"PATH": os.environ["PATH"], **side_by_side(tmp_path, text)}
     launcher = subprocess.Popen([SHELL, LAUNCHER], cwd=ROOT, env=environment)
     while not (tmp_path / "ready").exists():
         time.sleep(0.02)
-    launcher.send_signal(number)
+    launcher.send_signal(signal.SIGUSR1)
     assert launcher.wait(timeout=20) == 75
     assert (tmp_path / "left").read_text() == "left\n"  # waited for
     calls = (tmp_path / "calls").read_text()
@@ -126,18 +115,12 @@ def test_a_signal_to_the_launcher_reaches_the_stage_and_ends_both(tmp_path, numb
 
 
 @pytest.mark.parametrize(
-    "name, value, word",
-    [
-        ("ARMS", "d4m radnom", "radnom"),
-        ("RECIPES", "rded", "rded"),
-        ("SCALE", "tpu", "tpu"),
-        ("MODEL", "nowhere", "train_tiny_sd_cf10.sh"),
-    ],
+    "name, value", [("ARMS", "radnom"), ("RECIPES", "rded"), ("SCALE", "tpu"), ("MODEL", "nowhere")]
 )
-def test_what_it_does_not_know_is_refused_before_anything_runs(tmp_path, name, value, word):
+def test_what_it_does_not_know_is_refused_before_anything_runs(tmp_path, name, value):
     variables = {"PYTHON": "false", "MODEL": MODEL, "OUT": str(tmp_path), name: value}
     ended = shell(LAUNCHER, cwd=ROOT, **variables)
-    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1 and word in ended.stderr
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1 and value in ended.stderr
 
 
 # ---- the page
@@ -156,13 +139,10 @@ def test_arms_are_told_apart_by_their_manifests():
     title = small_results.arm_title
     assert title(d4m, stage_1) == "D4M"
     assert title({**d4m, "strength": 0.3}, stage_1) == "D4M, strength 0.3"
-    assert title({**d4m, "guidance_scale": 2.0}, stage_1) == "D4M, guidance 2"
-    assert title(d4m, {"kmeans": "full"}) == "D4M, full k-means"
+    assert title({**d4m, "guidance_scale": 2.0}, {"kmeans": "full"}).endswith("k-means, guidance 2")
     assert title({**d4m, "arm": "decoded"}, stage_1) == "Decoded prototypes"
     assert title({**d4m, "arm": "decoded"}, {"kmeans": "none"}) == small_results.VAE_ONLY
     assert title({"arm": "random"}, None) == "Random real"
-    order = ["D4M", "Random real", "D4M, full k-means", "D4M, guidance 2"]
-    assert sorted(order[::-1], key=small_results.place_of) == order
 
 
 def test_a_claim_is_seen_only_where_a_t_test_says_so():
@@ -198,7 +178,6 @@ def test_claims_compare_cells_that_differ_in_nothing_else():
     assert sentences("Prototypes help: D4M above the release") == ["not tested"]
     [random] = sentences("Distilled images")
     assert random.startswith("the opposite is seen: 42.0") and "resnet18" in random
-    assert len(sentences("Soft labels beat hard")) == 2
     [across] = sentences("Soft labels transfer")
     assert "resnet18, teacher convnet_w64" in across and across.startswith("seen: 42.0")
     [growing] = sentences("Accuracy grows")
@@ -207,7 +186,6 @@ def test_claims_compare_cells_that_differ_in_nothing_else():
     assert guidance.startswith("the opposite is seen: 40.0 ± 0.5 against guidance 2: 44.0")
     [strength] = sentences("The paper's strength")
     assert strength.startswith("not seen: 40.0 ± 0.5 against strength 0.3: 39.5")
-    assert sentences("2.7 s and 6.1 GB") == ["not tested"]
     words = small_results.summary(sentences("Soft labels beat hard"))
     assert words == "seen in 2 of 2 pairs:<br>"
 

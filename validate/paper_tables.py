@@ -10,6 +10,7 @@ cell is listed after the tables, with what differs from the nearest one.
 """
 
 import os
+import re
 import shlex
 import subprocess
 from functools import cache
@@ -24,11 +25,8 @@ from validate import train_FKD
 HERE = Path(__file__).parent
 PAPER = files.read_json(HERE / "paper_numbers.json")
 DATASET_TITLES, MODEL_TITLES = PAPER["datasets"], PAPER["models"]
-
-
-def paper_rows():
-    """Every published number, as a dict. `make`: the variables that make a row of D4M's own."""
-    return PAPER["rows"]
+# every published number; `make`: the variables that make a row of D4M's own
+PAPER_ROWS = PAPER["rows"]
 
 
 def table_of(row):
@@ -53,7 +51,7 @@ def recipe(settings, hard):
     free = {"arch", "seeds", "fkd_seed", "eval_every", "online", "hard_label", "model"}
     free |= {"loss", "temperature", "ce_weight", "use_fp16"} if hard else set()
     given = {name: value for name, value in settings.items() if value is not None}
-    wanted = batches.PROTOCOL | {"use_fp16": True} | given
+    wanted = {**batches.PROTOCOL, "use_fp16": True, **given}
     return {name: value for name, value in wanted.items() if name not in free}
 
 
@@ -70,9 +68,8 @@ def odd_in_teacher(arguments):
     own = train_teacher.get_args(["--dataset", dataset, "--arch", arch]).settings
     wanted = {**own, "bn_batch": own["batch_size"]}
     wanted |= {name: arguments[name] for name in ("seed", "eval_every")}  # any will do
-    counts = {"train_images": datasets.ALL[dataset].train_images}
-    counts["val_images"] = PAPER["test_images"].get(dataset)
-    return odd_values(arguments, wanted | {name: n for name, n in counts.items() if n})
+    wanted["train_images"] = datasets.ALL[dataset].train_images
+    return odd_values(arguments, wanted | {"val_images": PAPER["test_images"].get(dataset)})
 
 
 def needs(row, checkpoint):
@@ -83,7 +80,8 @@ def needs(row, checkpoint):
     found, make = {}, row["make"]
     dataset, ipc, teacher = make["DATASET"], int(make["IPC"]), make["TEACHER"]
     classes = len(datasets.known_prompts(dataset))
-    public = f"torchvision {models.TEACHER_WEIGHTS.get(teacher)}"
+    public = dataset == "imagenet"
+    weights = f"torchvision {models.TEACHER_WEIGHTS[teacher]}" if public else "train_teacher"
     for args in students(f"table{table_of(row)}.sh", tuple(make.items())):
         name, hard = Path(args.train_dir).name, args.hard_label
         random = name == f"{dataset}_ipc{ipc}_random"
@@ -93,7 +91,6 @@ def needs(row, checkpoint):
         wanted |= {"count": ipc * classes, "real_images": datasets.ALL[source].train_images}
         wanted |= {"student": args.model, "labels": "hard" if hard else "soft"}
         if not hard:
-            weights = public if dataset == "imagenet" else "train_teacher"
             wanted |= {"teacher": [teacher], "weights": [weights], "teacher's": []}
             wanted |= {"labels' amp": "none", "labels' channels_last": False}
         wanted |= recipe(args.settings, hard) | {"test_images": PAPER["test_images"][dataset]}
@@ -132,14 +129,13 @@ def _rows(root, row_of, of_students):
 
 def find_results(root):
     """Every student's result below `root` as one flat row, in the order of their paths."""
-    rows = _rows(root, _student_row, of_students=True)
-    # two models may go by one name: the one with most results keeps it
-    for name in {row["generator"] for row in rows} - {None}:
-        own = [row for row in rows if row["generator"] == name]
-        hashes = [row["generator_sha256"] for row in own]
-        for row in own:
-            if row["generator_sha256"] != max(hashes, key=hashes.count):
-                row["generator"] = f"{name} (another model of this name)"
+    rows, hashes = _rows(root, _student_row, of_students=True), {}
+    for row in rows:
+        hashes.setdefault(row["generator"], []).append(row["generator_sha256"])
+    for row in rows:  # two models may go by one name: the one with most results keeps it
+        own = hashes[row["generator"]]
+        if row["generator_sha256"] != max(own, key=own.count):
+            row["generator"] += " (another model of this name)"
     return rows
 
 
@@ -157,16 +153,15 @@ def _student_row(path, found):
     row |= {"labels": "hard" if hard else "soft", "labels' amp": labels.get("amp")}
     row |= {"labels' channels_last": labels.get("channels_last")}
     row |= {which: found["summary"][which]["top1"] for which in ("last", "best")}
-    chosen = row["dataset"], row["ipc"] or 0, row["student"], hard
-    return row | {"recipe": recipe_name(*chosen, arguments)}
+    row["recipe"] = recipe_name(row["dataset"], row["ipc"] or 0, row["student"], hard, arguments)
+    return row
 
 
 def generator_name(facts):
     """What tables call the model of some images: hub id or folder name, @ its revision; or None."""
-    if facts is None:
-        return None
-    revision = facts["revision"]
-    return facts["model"] + ("" if revision in (None, "main") else f"@{revision}")
+    if not facts or facts["revision"] in (None, "main"):
+        return facts and facts["model"]
+    return f"{facts['model']}@{facts['revision']}"
 
 
 def find_teachers(root):
@@ -175,20 +170,18 @@ def find_teachers(root):
     Those that differ in their seed alone are one entry. Of several recipes, the one nearest to the
     data set's own (`differs`: what is not its), then the one over most seeds.
     """
-    recipes, best = {}, {}
-    for name, differs, digest, *top1 in _rows(root, _teacher_row, of_students=False):
-        recipes.setdefault((name, differs, digest), []).append(top1)
-    for key in sorted(recipes, key=lambda key: (len(key[1]), -len(recipes[key]))):
-        last, top = map(evaluation.summary, zip(*recipes[key]))
-        best.setdefault(key[0], {"last": last, "best": top, "differs": list(key[1])})
-    return best
+    recipes, chosen = {}, {}
+    for network, differs, *top1 in _rows(root, _teacher_row, of_students=False):
+        recipes.setdefault((network, differs), []).append(top1)
+    for network, differs in sorted(recipes, key=lambda key: (len(key[1]), -len(recipes[key]))):
+        last, best = map(evaluation.summary, zip(*recipes[network, differs]))
+        chosen.setdefault(network, {"last": last, "best": best, "differs": list(differs)})
+    return chosen
 
 
-def _teacher_row(path, found):
-    arguments = found["arguments"]
-    name, differs = (arguments["dataset"], arguments["arch"]), tuple(odd_in_teacher(arguments))
-    digest = files.digest_of({**arguments, "seed": None, "eval_every": None})
-    return name, differs, digest, found["last"]["top1"], found["best"]["top1"]
+def _teacher_row(_, found):
+    arguments, top1 = found["arguments"], [found[which]["top1"] for which in ("last", "best")]
+    return (arguments["dataset"], arguments["arch"]), tuple(odd_in_teacher(arguments)), *top1
 
 
 def find_costs(root, dataset, checkpoint):
@@ -211,31 +204,28 @@ def find_costs(root, dataset, checkpoint):
 
 
 def measured(root, checkpoint):
-    """The paper's rows with what was measured; the results that fill none, each with `why`.
-
-    Of several results that fit, the one over most students counts. `why`: what differs from the
-    nearest row.
-    """
-    results, rows, used, why = find_results(root), [dict(row) for row in paper_rows()], set(), {}
-    full = {
-        (DATASET_TITLES.get(dataset), MODEL_TITLES.get(arch)): found
-        for (dataset, arch), found in find_teachers(root).items()
-        if not found["differs"]
-    }
+    """The paper's rows with what was measured; the results that fill none, each with `why`: what
+    differs from the nearest row. Of several that fit, the one over most students counts."""
+    results, rows, used, why = find_results(root), [dict(row) for row in PAPER_ROWS], set(), {}
+    teachers = [(k, found) for k, found in find_teachers(root).items() if not found["differs"]]
+    full = {(DATASET_TITLES.get(d), MODEL_TITLES.get(arch)): found for (d, arch), found in teachers}
     for row in rows:
         if row["method"] == "Full dataset":
             row["result"] = full.get((row["dataset"], row["student"]))
-        elif "make" in row and table_of(row) == 6:
-            row |= find_costs(root, row["make"]["DATASET"], checkpoint)
-        elif "make" in row:
-            for which, wanted in needs(row, checkpoint).items():
-                fit = []
-                for r in (r for r in results if r["dataset"] == row["make"]["DATASET"]):
-                    odd = odd_values({**r["arguments"], **r}, wanted)
-                    why[r["path"]] = min(why.get(r["path"], odd), odd, key=len)
-                    fit += [r] if not odd else []
-                row[which] = max(fit, key=lambda r: r["last"]["n"], default=None)
-                used |= {row[which]["path"]} if fit else set()
+        if "make" not in row:
+            continue
+        dataset = row["make"]["DATASET"]
+        if table_of(row) == 6:
+            row |= find_costs(root, dataset, checkpoint)
+            continue
+        for which, wanted in needs(row, checkpoint).items():
+            fit = []
+            for r in (r for r in results if r["dataset"] == dataset):
+                odd = odd_values({**r["arguments"], **r}, wanted)
+                why[r["path"]] = min(why.get(r["path"], odd), odd, key=len)
+                fit += [] if odd else [r]
+            row[which] = max(fit, key=lambda r: r["last"]["n"], default=None)
+            used |= {row[which]["path"]} if fit else set()
     others = []
     for r in (r for r in results if r["path"] not in used):
         odd = why.get(r["path"], [f"dataset {r['dataset']}"])
@@ -247,11 +237,9 @@ def measured(root, checkpoint):
 # ---- tables
 
 
-def number(value, std=None, digits=1):
-    """27.9, or 27.9 ± 0.3; blank for None."""
-    if value is None:
-        return ""
-    return f"{value:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+def number(*values, digits=1):
+    """27.9, or 27.9 ± 0.3; None is left out."""
+    return " ± ".join(f"{value:.{digits}f}" for value in values if value is not None)
 
 
 def scores(result, which="last"):
@@ -265,14 +253,14 @@ def _count(row, which="result"):
 
 def _baseline(row, which):
     """Its scores, and its number of students where that is not the row's."""
-    found, n = row.get(which), _count(row, which)
-    return scores(found) + (f" (n = {n})" if found and n != _count(row) else "")
+    n = _count(row, which)
+    return scores(row.get(which)) + f" (n = {n})" * (n not in ("", _count(row)))
 
 
 def _cost(row, key, what, digits):
     found = row.get(key, {})
     words = number(found.get(what), digits=digits)
-    return words + "*" if words and found["resumed"] else words
+    return words + "*" * bool(words and found["resumed"])
 
 
 WORDS = {  # column -> what it shows of a row, where that is not the value of this name
@@ -303,13 +291,12 @@ COST_NOTE = (
     "Seconds and peak GPU memory of stage 2, one image at a time as the paper, and 32 at a time. "
     "*: made in several runs; of the images of those that ended by themselves. Blank: not run."
 )
-ACCURACY = (
-    "data set, IPC, method, teacher, student, paper, measured, best, n, random real, hard labels"
-)
-OTHERS = "data set, IPC, images, generator, teacher, student, labels, measured, best, n, \
-differs from the nearest cell in"
-COST = "data set, method, pixels, paper s/image, measured s/image, 32 at a time, paper GB, \
-measured GB, GB of 32"
+ACCURACY = "data set, IPC, method, teacher, student, paper, measured, best, n, random real, "
+ACCURACY += "hard labels"
+OTHERS = "data set, IPC, images, generator, teacher, student, labels, measured, best, n, "
+OTHERS += "differs from the nearest cell in"
+COST = "data set, method, pixels, paper s/image, measured s/image, 32 at a time, paper GB, "
+COST += "measured GB, GB of 32"
 
 
 def as_words(columns, rows):
@@ -334,19 +321,17 @@ def latex(title, note, columns, rows):
     """A table with booktabs."""
 
     def escaped(text):
-        text = "".join(f"\\{c}" if c in "%&_#$" else c for c in text)
-        return text.replace(" ± ", r" $\pm$ ")
+        return re.sub("([%&_#$])", r"\\\1", text).replace(" ± ", r" $\pm$ ")
 
-    words = [list(map(escaped, line)) for line in as_words(columns, rows)]
-    head, *lines = [" & ".join(line) + r" \\" for line in words]
+    grid = as_words(columns, rows)
+    head, *lines = [" & ".join(map(escaped, line)) + r" \\" for line in grid]
     begin = ["% \\usepackage{booktabs}", r"\begin{table}[t]", r"\centering\small"]
     begin += [rf"\caption{{{escaped(f'{title}. {note}')}}}"]
-    begin += [rf"\begin{{tabular}}{{{'l' * len(words[0])}}}", r"\toprule"]
-    end = [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
-    return "\n".join([*begin, head, r"\midrule", *lines, *end])
+    begin += [rf"\begin{{tabular}}{{{'l' * len(grid[0])}}}", r"\toprule", head, r"\midrule"]
+    return "\n".join([*begin, *lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
-def as_json(title, note, columns, rows):
+def as_json(title, note, _, rows):
     """The same rows with every value in full."""
     return files.json_text({"title": title, "note": note, "rows": rows})
 
@@ -364,22 +349,21 @@ def get_args(argv=None):
     parser.flag("--dataset", type=datasets.name, metavar="NAME", help="only rows of this data set")
     parser.flag("--list", action="store_true", help="print the command of every D4M cell, and stop")
     parser.flag("--output_root", default="output", help="where stage 4's results.json are")
-    model = "the model whose images count; results with others are listed apart"
+    model = "whose images count; results with others are listed apart"
     parser.flag("--diffusion_checkpoints_path", default=generators.DEFAULT_CHECKPOINT, help=model)
     parser.flag("--format", choices=list(FORMATS), default="markdown")
-    folder = "write DIR/table1.md ... instead of printing them"
-    parser.flag("--output", metavar="DIR", help=folder)
+    parser.flag("--output", metavar="DIR", help="write DIR/table1.md ... instead of printing them")
     return parser.parse_args(argv)
 
 
 def list_cells(tables, dataset):
     """Print the command of each of the paper's D4M numbers, with the number as a comment."""
-    for row in paper_rows():
+    for row in (row for row in PAPER_ROWS if "make" in row):
+        make, n = row["make"], table_of(row)
         value = number(row.get("top1", row.get("sec_per_image")), row.get("std"))
-        make, table = row.get("make", {}), table_of(row)
-        if make and value and table in tables and dataset in (None, make["DATASET"]):
-            variables = " ".join(f"{name}={value}" for name, value in make.items())
-            print(f"{variables} sh validate/table{table}.sh  # table {table}, paper {value}")
+        if value and n in tables and dataset in (None, make["DATASET"]):
+            variables = " ".join("=".join(pair) for pair in make.items())
+            print(f"{variables} sh validate/table{n}.sh  # table {n}, paper {value}")
 
 
 @entry_point
@@ -401,15 +385,14 @@ def main(argv=None):
     tables.append(("other_results", "Other results: no cell shows them", NOTE, OTHERS, others))
     render, suffix = FORMATS[args.format]
     chosen = [args.dataset, DATASET_TITLES.get(args.dataset)]
-    for name, title, note, columns, found in tables:
+    for name, *form, found in tables:
         found = [row for row in found if not args.dataset or row["dataset"] in chosen]
-        text = found and render(title, note, columns, found)
-        if text and args.output:
+        if found and args.output:
             path = Path(args.output) / f"{name}.{suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            files.write(path, text)
-        if text:
-            print(path if args.output else text)
+            files.write(path, render(*form, found))
+        if found:
+            print(path if args.output else render(*form, found))
 
 
 if __name__ == "__main__":

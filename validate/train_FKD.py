@@ -19,7 +19,7 @@ from pathlib import Path
 from distillation import datasets
 from matching import batches, evaluation, generate_soft_label, models, ranks, training
 from matching import images as image_sets
-from matching.lessons import BATCH_SETTINGS, Lessons, drawn_name, drawn_settings
+from matching.lessons import BATCH_SETTINGS, Lessons, drawn
 from scripts import files, output, runtime
 from scripts.runtime import Parser, number, refuse
 
@@ -72,7 +72,7 @@ def get_args(argv=None):
     setting("--warmup_epochs", type=natural, default=0, short="warmup", help=warmup)
     loss = "kl (paper); mse_ce: squared error of logits + --ce_weight x cross-entropy (EDC)"
     setting("--loss", choices=training.LOSSES, default="kl", short="loss", help=loss)
-    both = "of both sides of the KL; no T^2 factor"
+    both = "of both sides of the KL, without T^2 (paper: 20)"
     setting("-T", "--temperature", type=positive, default=3.0, short="T", help=both)
     setting("--ce_weight", type=factor, default=0.025, short="ce", help="of --loss mse_ce")
     ema = "decay of averaged weights, which are tested; 0: none"
@@ -245,8 +245,7 @@ def plan_student(settings, train_dir, val_dir, fkd_path, root, waits_for):
     network = settings["model"], classes, settings["input_size"] or size
     build = partial(models.create_model, *network)
     needed = 4 * seeds * models.parameters_of(build) if all(network) else 0
-    settings = settings if fkd_path else drawn_settings(settings, size)
-    stem = Path(fkd_path).name if fkd_path else drawn_name(name, settings)
+    stem, settings = (Path(fkd_path).name, settings) if fkd_path else drawn(name, settings, size)
     folder = Path(root) / student_name(stem, settings)
     output.plan(folder, 0, 2 * seeds, needed, waits_for)
     return folder

@@ -16,8 +16,10 @@ import hashlib
 import os
 import re
 import stat
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,14 +28,23 @@ import torch
 from PIL import Image
 
 from distillation.label_files import WNID as WNID
-from distillation.label_files import known_prompts, read_label_file
+from distillation.label_files import known_prompts, nfc, read_label_file
 from scripts import files
 from scripts.runtime import CHOICE, generator, number, refuse, warn
 
 # those of torchvision's ImageFolder; not imported from it, which takes a second
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
-# images too, which ImageFolder leaves out as well: warned about
-OTHER_EXTENSIONS = {".gif", ".jfif", ".jpe", ".jp2", ".heic", ".avif", ".tga"}
+# what lies beside images; any other file that is left out is said
+BESIDE = set(".txt .json .jsonl .csv .tsv .xml .md .html .db .ini .yaml .yml .log .mat .py".split())
+# where systems keep thumbnails, and what was deleted or unpacked; hidden folders are left out too
+ASIDE = {"@eadir", "@__thumb", "thumbs", "thumbnails", "__macosx", "lost+found"}
+ASIDE |= {"@recycle", "#recycle", "$recycle.bin", "system volume information"}
+# the usual names of splits, in any case; the first group that is there is taken
+SPLITS = {"train": [["train", "training"]]}
+SPLITS["val"] = [["val", "valid", "validation", "dev", "eval", "evaluation"], ["test", "testing"]]
+EVERY_SPLIT = {name for groups in SPLITS.values() for group in groups for name in group}
+
+note = lru_cache(warn)  # once per run
 
 
 class BadImage(ValueError):
@@ -162,56 +173,122 @@ def squash(image, size):
 
 def class_folders(flag, root):
     """The names of the folders in `root`, sorted. A broken link would be a class lost silently."""
-    paths = sorted(p for p in root.iterdir() if not p.name.startswith("."))
-    for path in paths:
-        if path.is_symlink() and not path.exists():
-            refuse(f"{flag} {root}: {path} is a broken link, to {os.readlink(path)}")
-    return [p.name for p in paths if p.is_dir()]
+    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+    entries = [entry for entry in entries if not _is_aside(entry.name)]
+    for entry in entries:
+        if entry.is_symlink() and not os.path.exists(entry):
+            refuse(f"{flag} {root}: {entry.path} is a broken link, to {os.readlink(entry)}")
+    return [entry.name for entry in entries if entry.is_dir()]
+
+
+def _is_aside(name):
+    return name.startswith(".") or name.casefold() in ASIDE
+
+
+def split_folder(flag, root, split, known=()):
+    """Where the class folders of one split are: in a folder of `root` that is called like the
+    split, or in `root` itself where it has no splits. What is not plain is said, or refused.
+
+    known   names of classes; () where any may be one
+    """
+
+    def words(name):  # training_set, ILSVRC2012_img_val
+        return {word.removesuffix("set") for word in re.split(r"[\W\d_]+", name.lower())}
+
+    names = class_folders(flag, root)
+    exact = [name for name in names if name.lower() in EVERY_SPLIT]
+    splits = exact or [name for name in names if words(name) & EVERY_SPLIT]
+    others = [name for name in names if name not in splits] if splits else []
+    flat = any(n in known or (not known and _holds_image(root / n)) for n in others)
+    nested = [name for name in splits if class_folders(flag, root / name)]
+    if not splits or (flat and len(nested) < (1 if exact else 2)):  # a class may be called train
+        return _unwrapped(flag, root, split, known)
+    groups = [[name for name in splits if words(name) & {*called}] for called in SPLITS[split]]
+    found, *rest = [*filter(None, groups), []]
+    if len(found) != 1 or (flat and len(nested) == 1) or (others and not exact):
+        wanted = f"expected one folder of {split} images ({', '.join(sum(SPLITS[split], []))})"
+        other = f"or another {'--val_dir' if split == 'val' else flag}"
+        refuse(f"{flag} {root}: holds {', '.join(names[:5])}; {wanted}, {other}")
+    if found != [split] or any(rest):
+        instead = f", not {rest[0][0]}" if any(rest) else ""
+        note(f"{flag} {root}: its {split} images are those of {found[0]}{instead}")
+    return _unwrapped(flag, root / found[0], split, known)
+
+
+def _unwrapped(flag, root, split, known):
+    """`root`, or the only folder in it where that one holds the splits or the classes."""
+    inner, names = root, class_folders(flag, root)
+    for _ in range(3):
+        if len(names) != 1 or names[0] in known:
+            break
+        inner, names = inner / names[0], class_folders(flag, inner / names[0])
+        if any(name in known or name.lower() in EVERY_SPLIT for name in [inner.name, *names]):
+            note(f"{flag} {root}: taken is its only folder, {inner.relative_to(root)}")
+            return split_folder(flag, inner, split, known)
+    if inner != root and len(names) > 1 and not known:
+        what = f"one class, {inner.relative_to(root)}, of {len(names)} folders, first {names[0]}"
+        refuse(f"{flag} {root}: {what}; if these are the classes: {flag} {inner}")
+    return root
+
+
+def _holds_image(folder):  # or a folder in it does
+    paths = (path for pattern in ("*", "*/*") for path in folder.glob(pattern))
+    return any(path.suffix.lower() in EXTENSIONS for path in paths)
 
 
 def in_folders(dataset, root, split, flag, download=False):
     """ROOT/split/<class>/, or ROOT/<class>/."""
-    base, known, others = _base(root, split), known_prompts(dataset), []
+    known, left = known_prompts(dataset), defaultdict(list)
+    base = split_folder(flag, root, split, known)
     names = class_folders(flag, base)
-    if not names:
-        refuse(f"{flag} {root}: no class folders in {base}; {dataset} needs {ALL[dataset].needs}")
-    names = [name for name in names if not known or name in known]
-    found = {name: _images_below(base / name, others) for name in names}
-    if others:
-        count = f"{len(others)} files with other extensions are left out"
-        warn(f"{flag} {root}: {count}, first {others[0]}")
+    ours = [name for name in names if not known or name in known]
+    if not ours:
+        what = f"no class folders in {base}" + f", but {', '.join(names[:3])}" * bool(names)
+        refuse(f"{flag} {root}: {what}; {dataset} needs {ALL[dataset].needs}")
+    found = {name: images_below(base / name, left) for name in ours}
+    say_left(f"{flag} {root}", left)
     return found, None
 
 
-def _base(root, split):
-    return root / split if (root / split).is_dir() else root
-
-
-def _images_below(folder, others):
-    """The images in `folder` and below, sorted; files with OTHER_EXTENSIONS go to `others`.
+def images_below(folder, left):
+    """The images in `folder` and below, sorted; what is left out goes to left[what it is].
 
     Not torchvision's `make_dataset`: it takes hidden files and follows a link in circles.
     """
-    found = []
-    for parent, folders, names in os.walk(folder, followlinks=True):  # no stat: a million files
+
+    def stop(error):  # os.walk alone would pass over a folder that may not be read
+        raise error
+
+    found = []  # without a stat: there may be a million
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=stop):
         for link in filter(os.path.islink, (os.path.join(parent, name) for name in folders)):
             if Path(parent).resolve().is_relative_to(Path(link).resolve()):
                 refuse(f"{link}: a link to {os.readlink(link)}, a folder that it is in")
+        left["hidden or thumbnail folders"] += [Path(parent, n) for n in folders if _is_aside(n)]
+        folders[:] = [name for name in folders if not _is_aside(name)]
         for name in names:
             extension = os.path.splitext(name)[1].lower()
             if extension in EXTENSIONS and not name.startswith("."):
                 found.append(Path(parent, name))
-            elif extension in OTHER_EXTENSIONS:
-                others.append(Path(parent, name))
+            elif extension not in BESIDE and not _is_aside(name):
+                left["files of other formats"].append(Path(parent, name))
     return sorted(found)
+
+
+def say_left(where, left):
+    """Warn about what `images_below` left out."""
+    for what, paths in left.items():
+        if paths:
+            note(f"{where}: {len(paths)} {what} are left out, first {paths[0]}")
 
 
 def in_wnid_folders(dataset, root, split, flag, download=False):
     """`in_folders`, or a flat val/ with one of the files in GROUND_TRUTH."""
-    base = _base(root, split)
+    base = split_folder(flag, root, split, known_prompts(dataset))
     if split != "val" or any((base / wnid).is_dir() for wnid in known_prompts(dataset)):
         return in_folders(dataset, root, split, flag)
-    places = [base, root, base.parent, *root.glob("*devkit*"), *root.glob("*devkit*/data")]
+    above = base.parent
+    places = [base, root, above, *above.glob("*devkit*"), *above.glob("*devkit*/data")]
     paths = [place / name for name in GROUND_TRUTH for place in places]
     path = next((path for path in paths if path.is_file()), None)
     if not path:
@@ -222,7 +299,7 @@ def in_wnid_folders(dataset, root, split, flag, download=False):
     except Exception as error:  # whatever is wrong inside somebody's file
         refuse(f"{path}: cannot be read as ground truth: {type(error).__name__}: {error}")
     by_class = {}
-    for image in _images_below(base, []):
+    for image in images_below(base, defaultdict(list)):
         if image.name not in wnid_of:
             refuse(f"{flag} {root}: {image.name} has no line in {path.name}")
         by_class.setdefault(wnid_of[image.name], []).append(image)
@@ -267,11 +344,13 @@ GROUND_TRUTH = {
 
 def in_cifar(dataset, root, split, flag, download=False):
     """torchvision's CIFAR, held in memory; `in_folders` where there are class folders."""
-    if any((root / split).glob("*/")):
+    base = split_folder(flag, root, split, known_prompts(dataset))
+    if base != root or set(class_folders(flag, root)) & set(known_prompts(dataset)):
         return in_folders(dataset, root, split, flag)
     import torchvision
 
     cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+    root = root.parent if root.name == cls[dataset].base_folder else root
     try:
         data = cls[dataset](root, train=split == "train", download=download)
     except (RuntimeError, OSError) as error:  # damaged, or cannot be downloaded
@@ -427,15 +506,21 @@ def open_split(
     return Split(dataset, split, *zip(*rows), arrays)
 
 
+def of_all(dataset, count):
+    """What a result says where classes are missing: "9 of 10 classes", else ""."""
+    known = len(known_prompts(dataset))
+    return f"{count} of {known} classes" if known > count else ""
+
+
 def class_positions(classes, folders):
     """--classes (names, indices, ranges; None for all) -> sorted positions in `folders`."""
     if not classes:
         return list(range(len(folders)))
-    chosen, last = set(), len(folders) - 1
+    chosen, last, places = set(), len(folders) - 1, {nfc(f): c for c, f in enumerate(folders)}
     for word in classes:
         span = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
-        if word in folders:
-            chosen.add(folders.index(word))
+        if nfc(word) in places:
+            chosen.add(places[nfc(word)])
         elif span and int(span[1]) <= int(span[2] or span[1]) <= last:
             chosen.update(range(int(span[1]), int(span[2] or span[1]) + 1))
         else:

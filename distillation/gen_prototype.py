@@ -10,11 +10,11 @@ when it is finished, and the same command goes on where a run stopped.
 import hashlib
 import itertools
 import math
+import sys
 import time
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from distillation import datasets, latent_cache, prototype_files, prototypes
 from scripts import files, generators, output, runtime
@@ -24,7 +24,7 @@ from scripts.runtime import Parser, entry_point, number, refuse, warn
 
 
 class SquashedImages:
-    """For a DataLoader: (class position, image numbers) -> a batch, made in the reading process.
+    """For read_ahead: (class position, image numbers) -> a batch, made in the reading process.
 
     A batch is: (B, 3, S, S) uint8 of the images that can be read (None: of none); their numbers;
     {number: what is wrong with it} of the others; and a hash of each picture, about 64 x 64 pixels
@@ -111,11 +111,10 @@ def class_latents(model, split, positions, settings, cache=None, num_workers=0, 
         needed = total * math.prod(model.latent_shape(settings["size"])) * 2
         files.require_space("--latent_cache", cache.folder, needed)
     every = [batch for of_class in batches.values() for batch in of_class]
-    workers, pinned = min(num_workers, len(every)), model.device.type == "cuda"
-    how = {"num_workers": workers, "pin_memory": pinned, "prefetch_factor": 4 if workers else None}
+    ahead = {"pin_memory": model.device.type == "cuda", "prefetch_factor": 4}
     images = SquashedImages(split, settings["size"])
     # the workers start here, where no thread lives yet that a fork could catch in the middle
-    read = iter(DataLoader(images, batch_size=None, sampler=every, **how))
+    read = runtime.read_ahead(images, every, num_workers, **ahead)
     limit, quiet = runtime.MemoryLimit(step), quiet or not total
     with runtime.progress(total=total, desc="encode", unit="image", quiet=quiet) as bar:
         for position in positions:
@@ -161,11 +160,11 @@ def declare(parser):
 
     Returns the settings' names.
     """
-    setting, count, size = parser.setting, number(int, 1), datasets.default("encode_size")
+    setting, count = parser.setting, number(int, 1)
     parser.heading("prototypes")
     setting("--ipc", type=count, default=1, help="images and prototypes per class")
     setting("--km_expand", type=count, default=10, help="k-means buffers: km_expand * ipc latents")
-    setting("--size", type=count, default=size, short="size", help="VAE pixels [512; digits: 32]")
+    setting("--size", type=count, short="size", help="VAE pixels [the checkpoint's own: 512, ...]")
     setting("--seed", type=number(int, 0), default=0, short="seed", help="of all that is drawn")
     kmeans = {"choices": ["minibatch", "full", "none"], "default": "minibatch", "short": "kmeans"}
     setting("--kmeans", **kmeans, help="the paper's, Lloyd's, or --ipc random images as they are")
@@ -193,11 +192,25 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
-def open_images(settings, root, label_file=None, download=False):
-    """The Split that stage 1 reads; classes that are too small are refused."""
+def with_size(settings, model):
+    """The settings with a --size: the generator's own, if none was given."""
+    usual = datasets.ALL[settings["dataset"]].encode_size
+    size = settings["size"] or model.native_size
+    if not size:
+        refuse("--size: must be given, the checkpoint does not say what it was trained with")
+    model.latent_shape(size)  # refuses what the model cannot take
+    settings = settings.filled(size=size)
+    settings.defaults["size"] = usual  # a folder's name says any other
+    return settings
+
+
+def open_images(settings, root, label_file=None, download=False, quiet=False):
+    """The Split that stage 1 reads, with its prompts shown; too small classes are refused."""
     part = (settings["classes"], settings["max_images_per_class"])
     split = datasets.open_split(settings["dataset"], root, "train", label_file, *part, download)
     datasets.check_class_sizes(split, settings["ipc"], settings["on_small_class"])
+    for folder, prompt in itertools.islice(zip(split.folders, split.prompts), 0 if quiet else 10):
+        print(f"prompt of {folder}: {prompt}", file=sys.stderr)
     if settings["kmeans"] == "none":
         return datasets.choose_images(split, settings["ipc"], settings["seed"])
     return split
@@ -223,15 +236,17 @@ def main(argv=None):
     args = get_args(argv)
     process = runtime.this_process(args.device, args.shard, args.dry_run, args.wait)
     kmeans_device = resolve_kmeans_device(args.kmeans_device, process.device)
-    split = open_images(args.settings, args.data_dir, args.label_file_path, args.download)
+    files_of = (args.data_dir, args.label_file_path, args.download)
+    split = open_images(args.settings, *files_of, quiet=not process.is_main)
     how = {name: getattr(args, name) for name in generators.FLAGS if name in args}
     model = generators.load(args.diffusion_checkpoints_path, process.device, part="encoder", **how)
-    shape, form = model.latent_shape(args.size), args.prototype_format
+    settings = with_size(args.settings, model)
+    shape, form = model.latent_shape(settings["size"]), args.prototype_format
     stem = f"{args.dataset}-ipc{args.ipc}-kmexpand{args.km_expand}"
-    name = output.folder_name(stem, *args.settings.parts())
+    name = output.folder_name(stem, *settings.parts())
     where = ("--save_prototype_path", args.save_prototype_path, name, "prototypes")
-    inputs, classes = inputs_of(split, model, args.settings), datasets.class_table(split)
-    with output.Output(*where, args.settings, inputs, process, resumable=("batch_size",)) as out:
+    inputs, classes = inputs_of(split, model, settings), datasets.class_table(split)
+    with output.Output(*where, settings, inputs, process, resumable=("batch_size",)) as out:
         names = [prototype_files.class_file(n, f, form) for n, f in enumerate(split.folders)]
         bytes_each = args.ipc * math.prod(shape) * (7 if form == "json" else 2)
         todo = out.todo(range(len(names)), lambda n: [names[n]], bytes_each)
@@ -240,15 +255,15 @@ def main(argv=None):
 
         def write_class(position, latents, skipped):
             index, folder, prompt = classes[position].values()
-            found = cluster(latents, args.settings, kmeans_device, folder)
+            found = cluster(latents, settings, kmeans_device, folder)
             facts = {"class_index": index, "folder": folder, "prompt": prompt}
             facts |= {"images": len(latents), "skipped": skipped}
             out.write(names[position], prototype_files.class_bytes(found, facts, form))
 
         for unit in out.steps(class_latents(model, split, todo, *how)):
             out.later(write_class, *unit)  # k-means runs beside the encoding of the next class
-        facts = {name: args.settings[name] for name in ("dataset", "ipc", "km_expand")}
-        facts |= {"classes": classes, "latent_shape": shape, "parts": parts_of(args.settings)}
+        facts = {name: settings[name] for name in ("dataset", "ipc", "km_expand")}
+        facts |= {"classes": classes, "latent_shape": shape, "parts": parts_of(settings)}
         out.finish(facts, words="classes")
     return out.folder
 

@@ -5,11 +5,13 @@
 # does.
 # Not in the paper.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/launch.sh
 
 IPC="${IPC:-10}"
 KM_EXPAND="${KM_EXPAND:-1}"
+SIZE="${SIZE:-512}"
+SEED="${SEED:-0}"
 DATA_DIR="${DATA_DIR:-data/imagenet}"
 OUT="${OUT:-output}"
 DIFFUSION_CHECKPOINT="${DIFFUSION_CHECKPOINT:-stable-diffusion-v1-5/stable-diffusion-v1-5}"
@@ -19,9 +21,10 @@ run -m distillation.gen_prototype \
     --data_dir "$DATA_DIR" \
     --label_file_path distillation/label-prompt/imagenet100.txt \
     --diffusion_checkpoints_path "$DIFFUSION_CHECKPOINT" \
-    --size 512 \
+    --size "$SIZE" \
     --ipc "$IPC" \
     --km_expand "$KM_EXPAND" \
+    --seed "$SEED" \
     --batch_size 32 \
     --num_workers 8 \
     --save_prototype_path "$OUT/prototypes" \

@@ -3,11 +3,13 @@
 # 100,000 images of 64 px, resized to 512. DATA_DIR holds train/<wnid>/images/.
 # The paper gives no km_expand or guidance for this set: the ImageNet values are kept.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/launch.sh
 
 IPC="${IPC:-50}"
 KM_EXPAND="${KM_EXPAND:-1}"
+SIZE="${SIZE:-512}"
+SEED="${SEED:-0}"
 DATA_DIR="${DATA_DIR:-data/tiny-imagenet-200}"
 OUT="${OUT:-output}"
 DIFFUSION_CHECKPOINT="${DIFFUSION_CHECKPOINT:-stable-diffusion-v1-5/stable-diffusion-v1-5}"
@@ -17,9 +19,10 @@ run -m distillation.gen_prototype \
     --data_dir "$DATA_DIR" \
     --label_file_path distillation/label-prompt/tiny_imagenet.txt \
     --diffusion_checkpoints_path "$DIFFUSION_CHECKPOINT" \
-    --size 512 \
+    --size "$SIZE" \
     --ipc "$IPC" \
     --km_expand "$KM_EXPAND" \
+    --seed "$SEED" \
     --batch_size 32 \
     --num_workers 8 \
     --save_prototype_path "$OUT/prototypes" \

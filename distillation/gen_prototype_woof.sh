@@ -4,11 +4,13 @@
 # too.
 # Not in the paper.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/launch.sh
 
 IPC="${IPC:-10}"
 KM_EXPAND="${KM_EXPAND:-1}"
+SIZE="${SIZE:-512}"
+SEED="${SEED:-0}"
 DATA_DIR="${DATA_DIR:-data/imagewoof}"
 OUT="${OUT:-output}"
 DIFFUSION_CHECKPOINT="${DIFFUSION_CHECKPOINT:-stable-diffusion-v1-5/stable-diffusion-v1-5}"
@@ -18,9 +20,10 @@ run -m distillation.gen_prototype \
     --data_dir "$DATA_DIR" \
     --label_file_path distillation/label-prompt/imagewoof.txt \
     --diffusion_checkpoints_path "$DIFFUSION_CHECKPOINT" \
-    --size 512 \
+    --size "$SIZE" \
     --ipc "$IPC" \
     --km_expand "$KM_EXPAND" \
+    --seed "$SEED" \
     --batch_size 32 \
     --num_workers 8 \
     --save_prototype_path "$OUT/prototypes" \

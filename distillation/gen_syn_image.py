@@ -162,6 +162,16 @@ def synthesize(model, settings, classes, stream, inputs, parts, root, process, w
     return out.folder
 
 
+def warn_of_long_prompts(model, classes, negative):
+    """Say which prompts the model does not read to their end."""
+    prompts = {"--negative_prompt": negative, **{c["folder"]: c["prompt"] for c in classes}}
+    unread = {name: rest for name, prompt in prompts.items() if (rest := model.unread(prompt))}
+    for name, rest in list(unread.items())[:3]:
+        warn(f"{name}: its prompt is too long for this model, which does not read {rest!r}")
+    if len(unread) > 3:
+        warn(f"{len(unread) - 3} other prompts are too long")
+
+
 # ---- main
 
 
@@ -190,6 +200,9 @@ def get_args(argv=None):
     setting("--dataset", type=datasets.name, default="imagenet", help=names)
     flag("--prototype_path", required=True, help="a folder of stage 1, or the release's JSON file")
     flag("--label_file_path", help="other prompts than the prototypes were made with")
+    keys = "the keys of the release's JSON file as prompts, with their faults, instead of ours"
+    switch = {"action": "store_true", "default": False, "short": "releaseprompts"}
+    setting("--release_prompts", **switch, help=keys)
     flag("--verify", action="store_true", help="hash every prototype file at the start")
     flag("--arm", nargs="+", choices=ARMS, default=["d4m"], help="the method, or what to compare")
     setting("--ipc", type=count, default=1, help="images per class")
@@ -226,14 +239,17 @@ def main(argv=None):
     args = get_args(argv)
     process = runtime.this_process(args.device, args.shard, args.dry_run, args.wait)
     path, root = args.prototype_path, args.save_init_image_path
+    label_file, keys = args.label_file_path, args.release_prompts
+    if keys and label_file:
+        refuse("--release_prompts, --label_file_path: only one of them says the prompts")
     waits_for = args.dry_run and output.awaited(path, "distillation.gen_prototype")
     if not waits_for:
-        source = prototype_files.open_prototypes(path, args.dataset, args.verify)
+        source = prototype_files.open_prototypes(path, args.dataset, args.verify, keys)
         prototype_files.check_settings(path, source, args.settings)
-        classes, prompts = source.classes, None
-        if args.label_file_path:
-            classes = label_files.with_prompts(classes, args.label_file_path, args.dataset)
-            prompts = [c["prompt"] for c in classes]
+        classes = source.classes
+        if label_file:
+            classes = label_files.with_prompts(classes, label_file, args.dataset)
+        prompts = [c["prompt"] for c in classes] if keys or label_file else None
     how = {name: getattr(args, name) for name in generators.FLAGS}
     model = generators.load(args.diffusion_checkpoints_path, process.device, **how)
     check_steps(args.settings, args.arm, model.most_steps)
@@ -245,8 +261,11 @@ def main(argv=None):
             output.plan(folder, 0, count, count * args.image_size**2 * 2, waits_for)
         return []
     prototype_files.check_model(path, source, model)
+    if process.is_main and set(args.arm) - {"decoded"}:
+        warn_of_long_prompts(model, classes, args.negative_prompt)
     inputs = {"generator": model.facts, "prototypes": source.content, "prompts": prompts}
-    inputs |= {"prototype_arguments": source.settings, "real_images": source.real_images}
+    inputs |= {"prototype_arguments": source.settings, "images": source.images}
+    inputs["real_images"] = source.real_images
 
     def stream(positions, _):
         return ((position, source[position]) for position in positions)

@@ -1,28 +1,32 @@
 #!/bin/sh
 # Stage 2 on ImageNet-1K: prototypes -> noised, denoised under the class prompt, decoded -> PNGs.
-# 10,000 images at IPC 10. One H200: about 25 min (estimate); 0.8 GB of PNGs; fits a 12 GB GPU at
-# --batch_size 8.
+# 10,000 images at IPC 10. One H200: 40 min in batches of 32; 12.2 GiB in batches of 20
+# (misc/benchmarks/h200.md). 0.8 GB of PNGs.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/launch.sh
 
 IPC="${IPC:-10}"
 KM_EXPAND="${KM_EXPAND:-1}"
 STRENGTH="${STRENGTH:-0.7}"
 GUIDANCE="${GUIDANCE:-8}"
+STEPS="${STEPS:-50}"
+SEED="${SEED:-0}"
 OUT="${OUT:-output}"
+PROTOTYPES="${PROTOTYPES:-$(d4m_prototypes imagenet)}"
 DIFFUSION_CHECKPOINT="${DIFFUSION_CHECKPOINT:-stable-diffusion-v1-5/stable-diffusion-v1-5}"
 
 run -m distillation.gen_syn_image \
     --dataset imagenet \
-    --prototype_path "$OUT/prototypes/imagenet-ipc${IPC}-kmexpand${KM_EXPAND}" \
+    --prototype_path "$OUT/prototypes/$PROTOTYPES" \
     --diffusion_checkpoints_path "$DIFFUSION_CHECKPOINT" \
     --ipc "$IPC" \
     --km_expand "$KM_EXPAND" \
     --strength "$STRENGTH" \
     --guidance_scale "$GUIDANCE" \
-    --num_inference_steps 50 \
+    --num_inference_steps "$STEPS" \
     --negative_prompt "cartoon, anime, painting" \
+    --seed "$SEED" \
     --batch_size 32 \
     --save_init_image_path "$OUT/images" \
     "$@"

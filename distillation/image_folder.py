@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -132,6 +133,25 @@ def finish_images(out, jobs, classes, row_of, words="images", **facts):
     derived = {"images.jsonl": lambda: "".join(map(line, jobs))}
     derived["README.md"] = lambda: data_card(facts, out.settings, out.inputs.get("generator"))
     out.finish(facts, derived, words)
+    if words_of_loaders := misread([c["folder"] for c in classes]):
+        print(f"{out.folder}: {words_of_loaders}")
+
+
+# which Hugging Face's imagefolder takes for a split, as a word of a folder's name; timm some of it
+SPLITS = "train training validation valid dev val test testing eval evaluation".split()
+
+
+def misread(folders):
+    """What to say where a class is called like a split: who misreads it, what reads it right."""
+    like = [name for name in folders if set(re.split("[-._ 0-9]", name)) & set(SPLITS)]
+    if not like:
+        return ""
+    return (
+        f"class {like[0]} is called like a split{' (and others are)' * (len(like) > 1)}: "
+        'load_dataset("imagefolder", data_dir=DIR) and timm\'s create_dataset("", DIR) may take it '
+        "for one and lose the rest; load_dataset(DIR), torchvision's ImageFolder(DIR) and timm's "
+        'create_dataset("", DIR, search_split=False) read every class'
+    )
 
 
 MADE_AS = {
@@ -151,9 +171,15 @@ def data_card(facts, settings, generator=None):
     names = ("model", "strength", "guidance_scale", "num_inference_steps", "seed")
     details = {**settings, **(generator or {})}
     listed = "".join(f"- {name}: {details[name]}\n" for name in names if name in details)
+    warning = misread([c["folder"] for c in facts["classes"]])
+    warning = f"\nNote: {warning}.\n" if warning else ""
     return f"""---
 task_categories: [image-classification]
 tags: [dataset-distillation]
+configs:
+- config_name: default
+  data_files: [{{split: train, path: "*/*.png"}}]
+  drop_labels: false
 ---
 # {facts["dataset"]}, {facts["ipc"]} images per class
 
@@ -162,7 +188,9 @@ tags: [dataset-distillation]
 {listed}
 `images.jsonl` has one line per image; `manifest.json` has every argument and the sha256 of every
 file. The licences of the model and of the real images apply.
-"""
+
+`datasets.load_dataset(DIR)` (Hugging Face) and `torchvision.datasets.ImageFolder(DIR)` load it.
+{warning}"""
 
 
 # ---- reading

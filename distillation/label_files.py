@@ -1,11 +1,15 @@
 """Prompts of classes: our lists in label-prompt/, and what users bring with --label_file_path."""
 
+import ast
 import re
+import unicodedata
+from functools import partial
 from pathlib import Path
 
 from scripts.runtime import refuse, warn
 
 FOLDER = Path(__file__).parent / "label-prompt"
+nfc = partial(unicodedata.normalize, "NFC")  # a Mac writes an accent as a letter of its own
 WNID = re.compile(r"n\d{8}$")
 
 
@@ -20,32 +24,34 @@ def known_prompts(dataset):
 
 
 def read_label_file(path, folders, dataset="imagefolder"):
-    """The prompts of `folders` from a text file: line i = prompt of class i, or
-    `folder<TAB>prompt` (also `wnid prompt`).
+    """The prompts of `folders` from a text file, in one of the forms that circulate:
 
-    A BOM, CRs, outer spaces and balanced outer quotes are taken off; what is malformed, or our own
-    list in another order, is refused with its line number.
+        tench, Tinca tinca               line i = prompt of class i
+        n01440764: tench, Tinca tinca    the class folder, in any order
+        0: tench, Tinca tinca            the class number, from 0 or 1, before or behind
+
+    or a Python or JSON literal of these. A BOM, CRs, outer spaces and balanced outer quotes are
+    taken off; what is malformed, or names another class, is refused with its line number.
     """
     where = f"--label_file_path {path}"
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         refuse(f"{where}: not UTF-8 at byte {error.start}")
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
-    rows = [_row(line, f"{where}, line {n}") for n, line in enumerate(lines, 1)]
-    if len({folder is None for folder, _ in rows}) > 1:
-        refuse(f"{where}: some lines have a folder name, others have none")
-    if rows[0][0] is None:
-        prompts = [prompt for _, prompt in rows]
-        _check_order(prompts, folders, dataset, where)
-    else:
-        prompts = _by_folder(rows, folders, where)
+    lines = _lines(text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n"), where)
+    keys, prompts, say = _keys(lines, folders, where)
+    rows = [(n, _prompt(prompt, f"{where}, line {n}")) for n, prompt in enumerate(prompts, 1)]
+    if keys:
+        rows = _by_folder(zip(keys, rows), folders, where)
+    if len(rows) != len(folders):
+        refuse(f"{where}: has {len(rows)} prompts, there are {len(folders)} classes")
+    _check_order(rows, folders, dataset, where, say)
     seen = {}
-    for folder, prompt in zip(folders, prompts):
+    for folder, (_, prompt) in zip(folders, rows):
         other = seen.setdefault(prompt, folder)
         if other != folder:
             warn(f"{where}: classes {other} and {folder} share the prompt {prompt!r}")
-    return prompts
+    return [prompt for _, prompt in rows]
 
 
 def with_prompts(classes, path, dataset):
@@ -55,57 +61,174 @@ def with_prompts(classes, path, dataset):
     return [{**c, "prompt": prompts[c["folder"]]} for c in classes]
 
 
-def _row(line, where):
-    """One line -> (folder or None, prompt)."""
-    control = re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", line)
-    if control:
-        refuse(f"{where}: holds the control character {control[0]!r}")
-    folder, tab, prompt = line.partition("\t")
-    if not tab:
-        wnid, _, rest = line.strip().partition(" ")
-        folder, prompt = (wnid, rest) if rest and WNID.match(wnid) else (None, line)
+def _lines(text, where):
+    """The lines of a label file; the entries of a Python or JSON literal as `key: prompt`."""
+    lines = text.split("\n")
+    if text.lstrip().startswith(("{", "[")):
+        try:
+            found = ast.literal_eval(text.strip())
+            rows = found.items() if isinstance(found, dict) else found
+            lines = [": ".join(_words(row)) for row in rows] or [""]
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+            if text.lstrip()[0] == "{":  # a prompt may start with a bracket
+                line = getattr(error, "lineno", 1)
+                reason = getattr(error, "msg", "expected texts and numbers")
+                refuse(f"{where}, line {line}: not {{0: 'tench', ...}}: {reason}")
+    for n, line in enumerate(lines, 1):
+        control = re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]", line)
+        if control:
+            refuse(f"{where}, line {n}: holds the control character {control[0]!r}")
+    return [line.strip(" ") for line in lines]
+
+
+def _words(value):
+    """The texts and numbers in nested lists."""
+    if isinstance(value, (list, tuple)):
+        return [word for part in value for word in _words(part)]
+    if isinstance(value, (str, int)):
+        return [str(value)]
+    raise ValueError
+
+
+def _split(lines, key, behind=False):
+    """Per line a match with its "key", "prompt", and "strong" separator, or None: no key."""
+    between = r"(?:(?P<strong>\s*(?:[:=|;\t]|->)\s*)|\s*,\s*|\s+-\s+|\s+)"
+    mark = rf"[\"'(\[#]*(?P<key>{key})[\"')\]]*"
+    first = rf"{mark}(?!:\d)\.?{between}(?P<prompt>.+)"  # 0. tench, not 16:9 screen
+    form = rf"(?P<prompt>.+?){between}{mark}" if behind else first
+    return [re.fullmatch(form, line) for line in lines]
+
+
+def _parts(found, where):
+    """The keys and the prompts of matches; refuses a line without."""
+    for n, match in enumerate(found, 1):
+        if not match:
+            refuse(f"{where}, line {n}: some lines have a folder name or number, this has none")
+    return [m["key"].strip("\"' ") for m in found], [m["prompt"] for m in found]
+
+
+def _keys(lines, folders, where):
+    """(the class folder of each line, or None; the prompts; what to do where they name another).
+
+    A prompt may hold digits and separators ("4-lane road", "Boeing 747"): folder names count where
+    most lines have one, numbers where they number the classes.
+    """
+    numbered = _split(lines, r"\d+")
+    rests = [m["prompt"] for m in numbered] if all(numbered) else lines  # 0: n01440764: tench
+    for behind in (False, True):
+        found = _split(rests, WNID.pattern[:-1], behind)
+        if any(found):
+            keys, prompts = _parts(found, where)
+            numbers = _split(prompts, r"\d+")  # as in ILSVRC's map_clsloc.txt
+            if all(numbers) and len({m["key"] for m in numbers}) == len(lines):
+                prompts = [m["prompt"] for m in numbers]
+            return keys, prompts, warn
+    names, form = {*map(nfc, folders)}, r"(?P<key>.+?)(?:\s*[:=|;\t]\s*|,(?=\S))(?P<prompt>.+)"
+    found = [re.fullmatch(form, line) for line in lines]
+    known = [m for m in found if m and nfc(m["key"].strip("\"' ")) in names]
+    to_number = all(m and m["prompt"].isdigit() and not m["key"].isdigit() for m in found)
+    tabs = all("\t" in line for line in lines) and not all(numbered)
+    if not to_number and (2 * len(known) > len(lines) or tabs):
+        return *_parts(found, where), warn
+    for behind in (False, True):
+        keys, prompts = _numbered(_split(lines, r"\d{1,5}", behind), folders, where, behind)
+        if keys:
+            return keys, prompts, refuse
+    every = list(known_prompts("imagenet"))
+    if len(lines) == len(every) > len(folders) and {*folders} <= {*every}:
+        return every, lines, refuse
+    numeric = sorted(folders, key=int) if all(map(str.isdecimal, folders)) else folders
+    for n, (folder, other) in enumerate(zip(folders, numeric), 1):
+        if folder != other:  # 1, 10, 11, 2
+            order = f"in sorted order this is folder {folder!r}, by its number it is {other!r}"
+            refuse(f"{where}, line {n}: {order}; write folder, tab, prompt")
+    return None, lines, refuse
+
+
+def _numbered(found, folders, where, behind):
+    """(class folders, prompts) of lines with numbers, (None, None) where they are of the prompts.
+
+    Classes are numbered from 0 or 1, in order of `folders` or of all of ImageNet.
+    """
+    every, count = list(known_prompts("imagenet")), len(folders)
+    numbers, prompts = [int(m["key"]) for m in found if m], [m["prompt"] for m in found if m]
+    strong, most = all(m and m["strong"] for m in found), 1000 if folders[0] in every else count
+    orders = [dict(enumerate(order, n)) for order in (folders, every) for n in (0, 1)]
+    for names in orders if len({*numbers}) == len(found) else ():
+        keys = [names.get(n) for n in numbers]
+        if {*folders} <= {*keys} and None not in keys:
+            if strong or numbers == sorted(numbers) and 2 * len({*prompts}) > len(found):
+                return keys, prompts
+    sure = [m for m in found if m and int(m["key"]) <= most and (m["strong"] or not behind)]
+    if strong or 2 * len(sure) > len(found):
+        _parts(found, where)
+        bad = [n for n, k in enumerate(numbers) if k in numbers[:n] or k > most] or [len(found) - 1]
+        each = f"each class needs one, from 0 to {count - 1} or from 1 to {count}"
+        refuse(f"{where}, line {bad[0] + 1}: number {numbers[bad[0]]}; {each}")
+    return None, None
+
+
+def _prompt(prompt, where):
+    """One prompt without its spaces and quotes."""
+    prompt = re.sub(r"""^(["'])(.*)\1,?$""", r"\2", prompt.strip()).strip()
     if "\t" in prompt:
-        refuse(f"{where}: has more than one tab")
-    prompt = prompt.strip()
-    if len(prompt) > 1 and prompt[0] == prompt[-1] and prompt[0] in "\"'":
-        prompt = prompt[1:-1].strip()
+        refuse(f"{where}: has more than one tab, or some lines have a folder name and others none")
     if '"' in prompt or prompt[:1] == "'" or prompt[-1:] == "'":
         refuse(f"{where}: has a stray quote mark: {prompt}")
     if not prompt:
         refuse(f"{where}: has no prompt")
-    return folder and folder.strip(), prompt
+    return prompt if " " in prompt else prompt.replace("_", " ")
 
 
-def _by_folder(rows, folders, where):
-    """[(folder, prompt)] -> the prompts of `folders`; other ImageNet classes may have rows too."""
-    prompts, known = {}, {*folders, *known_prompts("imagenet")}
-    for n, (folder, prompt) in enumerate(rows, 1):
-        if folder in prompts:
-            refuse(f"{where}, line {n}: the folder {folder} stands twice")
-        if folder not in known:
-            refuse(f"{where}, line {n}: there is no class folder {folder!r}")
-        prompts[folder] = prompt
-    missing = [folder for folder in folders if folder not in prompts]
+def _by_folder(pairs, folders, where):
+    """(folder, row) pairs -> the rows of `folders`; other ImageNet classes may have rows too."""
+    rows, own = {}, {nfc(folder): folder for folder in folders}
+    for key, row in pairs:
+        folder = own.get(nfc(key), key)
+        if folder in rows:
+            refuse(f"{where}, line {row[0]}: the folder {folder} stands twice")
+        if folder not in folders and not (WNID.match(folder) and WNID.match(folders[0])):
+            refuse(f"{where}, line {row[0]}: there is no class folder {folder!r}")
+        rows[folder] = row
+    missing = [folder for folder in folders if folder not in rows]
     if missing:
         refuse(f"{where}: has no line for {len(missing)} class folders, first {missing[0]}")
-    return [prompts[folder] for folder in folders]
+    return [rows[folder] for folder in folders]
 
 
-def _check_order(prompts, folders, dataset, where):
-    """A bare list of prompts must not be our own list in another order or without its spaces."""
+def _check_order(rows, folders, dataset, where, say):
+    """Prompts must not be the names of other classes, nor our own list without its spaces.
 
-    def letters(prompt):
-        return re.sub(r"[^a-z0-9]", "", prompt.lower())
+    rows   [(line, prompt)] of `folders`;   say: refuse, or warn where the file names the folders
+    """
 
-    if len(prompts) != len(folders):
-        refuse(f"{where}: has {len(prompts)} prompts, there are {len(folders)} classes")
+    def letters(text):
+        return re.sub(r"[\W_]+", "", nfc(text).casefold())
+
+    def words(text):
+        return {*re.findall(r"[^\W\d_]{3,}", nfc(text).casefold())}
+
     of_wnids = "imagenet" if all(map(WNID.match, folders)) else dataset
-    ours = known_prompts(dataset) or known_prompts(of_wnids)
-    owner = {letters(prompt): folder for folder, prompt in reversed(ours.items())}
-    for n, (folder, prompt) in enumerate(zip(folders, prompts), 1):
-        right, other = ours.get(folder, prompt), owner.get(letters(prompt))
+    ours, owners = known_prompts(dataset) or known_prompts(of_wnids), {}
+    names = ours or {folder: folder.replace("_", " ") for folder in folders}
+    for folder, prompt in names.items():
+        for name in {letters(part) for part in (prompt, *prompt.split(","))} - {""}:
+            owners.setdefault(name, set()).add(folder)
+    fits = {}  # {folder: the classes whose name its prompt is}
+    for folder, (_, prompt) in zip(folders, rows):
+        parts = [owners.get(letters(part), set()) for part in (prompt, *prompt.split(","))]
+        fits[folder] = parts[0] or set().union(*parts)
+        if not fits[folder] and not ours and not words(folder) & words(prompt):
+            fits[folder] = {f for f in folders if words(f) and words(f) <= words(prompt)}
+    for folder, (n, prompt) in zip(folders, rows):
+        right, line = names.get(folder, prompt), f"{where}, line {n}"
         expected = f"expected {folder}'s {right!r}"
-        if other == folder and " " in right and " " not in prompt:
-            refuse(f"{where}, line {n}: {prompt!r} has lost its spaces, {expected}")
-        if other not in (None, folder) and prompt != right:
-            refuse(f"{where}, line {n}: {prompt!r} is the prompt of {other}, {expected}")
+        if ours and letters(prompt) == letters(right) and " " in right and " " not in prompt:
+            refuse(f"{line}: {prompt!r} has lost its spaces, {expected}")
+        if fits[folder] and folder not in fits[folder]:
+            other = min(fits[folder])
+            is_moved = fits.get(other) and other not in fits[other]  # its own prompt is elsewhere
+            exact = letters(prompt) == letters(names[other])
+            (say if is_moved or exact else warn)(
+                f"{line}: {prompt!r} is the prompt of {other}, {expected}"
+            )

@@ -4,7 +4,6 @@ python -m distillation.prototypes FOLDER OUT.json    # a folder as the release's
 """
 
 import json
-from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
@@ -99,7 +98,7 @@ class PrototypeFolder:
         self.per_class, self.dataset = manifest["ipc"], manifest["dataset"]
         self.latent_shape = tuple(manifest["latent_shape"])
         self.vae_sha256 = manifest["inputs"]["generator"]["vae_sha256"]
-        self.real_images = manifest["inputs"]["real_images"]
+        self.images, self.real_images = (manifest["inputs"][n] for n in ("images", "real_images"))
         form = self.settings["prototype_format"]
         self.names = [class_file(n, c["folder"], form) for n, c in enumerate(self.classes)]
         safe = all(files.safe_name(c["folder"]) for c in self.classes)
@@ -122,42 +121,49 @@ class PrototypeFolder:
 class ReleaseFile:
     """The release's single `{prompt: (k, c, h, w) nested lists}` JSON, seen as a PrototypeFolder.
 
-    It does not say which VAE and settings made it. Two classes may not share a prompt.
+    Key number k, in file order, holds the prototypes of class k, whatever the key says: some of the
+    release's prompts are those of other classes. The prompts are ours; the keys only with
+    `release_prompts`, or where the classes are not known. Which VAE made it is not known.
     """
 
-    settings, parts, vae_sha256, real_images = None, {}, None, None
+    settings, parts, vae_sha256, images, real_images = None, {}, None, None, None
 
-    def __init__(self, path, dataset):
+    def __init__(self, path, dataset, release_prompts=False):
         where, table = f"--prototype_path {path}", files.read_json(path)
         known = datasets.known_prompts(dataset)
-        counts = Counter(known.values())
         if not isinstance(table, dict) or not table:
             refuse(f"{where}: expected a JSON object {{prompt: prototypes}}")
-        for prompt in table:
-            if (known and counts[prompt] != 1) or not prompt.isprintable():
-                refuse(f"{where}: {prompt!r} is the prompt of {counts[prompt]} classes, not of one")
+        if known and len(table) != len(known):
+            why = "key number k is class k, and classes that share a prompt are one key there"
+            refuse(f"{where}: has {len(table)} keys, {dataset} has {len(known)} classes ({why})")
         # a folder is never named by a prompt: the classes of an unknown data set are numbered
-        order = known or {f"{n:04d}": prompt for n, prompt in enumerate(sorted(table))}
-        classes = enumerate(order.items())
-        classes = [{"index": n, "folder": f, "prompt": p} for n, (f, p) in classes if p in table]
+        folders = list(known) or [f"{n:04d}" for n in range(len(table))]
+        prompts = list(known.values() if known and not release_prompts else table)
+        for prompt in prompts:
+            if not prompt.isprintable():
+                refuse(f"{where}: the prompt {prompt!a} holds what cannot be printed")
         try:
-            self.latents = np.asarray([table[c["prompt"]] for c in classes], np.float16)
+            self.latents = np.asarray(list(table.values()), np.float16)
         except (ValueError, TypeError, OverflowError) as error:
             refuse(f"{where}: not rectangular lists of one shape: {error}")
-        for c, latents in zip(classes, self.latents):
-            check_latents(latents, f"{where}: {c['prompt']!r}")
+        for prompt, latents in zip(table, self.latents):
+            check_latents(latents, f"{where}: {prompt!a}")
         _, self.per_class, *shape = self.latents.shape
-        self.dataset, self.classes, self.latent_shape = dataset, classes, tuple(shape)
+        pairs = enumerate(zip(folders, prompts))
+        self.classes = [{"index": n, "folder": f, "prompt": prompt} for n, (f, prompt) in pairs]
+        self.dataset, self.latent_shape = dataset, tuple(shape)
         self.content = files.sha256(path)
 
     def __getitem__(self, position) -> Prototypes:
         return Prototypes(self.latents[position], np.ones(self.per_class, dtype=np.int64))
 
 
-def open_prototypes(path, dataset, verify=False):
+def open_prototypes(path, dataset, verify=False, release_prompts=False):
     """--prototype_path -> PrototypeFolder or ReleaseFile."""
     if Path(path).is_file():
-        return ReleaseFile(path, dataset)
+        return ReleaseFile(path, dataset, release_prompts)
+    if release_prompts:
+        refuse(f"--release_prompts: --prototype_path {path} is not the release's JSON file")
     return PrototypeFolder(path, verify=verify)
 
 
@@ -190,6 +196,10 @@ def main(argv=None):
     if Path(args.json).is_dir():
         refuse(f"{args.json}: is a folder, expected the name of a file")
     source, table = PrototypeFolder(args.folder, "FOLDER"), {}
+    count = len(datasets.known_prompts(source.dataset)) or len(source.classes)
+    if [c["index"] for c in source.classes] != list(range(count)):  # the form has no numbers
+        held = f"{len(source.classes)} of the {count} classes of {source.dataset}"
+        refuse(f"FOLDER {args.folder}: holds {held}; the release's form needs each, in order")
     for position, c in enumerate(source.classes):
         if c["prompt"] in table:  # the release's form cannot hold both
             refuse(f"FOLDER {args.folder}: two classes have the prompt {c['prompt']!r}")

@@ -4,7 +4,7 @@
 # Then: IMAGES=tiny_imagenet_ipc50_from_imagenet_ipc50_s0.7_g8_kmexpand1 \
 #     sh matching/matching_tnimgnt.sh
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/launch.sh
 
 IPC="${IPC:-50}"

@@ -19,10 +19,31 @@ def resize_exact(image, size):
     return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
+def shuffled(images, orders):
+    """RDED's ShufflePatches: rows and columns of patches in a new order, on any device.
+
+    images (B, H, W, 3);   orders (B, 2, factor) on the CPU, of the patches in height and width
+    """
+    (rows, columns), b = zip(orders.unbind(1), images.shape[1:3]), torch.arange(len(images))
+    b, rows, columns = (sent(t, images.device) for t in (b, places(*rows), places(*columns)))
+    return images[b[:, None, None], rows[:, :, None], columns[:, None]]
+
+
+def places(order, length):
+    """Which pixels of an axis stand where, its patches in this order.   (n, factor) -> (n, length)
+
+    differs from RDED: the last patch takes the remainder of a division, which is cut off there
+    """
+    step, factor = length // order.shape[1], order.shape[1]
+    patches = torch.arange(length).tensor_split([k * step for k in range(1, factor)])
+    moved = [patches[k] for k in order.flatten().tolist()]
+    return torch.cat([torch.arange(0), *moved]).view(len(order), length)
+
+
 def crop_on_cpu(arrays, index, crop, flip, size):
     """torchvision's `resized_crop` and `hflip`: [(H, W, 3)] uint8 -> (B, size, size, 3) uint8"""
     out = np.empty((len(index), size, size, 3), np.uint8)
-    draws = zip(index.tolist(), crop.tolist(), flip.tolist())
+    draws = zip(map(int, index), crop.tolist(), flip.tolist())
     for k, (i, (top, left, h, w), mirrored) in enumerate(draws):
         piece = resize_exact(Image.fromarray(arrays[i][top : top + h, left : left + w]), size)
         out[k] = piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else piece

@@ -1,6 +1,8 @@
 """Testing a network on real images: what it is shown, and its top-1 and top-5 (paper, 4.1)."""
 
 import dataclasses
+import filecmp
+import os
 import statistics
 from functools import partial
 
@@ -11,18 +13,26 @@ from PIL import Image
 from distillation import datasets
 from matching import batches, ranks
 from matching.images import fits_gpu, in_threads
-from scripts.runtime import refuse
+from scripts.runtime import refuse, warn
+
+
+def add_test_flag(parser):
+    """The flag of teachers and students whose test images may be training images."""
+    told = "test on training images: no number to publish"
+    how = {"action": "store_true", "default": False, "short": "ontrain"}
+    parser.setting("--test_on_train", help=told, **how)
 
 
 def open_test(flag, root, dataset, folders, download=False):
     """The test images of the classes `folders`, in that order."""
     known = list(folders) if datasets.known_prompts(dataset) else None
     split = datasets.open_split(dataset, root, "val", None, known, download=download, flag=flag)
-    missing = [folder for folder in folders if folder not in split.folders]
+    places = {datasets.nfc(folder): n for n, folder in enumerate(split.folders)}
+    missing = [folder for folder in folders if datasets.nfc(folder) not in places]
     if missing:
-        count = f"{len(missing)} of {len(folders)} missing"
+        count = f"{len(missing)} of {len(folders)} missing; it has {', '.join(split.folders[:3])}"
         refuse(f"{flag} {root}: has no class {missing[0]} ({count})")
-    where = [split.folders.index(folder) for folder in folders]
+    where = [places[datasets.nfc(folder)] for folder in folders]
     names = ("folders", "prompts", "class_ids", "items")
     kept = {name: tuple(getattr(split, name)[i] for i in where) for name in names}
     split = dataclasses.replace(split, **kept)
@@ -30,12 +40,42 @@ def open_test(flag, root, dataset, folders, download=False):
     return split
 
 
-def validation_pixels(split, size, process, num_workers=0, flag="--val_dir"):
+def check_apart(flag, root, test, trained, sources, allowed):
+    """Refuse, unless `allowed`, to test on what was trained on. A few shared images are warned of.
+
+    trained   the training images' paths, class by class: ten test images of each of at most 100
+              classes are compared with them, byte for byte
+    sources   [(fingerprint, most images per class)] of what those, or a teacher, were made from
+    """
+    shared, compared, count = [], 0, len(test.items)
+    for c in range(0, count if test.arrays is None else 0, -(-count // 100)):
+        by_size = {}
+        for path in trained[c]:
+            by_size.setdefault(os.path.getsize(path), []).append(path)
+        for path in test.items[c][:10]:
+            same = by_size.get(os.path.getsize(path), ())
+            shared += [path] if any(filecmp.cmp(path, one, shallow=False) for one in same) else []
+            compared += 1
+    first = {most: tuple(paths[: most or None] for paths in test.items) for _, most in sources}
+    of_first = {m: dataclasses.replace(test, items=i).fingerprint() for m, i in first.items()}
+    known = any(of_first[most] == digest for digest, most in sources)
+    where, what = f"{flag} {root}", f"{len(shared)} of {compared} images compared"
+    if (known or 2 * len(shared) > compared) and not allowed:
+        which = f"{what}, first {shared[0]}" if shared else "the source of the training images"
+        use = "expected val/<class>/ below it, or another --val_dir (--test_on_train: all the same)"
+        refuse(f"{where}: the test set is the training set ({which}); {use}")
+    if shared:
+        warn(f"{where}: {what} are training images, first {shared[0]}")
+
+
+def validation_pixels(split, size, process, num_workers=0, resize=None, flag="--val_dir"):
     """Test images of this process: (n, size, size, 3) uint8, (n,) classes; on a GPU if they fit.
 
-    Those of small data sets (CIFAR, Tiny-ImageNet, digits) are taken whole; others are cropped.
+    resize   pixels of the shorter side before the centre crop; None: small data sets (CIFAR,
+             Tiny-ImageNet, digits) are taken whole, others have 256/224 of `size`
     """
-    whole, device = datasets.ALL[split.dataset].image_size <= 64, process.device
+    whole = datasets.ALL[split.dataset].image_size <= 64 and not resize
+    device = process.device
     items = [(item, c) for c, names in enumerate(split.items) for item in names]
     items = items[process.rank :: process.world]
     out = np.empty((len(items), size, size, 3), np.uint8)
@@ -45,8 +85,9 @@ def validation_pixels(split, size, process, num_workers=0, flag="--val_dir"):
             image = split.read(items[k][0])
         except datasets.BadImage as error:
             refuse(f"{flag} {error}")
-        as_it_is = size <= 64 and image.size == (size, size)
-        out[k] = datasets.squash(image, size) if whole or as_it_is else centre_crop(image, size)
+        as_it_is = size <= 64 and image.size == (size, size) and not resize
+        cropped = partial(centre_crop, resize=resize)
+        out[k] = (datasets.squash if whole or as_it_is else cropped)(image, size)
 
     in_threads(read, range(len(items)), num_workers, "reading test images")
     pixels, targets = torch.from_numpy(out), torch.tensor([c for _, c in items], dtype=torch.int64)
@@ -55,9 +96,9 @@ def validation_pixels(split, size, process, num_workers=0, flag="--val_dir"):
     return pixels, targets
 
 
-def centre_crop(image, size):
-    """torchvision's Resize(size * 256 / 224) of the shorter side and CenterCrop, by Pillow."""
-    short = size * 256 // 224
+def centre_crop(image, size, resize=None):
+    """torchvision's Resize (256/224 of `size`) of the shorter side and CenterCrop, by Pillow."""
+    short = resize or size * 256 // 224
     w, h = image.size
     w, h = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
     image = image.resize((w, h), Image.Resampling.BILINEAR)
@@ -82,9 +123,9 @@ def evaluate(model, pixels, targets, forward, mean, std, world=1, rows=256):
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
 
 
-def tester(split, size, forward, process, num_workers=0):
+def tester(split, size, forward, process, num_workers=0, resize=None):
     """The function network -> {"top1", "top5"} on the images of `split`."""
-    pixels, targets = validation_pixels(split, size, process, num_workers)
+    pixels, targets = validation_pixels(split, size, process, num_workers, resize)
     facts = datasets.ALL[split.dataset]
     how = {"forward": forward, "mean": facts.mean, "std": facts.std, "world": process.world}
     return partial(evaluate, pixels=pixels, targets=targets, **how)

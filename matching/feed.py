@@ -1,7 +1,7 @@
 """Batches on their way to the device: drawn or replayed, cropped, normalised, mixed.
 
     feed = Feed(arrays, images, protocol, device, labels=(folder, {file: sha256}))
-    for item in feed.loader([(epoch, 0), (epoch, 1), ...], num_workers=4):
+    for item in feed.loader([(epoch, 0), (epoch, 1), ...], num_workers=4):  # or (epoch, 0, seed)
         x = feed.mixed(item)                                            # (B, 3, S, S)
 
 Stages 3 and 4 both read their batches here.
@@ -15,7 +15,7 @@ from distillation import datasets
 from matching import batches, crops
 from matching.images import fits_gpu
 from matching.labels import EpochLabels, LabelError
-from scripts.runtime import refuse, warn
+from scripts.runtime import PATCHES, generator, read_ahead, refuse, warn
 
 KEPT_BYTES = 2**28  # of the pixels of batches that are kept for the next seed
 
@@ -25,16 +25,19 @@ class Item(NamedTuple):
 
     epoch: int
     number: int
+    seed: int  # of its draws
     batch: batches.Batch
     rows: torch.Tensor  # (n,) the rows that are wanted, sorted
     cropped: torch.Tensor  # (m,) the rows that are cropped: those, then what only mixing takes
     partners: torch.Tensor  # (n,) where in `cropped` the partners are
+    patches: torch.Tensor | None  # (m, 2, factor) their order in height and width, if shuffled
     pixels: torch.Tensor | None  # (m, S, S, 3) uint8; None: the device crops
     logits: torch.Tensor | None  # (B, classes), of stored labels
 
 
 class Feed(torch.utils.data.Dataset):
-    """Item (epoch, number) -> that batch, replayed from stored labels or drawn from the seed.
+    """Item (epoch, number[, seed]) -> that batch, replayed from stored labels or drawn from the
+    seed (fkd_seed).
 
     One `__getitem__` is one batch, so stock PyTorch loads it, and its worker processes live for all
     epochs. A CUDA device with room for the images keeps them and crops; else Pillow does, to the
@@ -77,24 +80,35 @@ class Feed(torch.utils.data.Dataset):
     def __getitem__(self, key):
         if key in self.kept:
             return self.kept[key]
+        epoch, number, seed = key if len(key) == 3 else (*key, self.protocol["fkd_seed"])
         try:
-            batch, logits = self._replayed(*key) if self.labels else (self._drawn(*key), None)
+            stored = self._replayed(epoch, number) if self.labels else None
         except LabelError as error:
             return error  # raised in a worker process it would come with a traceback
+        batch, logits = stored or (self._drawn(epoch, number, seed), None)
         every, rows = torch.arange(len(batch.index)), self.rows_of(len(batch.index))
         others = torch.isin(every, batch.partner[rows]) & ~torch.isin(every, rows)
         cropped = torch.cat([rows, every[others]])
         partners = torch.empty_like(every).scatter_(0, cropped, every[: len(cropped)])
-        partners, pixels = partners[batch.partner[rows]], None
+        partners, pixels, patches = partners[batch.partner[rows]], None, None
+        factor = self.protocol.get("shuffle_patches", 1)  # labels are never stored with it
+        if factor > 1:
+            g = generator(seed, PATCHES, epoch, number)
+            patches = torch.rand(len(every), 2, factor, generator=g).argsort(-1)[cropped]
         if self.resident is None:
             index, crop, flip = (t[cropped] for t in batch[:3])
-            pixels = crops.crop_on_cpu(self.arrays, index, crop, flip, self.size)
-        return Item(*key, batch, rows, cropped, partners, pixels, logits)
+            arrays = [self.arrays[i] for i in index.tolist()]
+            if factor > 1:
+                pairs = ((torch.from_numpy(a)[None], p[None]) for a, p in zip(arrays, patches))
+                arrays = [crops.shuffled(*pair)[0].numpy() for pair in pairs]
+            pixels = crops.crop_on_cpu(arrays, range(len(arrays)), crop, flip, self.size)
+        draws = batch, rows, cropped, partners, patches
+        return Item(epoch, number, seed, *draws, pixels, logits)
 
-    def _drawn(self, epoch, number):
-        seed, batch_size = self.protocol["fkd_seed"], self.protocol["batch_size"]
+    def _drawn(self, epoch, number, seed):
+        protocol, batch_size = {**self.protocol, "fkd_seed": seed}, self.protocol["batch_size"]
         index = batches.epoch_batches(seed, epoch, len(self.sizes), batch_size)[number]
-        return batches.draw_batch(self.protocol, epoch, number, index, self.sizes[index])
+        return batches.draw_batch(protocol, epoch, number, index, self.sizes[index])
 
     def _replayed(self, epoch, number):
         if self.opened[0] != epoch:
@@ -115,20 +129,13 @@ class Feed(torch.utils.data.Dataset):
         keep = not workers and len(set(keys)) < len(keys) and kept_bytes < KEPT_BYTES
         # forked, not spawned: the images are shared, not copied, and torch is not imported again
         fork = workers and "fork" in torch.multiprocessing.get_all_start_methods()
-        loader = torch.utils.data.DataLoader(
-            self,
-            batch_size=None,
-            sampler=keys,
-            num_workers=workers,
-            multiprocessing_context="fork" if fork else None,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # else it draws a seed from the global one
-        )
-        for item in loader:
+        pinned, how = self.device.type == "cuda", "fork" if fork else None
+        loader = read_ahead(self, keys, workers, multiprocessing_context=how, pin_memory=pinned)
+        for item, key in zip(loader, keys):
             if isinstance(item, LabelError):
                 refuse(item)
             if keep:
-                self.kept[item.epoch, item.number] = item
+                self.kept[key] = item
             yield item
 
     # ---- in the process that trains
@@ -153,15 +160,12 @@ class Feed(torch.utils.data.Dataset):
         cutmix = (partners, batch.box.tolist()) if mix_type == "cutmix" else None
         return batches.normalise(pixels, *colours, cutmix, self.memory)
 
-    def unmixed(self, item):
-        """The same rows as `mixed` gives, not mixed."""
-        pixels = self._cropped(item)[: len(item.rows)]
-        return batches.normalise(pixels, self.facts.mean, self.facts.std)
-
     def _cropped(self, item):
         """(m, S, S, 3) uint8 on the device."""
         if item.pixels is not None:
             return batches.sent(item.pixels, self.device)
         index, crop, flip = (t[item.cropped] for t in item.batch[:3])
         images = self.resident[batches.sent(index, self.device)]
+        if item.patches is not None:
+            images = crops.shuffled(images, item.patches)
         return crops.resized_crop_batch(images, crop, flip, self.size)

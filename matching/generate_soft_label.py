@@ -40,7 +40,8 @@ def add_teacher_flags(parser, default_arch):
     name = {"nargs": "+", "type": models.model_name, "default": default_arch}
     several = "teachers by name, see matching/models.py; the logits of several are averaged (EDC)"
     parser.setting("-a", "--arch", **name, help=several)
-    weights = "one per --arch: a folder of train_teacher, or a file [torchvision's weights]"
+    weights = "one per --arch: a folder of train_teacher, a file, or torchvision:IMAGENET1K_V1"
+    weights += " [torchvision's pinned ones]"
     parser.flag("--teacher_checkpoint", nargs="+", metavar="PATH", help=weights)
     half = {"dest": "use_fp16", "default": True if default_arch else None}
     store = {"action": "store_true", "short": "fp16", "help": "store logits in fp16 [yes]"}
@@ -78,7 +79,7 @@ def teacher_logits(teachers, x, amp="none", half=True):
 
 def missing_inputs(images, checkpoints):
     """For --dry_run: what to run before these images and teachers can be read, or ""."""
-    trained = [path for path in checkpoints or [] if path not in (None, models.PUBLIC)]
+    trained = [path for path in checkpoints or [] if not models.is_public(path)]
     sources = [output.awaited(path, "matching.train_teacher") for path in trained]
     return "; ".join(filter(None, [output.awaited(images, "distillation.gen_syn_image"), *sources]))
 

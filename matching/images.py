@@ -7,6 +7,7 @@ They are an output of stage 2, or anybody's folder with one sub-folder per class
 """
 
 import re
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -26,8 +27,8 @@ class ImageSet(NamedTuple):
     root: Path
     name: str
     dataset: str
-    folders: tuple  # of the classes, in index order: sorted, as torchvision's ImageFolder
-    files: tuple  # relative paths, class by class
+    folders: tuple  # of the classes, in index order
+    files: tuple  # relative paths, folder by folder, sorted: in torchvision's ImageFolder's order
     targets: torch.Tensor  # (N,) int64: the class of each file
     image_size: int | None  # pixels of the saved images; None if they differ (a foreign folder)
     ipc: int | None  # None if it differs
@@ -36,6 +37,7 @@ class ImageSet(NamedTuple):
     digests: dict | None = None  # {file: sha256} from the manifest; None for a foreign folder
     generator: dict | None = None  # the diffusion model; None: none, or not known
     real_images: int | None = None  # how many they were distilled or chosen from; None: not known
+    source: tuple = (None, 0)  # the fingerprint of those, and how many of each class at most
 
     @property
     def foreign(self):
@@ -45,6 +47,13 @@ class ImageSet(NamedTuple):
     def pixels(self):
         """The networks' usual input size."""
         return self.image_size or datasets.ALL[self.dataset].image_size
+
+    def paths(self):
+        """The paths of each class, in the order of `folders`."""
+        found = [[] for _ in self.folders]
+        for path, c in zip(self.files, self.targets.tolist()):
+            found[c].append(self.root / path)
+        return found
 
     def facts(self):
         """What labels and results record of the images; stage 4 compares the two."""
@@ -60,24 +69,27 @@ def open_images(flag, root, dataset=None):
     root, where, manifest = Path(root), f"{flag} {root}", None
     if not root.is_dir() or (root / output.ARGS).exists() or output.is_complete(root):
         manifest = image_folder.read_images(flag, root)  # refuses one that is not finished
-    found = {}
+    name, found, left = root.resolve().name, {}, defaultdict(list)
+    root = root if manifest else datasets.split_folder(flag, root, "train")
     for folder in datasets.class_folders(flag, root):
-        paths = [p for p in (root / folder).iterdir() if p.suffix.lower() in datasets.EXTENSIONS]
-        shown = (p.name for p in paths if p.name[0] != "." and p.is_file())
-        found[folder] = sorted(f"{folder}/{name}" for name in shown)
-        if not found[folder]:
-            refuse(f"{where}: the class folder {folder} holds no image")
+        paths = datasets.images_below(root / folder, left)
+        paths.sort(key=lambda path: (str(path.parent), path.name))
+        found[folder] = [path.relative_to(root).as_posix() for path in paths]
+    datasets.say_left(where, left)
+    empty = next((folder for folder in found if not found[folder]), None)
+    if empty:
+        refuse(f"{where}: the class folder {empty} holds no image")
     if not found:
         refuse(f"{where}: no class folders in it")
     paths = [path for of_class in found.values() for path in of_class]
-    counts = [len(of_class) for of_class in found.values()]
+    counts, classes = [len(of_class) for of_class in found.values()], range(len(found))
     if manifest:
         about = _made(where, list(found), paths, manifest, dataset)
     else:
-        about = _foreign(where, list(found), [root / path for path in paths], dataset)
+        classes, about = _foreign(where, list(found), [root / path for path in paths], dataset)
         about["ipc"] = counts[0] if len(set(counts)) == 1 else None
-    targets = torch.arange(len(found)).repeat_interleave(torch.tensor(counts))
-    return ImageSet(root, root.resolve().name, files=tuple(paths), targets=targets, **about)
+    targets = torch.tensor(classes).repeat_interleave(torch.tensor(counts))
+    return ImageSet(root, name, files=tuple(paths), targets=targets, **about)
 
 
 def _made(where, folders, paths, manifest, dataset):
@@ -91,38 +103,51 @@ def _made(where, folders, paths, manifest, dataset):
         refuse(f"{where}: its manifest lists the classes in another order than ImageFolder")
     digests = {path: manifest["files"][path]["sha256"] for path in paths}
     about = {n: manifest[n] for n in ("dataset", "image_size", "content", "arm", "ipc")}
+    flags = {**(manifest["inputs"].get("prototype_arguments") or {}), **manifest["arguments"]}
+    about["source"] = (manifest["inputs"].get("images"), flags.get("max_images_per_class"))
     return {**about, "folders": tuple(folders), "digests": digests, **image_folder.origin(manifest)}
 
 
 def _foreign(where, folders, paths, dataset):
-    """The rest of an ImageSet of another method's images."""
+    """(class index of each folder, the rest of an ImageSet) of another method's images."""
     if dataset is None:
-        known = {name: list(datasets.known_prompts(name)) for name in datasets.ALL}
-        whole = (name for name in known if known[name] == folders and name != "digits")
-        subset = set(folders) <= set(known["imagenet"])
-        dataset = next(whole, "imagenet" if subset else "imagefolder")
+        known = {name: set(datasets.known_prompts(name)) for name in datasets.ALL}
+        fit = {name: len(folders) / len(known[name]) for name in known if known[name] >= {*folders}}
+        nearest = max(fit.keys() - {"digits"}, key=fit.get, default="imagefolder")
+        subset = "imagenet" if "imagenet" in fit else "imagefolder"
+        dataset = nearest if fit.get(nearest, 0) > 0.5 else subset
     unsafe = next((folder for folder in folders if not files.safe_name(folder)), None)
     if unsafe:
         refuse(f"{where}: the class folder {unsafe!r} has a name that is not safe everywhere")
     known = list(datasets.known_prompts(dataset))
     odd = [folder for folder in folders if known and folder not in known]
-    digits = [re.search(r"\d+$", folder) for folder in folders]
-    if odd and [found and int(found[0]) for found in digits] == list(range(len(known))):
-        # SRe2L's new000 ... new999, RDED's 00000 ...
-        warn(f"{where}: its {len(folders)} numbered folders are {dataset}'s classes in order")
-        folders = known
+    digits, classes = [re.search(r"\d+$", folder) for folder in folders], range(len(folders))
+    numbers = [int(found[0]) if found else -1 for found in digits]
+    if odd and sorted(numbers) == list(range(len(known))):
+        # the release's 0 ... 999, SRe2L's new000 ... new999, RDED's 00000 ...
+        # differs from the release: ImageFolder takes its 0, 1, 10, 100, ... for classes 0, 1, 2, 3
+        warn(f"{where}: its {len(folders)} numbered folders are {dataset}'s classes, by number")
+        folders, classes = known, numbers
     elif odd:
         refuse(f"{where}: the class folder {odd[0]!r} is no class of --dataset {dataset}")
     warn(f"{where}: no manifest: taken as another method's images of {dataset}, and hashed")
+    missing = [name for name in known if name not in folders]
+    if missing:
+        which = (
+            f"of {dataset}'s {len(known)} classes {len(missing)} are missing, first {missing[0]}"
+        )
+        warn(f"{where}: {which}; students learn and are tested on the other {len(folders)}")
     sides = set()
     for path in paths:
+        if not path.is_file():  # opening a pipe would wait for ever
+            refuse(f"{path}: not a file")
         try:
             with Image.open(path) as image:
                 sides.update(image.size)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             refuse(f"{path}: not an image: {error}")
     size = sides.pop() if len(sides) == 1 else None
-    return {"dataset": dataset, "folders": tuple(folders), "image_size": size}
+    return classes, {"dataset": dataset, "folders": tuple(folders), "image_size": size}
 
 
 def in_threads(function, items, num_workers, desc):

@@ -189,12 +189,14 @@ def mismatches(folder, manifest, images, given):
     lines = [f"{where}: made for {what} {a}, {images.root} has {b}" for what, a, b in odd]
     checkpoints = [Path(path) for path in given.get("teacher_checkpoint") or []]
     paths = [path / "model.safetensors" if path.is_dir() else path for path in checkpoints]
-    weights = [f"sha256:{teacher['sha256'][:12]}" for teacher in manifest["teacher"]]
+    hashes = [teacher["sha256"] or "unknown" for teacher in manifest["teacher"]]
+    weights = [f"sha256:{digest[:12]}" for digest in hashes]
     made = {**made, "teacher_checkpoint": weights}
     given = {**given, "teacher_checkpoint": [f"sha256:{files.sha256(p)[:12]}" for p in paths]}
     for name in (*batches.PROTOCOL, "arch", "use_fp16", "teacher_checkpoint"):
         value, theirs = given.get(name), made[name]
-        if value in (None, [], theirs) or (name == "epochs" and value < theirs):
+        # imported labels do not say everything: what is None cannot be compared
+        if value in (None, [], theirs) or theirs is None or (name == "epochs" and value < theirs):
             continue
         if isinstance(value, list):
             value, theirs = " ".join(value), " ".join(theirs)

@@ -82,9 +82,11 @@ class Lessons:
         arrays = self.arrays
         if arrays is None:
             arrays, _ = image_sets.load_pixels("--train_dir", self.images, self.num_workers)
-        where = self.process.device, self.stored, self.needed
-        self.feed = Feed(arrays, self.images, self.settings, *where)
-        return self.feed.loader(keys, self.num_workers)
+        where, s = (self.process.device, self.stored, self.needed), self.settings
+        self.feed = Feed(arrays, self.images, s, *where)
+        # as the release, all seeds share every draw: only their initial weights differ
+        drawn = [(epoch, n, s["fkd_seed"] + s["vary_draws"] * seed) for epoch, n, seed in keys]
+        return self.feed.loader(drawn, self.num_workers)
 
     def own(self, count):
         """The rows of a batch of `count` that this process trains on."""
@@ -101,22 +103,20 @@ class Lessons:
         s, count, device = self.settings, len(item.batch.index), self.process.device
         own, logits, change = self.own(count), item.logits, None
         if s["color_jitter"] or s["lighting"]:
-            g = generator(s["fkd_seed"], JITTER, item.epoch, item.number)
+            g = generator(item.seed, JITTER, item.epoch, item.number)
             strength = s["color_jitter"], s["lighting"]
             change = partial(color_jitter, strength=strength, facts=self.feed.facts, g=g)
         x = self.feed.mixed(item, change)
-        unmixed = self.feed.unmixed(item) if s["bn_refresh"] else None
         if self.teachers:
             logits = generate_soft_label.teacher_logits(self.teachers, x, half=s["use_fp16"])
             if len(own) < len(item.rows):  # the teacher took more than this process trains on
                 where = batches.sent(torch.searchsorted(item.rows, own), device)
                 x, logits = x[where], logits[where]
-                unmixed = None if unmixed is None else unmixed[where]
         elif logits is not None:
             logits = batches.sent(logits if len(own) == count else logits[own], device)
         targets = self.images.targets[item.batch.index]
         classes = (batches.sent(targets[i], device) for i in (own, item.batch.partner[own]))
-        return training.Part(count, x, training.Goal(logits, *classes, item.batch.lam), unmixed)
+        return training.Part(count, x, training.Goal(logits, *classes, item.batch.lam))
 
 
 GRAY = (0.299, 0.587, 0.114)

@@ -3,9 +3,10 @@
 # epoch.
 # Teacher: ours, from train_teacher_cf10.sh (nobody publishes one). A few MB of labels.
 # The paper gives no hyper-parameters for this set: epochs and batch are
-# DD-Ranking's for D4M-like methods on CIFAR.
+# DD-Ranking's for D4M-like methods on CIFAR. Batch 100: ImageNet's 1024 would be one step per epoch
+# at IPC 10 (100 images) and 50 (500); 100 is one at IPC 10 too, and five at 50.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/launch.sh
 
 IPC="${IPC:-10}"
@@ -15,9 +16,11 @@ GUIDANCE="${GUIDANCE:-8}"
 OUT="${OUT:-output}"
 IMAGES="${IMAGES:-$(d4m_images cifar10)}"
 TEACHER="${TEACHER:-convnet_w128}"
-TEACHER_CHECKPOINT="${TEACHER_CHECKPOINT:-$OUT/teachers/cifar10_$TEACHER}"
+TEACHER_CHECKPOINT="${TEACHER_CHECKPOINT:-$OUT/teachers/$(teacher_name cifar10 "$TEACHER")}"
 EPOCHS="${EPOCHS:-500}"
 BATCH_SIZE="${BATCH_SIZE:-100}"
+CROPS="${CROPS:-0.08}"
+FKD_SEED="${FKD_SEED:-42}"
 
 run -m matching.generate_soft_label \
     --data "$OUT/images/$IMAGES" \
@@ -25,9 +28,9 @@ run -m matching.generate_soft_label \
     --teacher_checkpoint "$TEACHER_CHECKPOINT" \
     --epochs "$EPOCHS" \
     --batch_size "$BATCH_SIZE" \
-    --fkd_seed 42 \
+    --fkd_seed "$FKD_SEED" \
     --input_size 32 \
-    --min_scale_crops 0.08 \
+    --min_scale_crops "$CROPS" \
     --max_scale_crops 1 \
     --mix_type cutmix \
     --cutmix 1.0 \

@@ -3,7 +3,7 @@
 # them.
 # Digits are not flipped, and a crop keeps at least half of one: a 6 stays a 6.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/launch.sh
 
 IPC="${IPC:-10}"
@@ -13,9 +13,11 @@ GUIDANCE="${GUIDANCE:-8}"
 OUT="${OUT:-output}"
 IMAGES="${IMAGES:-$(d4m_images digits)}"
 TEACHER="${TEACHER:-convnet_mini}"
-TEACHER_CHECKPOINT="${TEACHER_CHECKPOINT:-$OUT/teachers/digits_$TEACHER}"
+TEACHER_CHECKPOINT="${TEACHER_CHECKPOINT:-$OUT/teachers/$(teacher_name digits "$TEACHER")}"
 EPOCHS="${EPOCHS:-75}"
 BATCH_SIZE="${BATCH_SIZE:-25}"
+CROPS="${CROPS:-0.5}"
+FKD_SEED="${FKD_SEED:-42}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 run -m matching.generate_soft_label \
@@ -24,9 +26,9 @@ run -m matching.generate_soft_label \
     --teacher_checkpoint "$TEACHER_CHECKPOINT" \
     --epochs "$EPOCHS" \
     --batch_size "$BATCH_SIZE" \
-    --fkd_seed 42 \
+    --fkd_seed "$FKD_SEED" \
     --input_size 32 \
-    --min_scale_crops 0.5 \
+    --min_scale_crops "$CROPS" \
     --max_scale_crops 1 \
     --flip 0 \
     --mix_type cutmix \

@@ -2,10 +2,10 @@
 # Stage 3, training-time matching, on ImageNette: a teacher's soft labels for the crops of every
 # epoch.
 # Teacher: torchvision's ResNet-18; the ten columns of these classes are taken out of its thousand.
-# Not in the paper: a batch of 1024 would be one step per epoch, so the batch is
-# RDED's for ten classes.
+# Not in the paper: ImageNet's batch of 1024 would be one step per epoch, so the batch is 50, RDED's
+# for ten classes at IPC 10: two steps per epoch there.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/launch.sh
 
 IPC="${IPC:-10}"
@@ -17,15 +17,17 @@ IMAGES="${IMAGES:-$(d4m_images imagenette)}"
 TEACHER="${TEACHER:-resnet18}"
 EPOCHS="${EPOCHS:-300}"
 BATCH_SIZE="${BATCH_SIZE:-50}"
+CROPS="${CROPS:-0.08}"
+FKD_SEED="${FKD_SEED:-42}"
 
 run -m matching.generate_soft_label \
     --data "$OUT/images/$IMAGES" \
     --arch "$TEACHER" \
     --epochs "$EPOCHS" \
     --batch_size "$BATCH_SIZE" \
-    --fkd_seed 42 \
+    --fkd_seed "$FKD_SEED" \
     --input_size 224 \
-    --min_scale_crops 0.08 \
+    --min_scale_crops "$CROPS" \
     --max_scale_crops 1 \
     --mix_type cutmix \
     --cutmix 1.0 \

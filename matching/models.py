@@ -7,11 +7,16 @@ A new network is one entry in MODELS. At 224 px these are torchvision's; at 64 p
 ResNets get a 3x3 stem without max-pool, as usual for CIFAR and Tiny-ImageNet.
 """
 
+import argparse
+import codecs
 import hashlib
 import re
+import types
+from datetime import datetime, timedelta
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PosixPath
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -19,15 +24,16 @@ from torch import nn
 
 from distillation import datasets
 from scripts import files, output
-from scripts.runtime import refuse
+from scripts.runtime import one_line, refuse, warn
 
-PUBLIC = "torchvision"  # --teacher_checkpoint torchvision: what None means, said in a launcher
+# --teacher_checkpoint torchvision: what None means, said in a launcher; torchvision:IMAGENET1K_V1
+PUBLIC = "torchvision"
 
 # What torchvision's weights="DEFAULT" (the release) means today; a later one may choose others.
 V1, V2 = "IMAGENET1K_V1", "IMAGENET1K_V2"
 TEACHER_WEIGHTS = {"resnet18": V1, "resnet50": V2, "resnet101": V2, "mobilenet_v2": V2}
 TEACHER_WEIGHTS |= {"efficientnet_b0": V1, "shufflenet_v2_x0_5": V1, "swin_t": V1}
-TEACHER_WEIGHTS |= {"vit_b_16": V1, "vgg11": V1}
+TEACHER_WEIGHTS |= {"vit_b_16": V1, "vgg11": V1, "swin_v2_t": V1, "alexnet": V1}
 
 # ---- networks
 
@@ -37,14 +43,15 @@ class ConvNet(nn.Sequential):
     as in DM, MTT and TESLA, whose depth is 3 up to 32 px, 4 up to 64 px, 5 above.
     """
 
-    def __init__(self, num_classes, image_size, width=128, depth=None):
+    def __init__(self, num_classes, image_size, width=128, depth=None, norm=None):
         depth = depth or (3 if image_size <= 32 else 4 if image_size <= 64 else 5)
         if image_size >> depth < 1:
             refuse(f"--input_size {image_size}: too small for a ConvNet of depth {depth}")
         blocks = []
         for n in range(depth):  # (B, 3, S, S) -> (B, width, S >> depth, S >> depth)
             blocks += [nn.Conv2d(width if n else 3, width, 3, padding=1)]
-            blocks += [nn.GroupNorm(width, width)]  # instance norm with scale and shift
+            # instance norm with scale and shift
+            blocks += [norm(width) if norm else nn.GroupNorm(width, width)]
             blocks += [nn.ReLU(inplace=True), nn.AvgPool2d(2)]
         head = nn.Linear(width * (image_size >> depth) ** 2, num_classes)
         super().__init__(*blocks, nn.Flatten(), head)
@@ -91,6 +98,8 @@ def _torchvision(name, num_classes, image_size):
     size = {"image_size": image_size} if name == "vit_b_16" else {}
     if size and image_size % 16:
         refuse(f"--input_size {image_size}: {name} needs a multiple of 16")
+    if name == "alexnet" and image_size < 63:
+        refuse(f"--input_size {image_size}: {name} needs 63 px")
     model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **size)
     if image_size <= 64 and name.startswith("resnet"):
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -106,6 +115,7 @@ MODELS = {
     **{name: partial(_torchvision, name) for name in TEACHER_WEIGHTS},
     "convnet_w128": ConvNet,
     "convnet_w64": partial(ConvNet, width=64),
+    "convnet_bn": partial(ConvNet, norm=nn.BatchNorm2d),  # RDED's
     "convnet6": partial(ConvNet, depth=6),
     # for the demo, on the image at half size: 4,000 images per CPU-second
     "convnet_mini": lambda n, size: nn.Sequential(nn.AvgPool2d(2), ConvNet(n, size // 2, 32, 2)),
@@ -155,33 +165,94 @@ def parameters_of(build):
 # ---- weights
 
 
+# what training scripts save beside the weights: values, whose making runs no code of the file
+VALUES = [argparse.Namespace, types.SimpleNamespace, Path, PosixPath, datetime, timedelta]
+VALUES += [codecs.encode, np.dtype, np.ndarray]
+VALUES += [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
+for made_by in (np._core.multiarray.scalar, np._core.multiarray._reconstruct):  # of numpy 1 and 2
+    VALUES += [(made_by, f"numpy.{c}.multiarray.{made_by.__name__}") for c in ("core", "_core")]
+# where they save the weights: taken if a file has several that hold some, such as an average
+USUAL = {"state_dict", "model", "model_state_dict", "net", "network", "weights"}
+RENAMED = {r"\blinear\.": "fc.", r"\bshortcut\.": "downsample."}  # CIFAR's usual ResNets
+
+
 def read_state_dict(path, flag):
     """{name: tensor} from a safetensors or torch file, without unpickling any code.
 
-    A plain state dict, or one under "state_dict" or "model", without torch's "module." and
-    "_orig_mod." prefixes.
+    A plain state dict, or one in the wrappings of training scripts: {"net": ..., "epoch": 9}.
     """
     unpickled = partial(torch.load, map_location="cpu", weights_only=True)
     load = safetensors.torch.load_file if Path(path).suffix == ".safetensors" else unpickled
     try:
-        state = load(path)
+        with torch.serialization.safe_globals(VALUES):
+            found = load(path)
     except Exception as error:  # torch.load raises whatever a damaged file makes it raise
-        reason = f"({error!s:.200}); only plain tensors are loaded"
-        refuse(f"{flag} {path}: cannot be read as weights {reason}")
-    for key in ("state_dict", "model"):
-        inner = state.get(key) if isinstance(state, dict) else None
-        state = inner if isinstance(inner, dict) else state
-    if not (state and isinstance(state, dict) and all(map(torch.is_tensor, state.values()))):
-        refuse(f"{flag} {path}: no state dict (names with tensors), nor under state_dict or model")
-    return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", str(k)): v for k, v in state.items()}
+        text = one_line(error).split("WeightsUnpickler error: ")[-1].split(" Check the doc")[0]
+        alien = re.search(r"GLOBAL (\S+)|(TorchScript)", text)
+        what = f"cannot be read as weights ({text or type(error).__name__:.200})"
+        if alien:
+            load = f'x = torch.load("{path}", weights_only={False})'  # what others may run, not we
+            load = f'x = torch.jit.load("{path}")' if alien[2] else load
+            save = 'torch.save(x.state_dict(), "weights.pth"), or x["state_dict"] if x is a dict'
+            what = (
+                f"holds {alien[0].split()[-1]}; if you trust it, save its weights: {load}; {save}"
+            )
+        refuse(f"{flag} {path}: {what}; only plain tensors are loaded")
+    level = {"": found}
+    for _ in range(4):
+        level = {where: inner for where, inner in level.items() if isinstance(inner, dict)}
+        states = {w: {k: v for k, v in d.items() if torch.is_tensor(v)} for w, d in level.items()}
+        states = {w: d for w, d in states.items() if any(str(k).endswith("weight") for k in d)}
+        if states:
+            break
+        level = {str(key): inner for outer in level.values() for key, inner in outer.items()}
+    taken = states if len(states) == 1 else USUAL & states.keys()
+    if len(taken) != 1:
+        held = ", ".join(map(str, states or (found if isinstance(found, dict) else [])))
+        held = held or f"a {type(found).__name__}"
+        what = "several that may be the weights" if states else "no state dict (names with tensors)"
+        refuse(f"{flag} {path}: {what}: it holds {held:.200}")
+    [name] = taken
+    if len(states) > 1:
+        warn(f"{flag} {path}: taken are the weights called {name}, of {', '.join(states)}")
+    return {str(key): value for key, value in states[name].items()}
+
+
+def fitted(state, model, what):
+    """The tensors of `state` by their names in `model`, without the prefixes that wrappers add:
+    "module.", "_orig_mod.", "model.backbone." (whose head may stand outside)."""
+    names = [name for name in model.state_dict() if "num_batches" not in name]
+    renamed = dict(state)
+    for pattern, ours in RENAMED.items():
+        renamed = {re.sub(pattern, ours, key): value for key, value in renamed.items()}
+    for known in (state, renamed):
+        ends = [key for key in known if f".{key}".endswith(f".{names[0]}")]
+        prefixes = [key.removesuffix(names[0]) for key in ends]
+        fit = [p for p in prefixes if all(p + n in known or n in known for n in names)]
+        if len(fit) > 1 and "" not in fit:
+            refuse(f"{what}: holds several networks: {', '.join(fit)}")
+        if fit:
+            prefix = "" if "" in fit else fit[0]
+            own = {k.removeprefix(prefix): v for k, v in known.items() if k.startswith(prefix)}
+            return {n: known[n] for n in names if n not in own} | own
+    return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", key): v for key, v in state.items()}
 
 
 def load_state(model, state, what):
     """A missing, unknown or misshapen tensor is one line."""
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(fitted(state, model, what))
     except RuntimeError as error:
         refuse(f"{what}: the weights of another architecture: {error!s:.300}")
+
+
+def check_single(build, size, what):
+    """Refuse a network that cannot train on one image alone: BatchNorm of a single value."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            build().train()(torch.zeros(1, 3, size, size))
+        except ValueError as error:
+            refuse(f"{what} cannot train on one image at a time: BatchNorm: {error}")
 
 
 # ---- teachers
@@ -198,28 +269,42 @@ class Columns(nn.Module):
         return logits.index_select(1, self.columns)
 
 
+def is_public(checkpoint):
+    """Whether --teacher_checkpoint means torchvision's or timm's weights."""
+    return checkpoint is None or str(checkpoint).split(":")[0] == PUBLIC
+
+
+def _is_file_name(path):
+    """teacher.pth, not convnet_mini_lr0.05"""
+    return Path(path).suffix[1:].isalpha()
+
+
 def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher_checkpoint"):
     """A frozen teacher in eval mode whose columns are the classes `folders`, in that order.
 
-    checkpoint   None or "torchvision": its pinned ImageNet weights (timm's own for timm:NAME); a
-                 folder made by train_teacher; or a file that `read_state_dict` takes
+    checkpoint   None or "torchvision": its pinned ImageNet weights (timm's own for timm:NAME);
+                 "torchvision:IMAGENET1K_V1": those; a folder made by train_teacher; or a file
+                 that `read_state_dict` takes
     Returns (model, facts): {"arch", "weights", "sha256", "classes", "columns", "arguments"}; the
     last are train_teacher's flags and images, else None.
     """
-    folders, where, arguments, owned = list(folders), f"{flag} {checkpoint}", None, None
-    if checkpoint in (None, PUBLIC):
-        state, weights, digest = _public_weights(name, dataset, image_size)
+    folders = [datasets.nfc(folder) for folder in folders]
+    where, arguments, owned = f"{flag} {checkpoint}", None, None
+    if is_public(checkpoint):
+        chosen = str(checkpoint or "").partition(":")[2]
+        state, weights, digest = _public_weights(name, dataset, image_size, chosen)
         where, owned = f"{flag} {weights}: {name}", list(datasets.known_prompts("imagenet"))
-    elif Path(checkpoint).is_dir():
+    elif Path(checkpoint).is_dir() or not (Path(checkpoint).exists() or _is_file_name(checkpoint)):
         manifest = _teacher_manifest(name, Path(checkpoint), dataset, image_size, flag)
         state = read_state_dict(Path(checkpoint) / "model.safetensors", flag)
         weights, digest = "train_teacher", manifest["files"]["model.safetensors"]["sha256"]
-        owned = [c["folder"] for c in manifest["classes"]]
+        owned = [datasets.nfc(c["folder"]) for c in manifest["classes"]]
         arguments = manifest["arguments"] | manifest["inputs"]
     else:
         state, weights, digest = read_state_dict(checkpoint, flag), "file", files.sha256(checkpoint)
     with torch.device("meta"):
-        *_, (last, _) = create_model(name, 2, image_size).named_parameters()  # its head's bias
+        model = create_model(name, 2, image_size)
+    state, [*_, (last, _)] = fitted(state, model, where), model.named_parameters()  # a head's bias
     if last not in state or state[last].ndim != 1:
         refuse(f"{where}: lacks {last}: the weights of another architecture than {name}")
     count = len(state[last])
@@ -243,8 +328,10 @@ def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher
     return model.eval().requires_grad_(False), {**facts, "columns": columns, "arguments": arguments}
 
 
-def _public_weights(name, dataset, image_size):
+def _public_weights(name, dataset, image_size, chosen=""):
     """(state dict, name, digest of the values) of torchvision's or timm's ImageNet weights."""
+    if chosen and name.startswith("timm:"):
+        refuse(f"--teacher_checkpoint {PUBLIC}:{chosen}: timm's weights are part of {name}")
     if name.startswith("timm:"):
         model, weights = _timm(name, pretrained=True), "timm pretrained"
         _check_input(name, model.pretrained_cfg, image_size, dataset)
@@ -255,8 +342,11 @@ def _public_weights(name, dataset, image_size):
     else:
         import torchvision.models
 
-        weights = f"torchvision {TEACHER_WEIGHTS[name]}"
-        published = torchvision.models.get_model_weights(name)[TEACHER_WEIGHTS[name]]
+        known, chosen = torchvision.models.get_model_weights(name), chosen or TEACHER_WEIGHTS[name]
+        if chosen not in known.__members__:
+            has = f"{name} has {', '.join(known.__members__)}"
+            refuse(f"--teacher_checkpoint {PUBLIC}:{chosen}: {has}")
+        weights, published = f"torchvision {chosen}", known[chosen]
         try:
             state = published.get_state_dict(progress=True, check_hash=True)
         except (OSError, RuntimeError) as error:  # no route, a firewall's page instead of the file

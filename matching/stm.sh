@@ -1,10 +1,10 @@
 #!/bin/sh
 # Table 3's synthesis-time matching on ImageNet-1K: SRe2L's recover step by its published numbers,
 # from the D4M images on.
-# 100 batches of 100 images at IPC 10. One H200: some 50 min (estimate). Then:
+# 100 batches of 100 images at IPC 10. Then:
 #     IMAGES=..._stm sh matching/matching.sh
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/launch.sh
 
 IPC="${IPC:-10}"

@@ -19,14 +19,16 @@ from matching import batches, crops, evaluation, models, ranks, training
 from scripts import files, output, runtime
 from scripts.runtime import AUGMENT, Parser, generator, number, refuse
 
-FIXED = {"sgd": True, "ema": 0.0}  # what a student's flags decide, and a teacher's do not
+# what a student's flags decide, and a teacher's do not
+FIXED = {"sgd": True, "ema": 0.0, "bn_refresh": False}
 
 
 class RealImages(torch.utils.data.Dataset):
     """What a teacher learns from: augmented real images and their classes (see training.train).
 
-    Item (epoch, number) -> (images of the whole batch, (n, S, S, 3) uint8, (n,) classes), with the
-    rows of this process. Small sets are held in memory, others are read by the loader's workers.
+    Item (epoch, number, seed) -> (images of the whole batch, (n, S, S, 3) uint8, (n,) classes),
+    with the rows of this process. Small sets are held in memory, others are read by the loader's
+    workers.
     """
 
     loss = staticmethod(training.hard_loss)
@@ -48,8 +50,7 @@ class RealImages(torch.utils.data.Dataset):
         if self.facts.image_size <= 64:
             images = [datasets.squash(self._read(item), self.size) for item in self.items]
             self.arrays, self.num_workers = list(map(np.asarray, images)), 0
-        options = {"num_workers": self.num_workers, "generator": torch.Generator()}
-        return iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=keys, **options))
+        return runtime.read_ahead(self, keys, self.num_workers)
 
     def _read(self, item):
         try:
@@ -58,9 +59,8 @@ class RealImages(torch.utils.data.Dataset):
             refuse(f"--data_dir {error}")
 
     def __getitem__(self, key):
-        epoch, nth = key
-        seed, batch_size = self.settings["seed"], self.settings["batch_size"]
-        index = batches.epoch_batches(seed, epoch, self.count, batch_size)[nth]
+        epoch, nth, seed = key
+        index = batches.epoch_batches(seed, epoch, self.count, self.settings["batch_size"])[nth]
         mine = index[ranks.rank_chunks(len(index), self.settings["bn_batch"], self.process)[1]]
         pixels = np.empty((len(mine), self.size, self.size, 3), np.uint8)
         for k, i in enumerate(mine.tolist()):
@@ -94,6 +94,19 @@ class RealImages(torch.utils.data.Dataset):
         return training.Part(count, x, training.Goal(None, classes, classes))
 
 
+def common_side(split):
+    """The pixels of a side, where all images are squares of one size, by the headers of about 1000
+    of them, evenly spread; else None."""
+    items, sides = [item for names in split.items for item in names], set()
+    for item in items[:: -(-len(items) // 1000)]:
+        try:
+            with Image.open(item) as image:
+                sides.update(image.size)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return None  # named when it is read
+    return sides.pop() if len(sides) == 1 else None
+
+
 def get_args(argv=None):
     parser = Parser("matching.train_teacher", __doc__)
     setting, natural, share = parser.setting, number(int, 0), number(float, 0, 1)
@@ -102,7 +115,9 @@ def get_args(argv=None):
     def by_dataset(*names, help, **options):
         def default(args):
             facts, name = datasets.ALL[args.dataset], names[-1].lstrip("-")
-            value = facts.image_size if name == "input_size" else getattr(facts.teacher, name, None)
+            if name == "input_size":  # an imagefolder's: see main
+                return None if args.dataset == "imagefolder" else facts.image_size
+            value = getattr(facts.teacher, name, None)
             # no norm before a ConvNet's head: at chance at 0.1. 0.01 as DC, DM and MTT
             high = name == "learning_rate" and (value or 0) > 0.02
             return 0.01 if high and args.arch.startswith("convnet") else value
@@ -113,12 +128,16 @@ def get_args(argv=None):
     by_dataset("--epochs", type=number(int, 1, 10**6), short="epochs", help="passes over the data")
     by_dataset("-b", "--batch_size", type=count, short="b", help="images, all processes")
     by_dataset("-lr", "--learning_rate", type=rate, short="lr", help="peak, of SGD")
-    by_dataset("--weight_decay", type=decay, short="wd", help="on matrices and convolutions")
+    by_dataset("--weight_decay", type=decay, short="wd", help="of what --decay_on says")
+    # PyTorch's script and the usual recipe of CIFAR decay all parameters; the digits' is our own
+    usual = {"default": lambda args: "weights" if args.dataset == "digits" else "all"}
+    decayed = "what is called one, with more than one dimension; or all parameters [by data set]"
+    setting("--decay_on", choices=training.DECAYED, short="decay", help=decayed, **usual)
     by_dataset("--warmup_epochs", type=natural, short="warmup", help="linear")
     kinds = {"choices": ("pad_crop", "rrc", "none"), "short": "augment"}
     by_dataset("--augment", help="pad by an eighth and crop; RandomResizedCrop; nothing", **kinds)
     by_dataset("--flip", type=share, short="flip", help="probability of a horizontal flip")
-    by_dataset("--input_size", type=count, short="size", help="pixels")
+    by_dataset("--input_size", type=count, short="size", help="pixels; an imagefolder's own")
     below = number(float, 0, below=1)
     setting("--momentum", type=below, default=0.9, short="momentum", help="of SGD")
     names = training.SCHEDULES
@@ -129,6 +148,7 @@ def get_args(argv=None):
     setting("--max_scale_crops", type=area, default=1.0, short="to", help="largest share")
     datasets.add_dataset_flags(parser)
     parser.flag("--val_dir", help="real test images [--data_dir]")
+    evaluation.add_test_flag(parser)
     parser.heading("teacher")
     network = {"default": "resnet18", "help": "see matching/models.py"}
     setting("-a", "--arch", type=models.model_name, **network)
@@ -140,7 +160,7 @@ def get_args(argv=None):
     if args.shard != "0/1":
         refuse(f"--shard {args.shard}: training is one job; use torchrun for several processes")
     for name, value in args.settings.items():
-        if value is None and name not in ("classes", "bn_batch"):
+        if value is None and name not in ("classes", "bn_batch", "input_size"):
             refuse(f"--{name}: missing; distillation/datasets.py has no recipe of {args.dataset}")
     if args.warmup_epochs != args.settings.defaults["warmup_epochs"]:
         training.check_warmup(args.warmup_epochs, args.epochs)
@@ -158,17 +178,26 @@ def main(argv=None):
     datasets.check_class_sizes(train, 1)
     root = ("--val_dir", args.val_dir) if args.val_dir else ("--data_dir", args.data_dir)
     val = evaluation.open_test(*root, args.dataset, train.folders, args.download)
+    trained = train.items if train.arrays is None else [()] * len(train.items)
+    evaluation.check_apart(*root, val, trained, [], args.test_on_train)
     inputs = {"train_images": train.count, "images_sha256": train.fingerprint()}
     inputs |= {"val_images": val.count, "val_sha256": val.fingerprint()}
     steps = args.gradient_accumulation_steps
     chunk = ranks.chunk_size(args.batch_size, process.world, steps, args.bn_batch)
-    shown = args.settings.only(name for name in args.settings if name != "bn_batch")
+    usual = datasets.ALL[args.dataset].image_size
+    settings = args.settings.filled(input_size=args.input_size or common_side(train) or usual)
+    settings.defaults["input_size"] = usual  # a folder's name says any other
+    if 1 in (chunk, train.count):
+        network = partial(models.create_model, args.arch, len(train.folders))
+        size = settings["input_size"]
+        models.check_single(partial(network, size), size, f"--bn_batch {chunk}: {args.arch}")
+    shown = settings.only(name for name in settings if name != "bn_batch")
     name = output.folder_name(f"{args.dataset}_{args.arch.replace(':', '-')}", *shown.parts())
-    settings = {**args.settings, "bn_batch": chunk}
+    settings = {**settings, "bn_batch": chunk}
     where = ("--output_dir", args.output_dir, name, "teacher", settings, inputs, process)
     with ranks.joined(process), output.Output(*where, together=True) as out:
         lessons = RealImages(train, out.settings, process, args.num_workers)
-        how = args.input_size, forward, process, args.num_workers
+        how = settings["input_size"], forward, process, args.num_workers
         score = partial(evaluation.tester, val, *how)
         training.train(out, [args.seed], lessons, forward, score, args.checkpoint_every)
         if process.is_main:

@@ -8,33 +8,38 @@
 # 76 (public repositories).
 # A run that was stopped goes on where it was with the same command; NUM_GPUS=8 trains on 8.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/launch.sh
 
 TEACHER="${TEACHER:-convnet_w128}"
 DATA_DIR="${DATA_DIR:-data/cifar100}"
 OUT="${OUT:-output}"
+TEACHER_EPOCHS="${TEACHER_EPOCHS:-200}"
+TEACHER_BATCH="${TEACHER_BATCH:-128}"
 case "$TEACHER" in
-    convnet*) LR="${LR:-0.01}" ;;
-    *) LR="${LR:-0.1}" ;;
+    convnet*) RATE=0.01 ;;
+    *) RATE=0.1 ;;
 esac
+TEACHER_LR="${TEACHER_LR:-$RATE}"
+TEACHER_SEED="${TEACHER_SEED:-0}"
 
 run -m matching.train_teacher \
     --dataset cifar100 \
     --data_dir "$DATA_DIR" \
     --arch "$TEACHER" \
     --input_size 32 \
-    --epochs 200 \
-    --batch_size 128 \
-    --bn_batch 128 \
-    --learning_rate "$LR" \
+    --epochs "$TEACHER_EPOCHS" \
+    --batch_size "$TEACHER_BATCH" \
+    --bn_batch "$TEACHER_BATCH" \
+    --learning_rate "$TEACHER_LR" \
     --momentum 0.9 \
     --weight_decay 5e-4 \
+    --decay_on all \
     --warmup_epochs 0 \
     --schedule cosine \
     --augment pad_crop \
     --flip 0.5 \
-    --seed 0 \
+    --seed "$TEACHER_SEED" \
     --eval_every 10 \
     --num_workers 8 \
     --output_dir "$OUT/teachers" \

@@ -37,22 +37,26 @@ def add_training_flags(parser):
     fast("--channels_last", help="memory layout for tensor cores")
     fast("--compile", help="torch.compile the network")
     fast("--fused", help="the optimiser's fused kernel")
-    parser.setting("--eval_every", type=count, default=50, help="epochs between two tests")
+    tests = "epochs between two tests, from epoch 0 on; the last is tested too"
+    parser.setting("--eval_every", type=count, default=50, help=tests)
     parser.flag("--checkpoint_every", type=count, default=10, help="epochs between checkpoints")
 
 
 # ---- optimiser and schedule
 
-SCHEDULES = ("linear", "cosine", "step", "constant")
+SCHEDULES = ("linear", "cosine", "cos2", "step", "multistep", "constant")
+STEPS = {"step": ((2, 3), (5, 6)), "multistep": ((4, 5), (9, 10), (19, 20))}  # of all epochs
+DECAYED = ("weights", "all")
 
 
-def make_optimizer(model, sgd, lr, weight_decay, momentum=0.9, fused=False):
-    """SGD or AdamW; weight decay on matrices and convolutions only, as the release."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def make_optimizer(model, sgd, lr, weight_decay, momentum=0.9, fused=False, decay_on="weights"):
+    """SGD or AdamW. Weight decay as the release: on what is called a weight and has more than one
+    dimension, so not on Swin's bias tables or ViT's position embedding; or on all parameters.
+    """
+    groups = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
+    for name, p in model.named_parameters():
+        decayed = decay_on == "all" or ("weight" in name and p.ndim > 1)
+        groups[0 if decayed else 1]["params"] += [p] if p.requires_grad else []
     options = {"lr": lr, "fused": fused or None, **({"momentum": momentum} if sgd else {})}
     return (torch.optim.SGD if sgd else torch.optim.AdamW)(groups, **options)
 
@@ -62,14 +66,17 @@ def lr_factor(schedule, epoch, epochs, cos_stretch=1.0, warmup_epochs=0, step_fa
     if epoch < warmup_epochs:
         return (epoch + 1) / (warmup_epochs + 1)
     t, total = epoch - warmup_epochs, epochs - warmup_epochs
-    if schedule == "cosine":  # the release's --cos; stretched by 2, to half: RDED, EDC, RD3
+    if schedule == "cosine":  # the release's --cos; stretched by 2, to half: RDED, RD3
         return (1 + math.cos(math.pi * t / (cos_stretch * total))) / 2
-    if schedule == "linear":  # the release without --cos
-        return 1 - t / total
+    if schedule == "linear":  # the release without --cos; stretched by 2, to half: EDC
+        return 1 - t / (cos_stretch * total)
+    if schedule == "cos2":  # EDC: the cosine until 5/6, then lower at once, and linear to 0
+        late = t > 5 * total / 6
+        factor = (1 + math.cos(math.pi * min(t / total, 5 / 6) / cos_stretch)) / 2
+        return factor * (1 - t / total) if late else factor
     if schedule == "constant":
         return 1.0
-    # Minimax's steps are of all epochs
-    return step_factor ** sum(epoch >= at for at in (2 * epochs // 3, 5 * epochs // 6))
+    return step_factor ** sum(epoch >= n * epochs // d for n, d in STEPS[schedule])
 
 
 def check_warmup(warmup_epochs, epochs):
@@ -110,9 +117,11 @@ def hard_loss(outputs, goal, label_smoothing=0.0, **_):
 
 
 def mse_ce_loss(outputs, goal, ce_weight, **_):
-    """EDC: squared error of the logits (mean over classes) + ce_weight x cross-entropy."""
+    """EDC: squared error of the logits (mean over classes) + ce_weight x cross-entropy with the
+    image's own class, whatever is mixed into it.
+    """
     mse = F.mse_loss(outputs, goal.logits.to(outputs.dtype), reduction="sum") / outputs.shape[1]
-    return mse + ce_weight * hard_loss(outputs, goal)
+    return mse + ce_weight * F.cross_entropy(outputs, goal.targets, reduction="sum")
 
 
 LOSSES = {"kl": kl_loss, "mse_ce": mse_ce_loss}  # {--loss: function}
@@ -167,7 +176,6 @@ class Part(NamedTuple):
     count: int  # images of the whole batch
     x: torch.Tensor  # (n, 3, S, S) this process's rows, normalised and mixed
     goal: Goal  # of the same rows
-    unmixed: torch.Tensor | None = None  # (n, 3, S, S) the same rows un-mixed, for --bn_refresh
 
 
 class Learner:
@@ -181,7 +189,7 @@ class Learner:
         s, sgd = lessons.settings, lessons.settings["sgd"]
         self.lr_flag = "learning_rate" if sgd else "adamw_lr"  # the flag that says the peak
         decay = s["weight_decay" if sgd else "adamw_weight_decay"]
-        how = s[self.lr_flag], decay, s["momentum"], s["fused"]
+        how = s[self.lr_flag], decay, s["momentum"], s["fused"], s["decay_on"]
         self.optimizer = make_optimizer(self.model, sgd, *how)
         self.parts, self.tested = {"model": self.model, "optimizer": self.optimizer}, self.model
         if s["ema"]:  # EDC's average, which starts from the initial weights, and is tested
@@ -241,10 +249,10 @@ class Learner:
     def step(self, part, chunks, world, key):
         """One optimiser step on this process's part of a batch; returns its share of the loss."""
         total, settings = torch.zeros((), device=part.x.device), self.lessons.settings
-        if part.unmixed is not None:  # RDED: un-mixed images refresh BatchNorm's statistics
+        if settings["bn_refresh"]:  # RDED: BatchNorm's statistics move twice per step
             for first, rows in chunks:
                 with torch.no_grad(), self.seeds(*key, first, 1):
-                    self.forward(self.model, part.unmixed[rows])
+                    self.forward(self.model, part.x[rows])
         self.optimizer.zero_grad()
         for first, rows in chunks:
             with self.seeds(*key, first):
@@ -321,7 +329,7 @@ def train(out, seeds, lessons, forward, make_tester, checkpoint_every, track=Non
                   settings   {flag: value} of batches, optimiser, schedule and loss
                   count      images of an epoch;   network: () -> a new network
                   loss       a function as those above;   part: item -> Part
-                  loader     [(epoch, number of the batch)] -> iterator of items
+                  loader     [(epoch, number of the batch, seed)] -> iterator of items
                   files_of   seed -> names of its weights (safetensors) and rows (JSON)
     """
     states = open_seeds(out, seeds, lessons)
@@ -329,8 +337,9 @@ def train(out, seeds, lessons, forward, make_tester, checkpoint_every, track=Non
         return
     test, settings, epochs = make_tester(), lessons.settings, lessons.settings["epochs"]
     numbers = range(batches.batches_of(lessons.count, settings["batch_size"]))
-    left = [epoch for _, state in states.values() for epoch in range(len(state["rows"]), epochs)]
-    items = lessons.loader([(epoch, number) for epoch in left for number in numbers])
+    starts = {seed: len(state["rows"]) for seed, (_, state) in states.items()}
+    left = [(epoch, seed) for seed, start in starts.items() for epoch in range(start, epochs)]
+    items = lessons.loader([(epoch, number, seed) for epoch, seed in left for number in numbers])
     bar = out.progress(total=len(left) * lessons.count, desc="training", unit="image")
     if ranks.stop_asked(out):  # while images were read
         out.leave_if_asked()
@@ -341,7 +350,7 @@ def train(out, seeds, lessons, forward, make_tester, checkpoint_every, track=Non
             for done in range(len(learner.rows) + 1, epochs + 1):
                 # one iterator serves all epochs and seeds: an epoch takes its share of it
                 row = learner.train_epoch(islice(items, len(numbers)), out.process, bar)
-                if done % settings["eval_every"] == 0 or done == epochs:
+                if row["epoch"] % settings["eval_every"] == 0 or done == epochs:
                     row |= test(learner.tested)
                     bar.set_postfix(seed=seed, top1=f"{row['top1']:.2f}")
                 learner.rows.append(row)

@@ -7,7 +7,7 @@
 
 PYTHON="${PYTHON:-python}"
 OUT="${OUT:-output/gpu_check}"
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 mkdir -p "$OUT"
 export HF_HUB_OFFLINE=1 TQDM_DISABLE=1 PYTHONUNBUFFERED=1
 failed=

@@ -23,32 +23,58 @@ STAGES = {
 GRID_ARMS = {"random": "real", "decoded": "prototypes", "d4m": "synthetic"}
 
 
+def row_name(result, results):
+    """Its arm; also the image folder, where that is another method's or the arm has several; and
+    how many classes, where the results differ in that."""
+    arm, folder, content = key = _images_of(result)
+    sets = {_images_of(r) for r in results} - {key}
+    name = figures.ARMS.get(arm, (arm, arm))[1]
+    if arm == "foreign" or arm in {other[0] for other in sets}:
+        name = f"{name}: {folder}"
+    if (arm, folder) in {other[:2] for other in sets}:  # two folders of one name
+        name += f", sha256 {str(content)[:8]}"
+    same = len({r["classes"] for r in results}) == 1
+    part = "" if same else datasets.of_all(result["dataset"], result["classes"])
+    return name + f" ({part})" * bool(part)
+
+
+def _images_of(result):
+    return result["arm"], result["images"], result["arguments"].get("images")
+
+
 def accuracy_table(root, dataset, ipc):
-    """Markdown: one row per training set; mean ± sample std of the last epoch's top-1."""
-    results = [
-        r for r in paper_tables.find_results(root) if (r["dataset"], r["ipc"]) == (dataset, ipc)
-    ]
+    """Markdown: one row per training set; top-1 of the last epoch, ± over initial weights."""
+    every = [r for r in paper_tables.find_results(root) if r["dataset"] == dataset]
+    results = [r for r in every if r["ipc"] == ipc]
+    uneven = sorted({r["images"] for r in every if r["ipc"] is None})
     if not results:
         refuse(f"--output_root {root}: no results of stage 4 for --dataset {dataset} --ipc {ipc}")
     lines = []
     for student in dict.fromkeys(r["student"] for r in results):
         mine = [r for r in results if r["student"] == student]
         counts = " or ".join(map(str, sorted({r["last"]["n"] for r in mine})))
-        what = f"{dataset}, {ipc} images per class, student {student}: top-1 of the last epoch, %"
-        lines += [f"{what}, n = {counts} seeds, mean ± sample std", ""]
+        part = datasets.of_all(dataset, max(r["classes"] for r in results))
+        part = f", {part}" * bool(part)
+        what = f"{dataset}{part}, {ipc} images per class, student {student}"
+        what += ": top-1 of the last epoch, %"
+        lines += [f"{what}, n = {counts} seeds, mean ± sample std over initial weights", ""]
         lines += ["| trained on | soft labels | hard labels |", "|---|---:|---:|"]
-        arms = {r["arm"] for r in mine}
-        for arm in [*filter(arms.__contains__, figures.ARMS), *sorted(arms - set(figures.ARMS))]:
+        order = [*figures.ARMS, *sorted({r["arm"] for r in mine} - set(figures.ARMS))]
+        rows = {r["path"]: row_name(r, results) for r in mine}
+        mine.sort(key=lambda r: order.index(r["arm"]))
+        for name in dict.fromkeys(rows[r["path"]] for r in mine):
             cells = []
             for kind in ("soft", "hard"):
-                found = [r for r in mine if (r["arm"], r["labels"]) == (arm, kind)]
+                found = [r for r in mine if (rows[r["path"]], r["labels"]) == (name, kind)]
                 cells.append(" / ".join(map(paper_tables.scores, found)) or "not run")
-            lines.append(f"| {figures.ARMS.get(arm, (arm, arm))[1]} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
         for (name, arch), teacher in paper_tables.find_teachers(root).items():
             if name == dataset:
                 who = f"full data: the teacher, {arch} (n = {teacher['last']['n']})"
                 lines.append(f"| {who} | | {paper_tables.scores(teacher)} |")
         lines.append("")
+    if uneven:
+        lines += [f"Not shown: {', '.join(uneven)}: classes of different numbers of images", ""]
     return lines
 
 

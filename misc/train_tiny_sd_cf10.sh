@@ -7,9 +7,9 @@
 # like; the same command goes on. Look at $MODEL/samples/.
 # DATA_DIR holds {train,val}/CLASS/*.png, or torchvision's cifar-10-batches-py.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/launch.sh
-RUN="${PYTHON:-python}" # one process
+NUM_GPUS=1 TORCHRUN_ARGS= # one process
 
 PRESET="${PRESET:-cpu}"
 case "$PRESET" in

@@ -3,7 +3,7 @@
 # misc/tiny-sd-digits: the scripts and code paths of ImageNet, nothing to download, two minutes on
 # 2 CPU cores. Run it again and it goes on, or is done.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/launch.sh
 
 OUT="${OUT:-output/demo}"

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -47,15 +48,16 @@ def write(path, data, tag=None, once=False):
 
 
 def _sync(path, mode):
-    descriptor = os.open(path, mode)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, mode)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         if error.errno not in NO_FSYNC:
             raise
-        _warn_once(f"{Path(path).parent}: no fsync on this file system; a power cut may lose files")
-    finally:
-        os.close(descriptor)
+        _warn_once("no fsync on this file system; a power cut may lose files")
 
 
 _warn_once = lru_cache(warn)
@@ -102,7 +104,11 @@ def free_space(folder):
     folder = Path(folder).absolute()
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:  # some mounted object stores do not say
+        return math.inf
+    return usage.free if usage.total else math.inf
 
 
 def require_space(flag, folder, needed):

@@ -1,18 +1,29 @@
 # Sourced by every launcher, from the repository root. POSIX sh.
 #
 # run -m MODULE FLAGS   becomes this Python: one process, or torchrun for NUM_GPUS > 1 or any
-#                       TORCHRUN_ARGS; with DRY_RUN=1 it prints the command line, ready to paste
+#                       TORCHRUN_ARGS; with DRY_RUN=1 it prints the command line, ready to paste.
+#                       Several teachers' checkpoints stand one per line in "$TEACHER_CHECKPOINT"
 # step COMMAND          for scripts of several commands: runs it, and leaves if it failed. A stop
 #                       signal goes on to the command as SIGTERM; then this script leaves with 75
+# values                prints, once, the variables of this launcher as they are
 # refuse MESSAGE        one line on stderr and status 2, as the stages do
-# d4m_images DATASET    prints the name of the images that stages 1 and 2 make of it
-# labels_name [PARTS]   prints the name of the soft labels of IMAGES by TEACHER; PARTS: of other
-#                       crops or flips than the default
+#
+# What a stage's folder is called, so that the next one finds it:
+# d4m_prototypes DATASET        by IPC, KM_EXPAND, and SIZE and SEED where they are set
+# d4m_images DATASET            by STRENGTH, GUIDANCE, and STEPS where it is set, too
+# teacher_name DATASET NETWORK  by TEACHER_EPOCHS, TEACHER_BATCH, TEACHER_LR, TEACHER_SEED, if set
+# labels_name [PARTS]   of IMAGES by TEACHER, by EPOCHS, BATCH_SIZE, and CROPS and FKD_SEED where
+#                       they are set; PARTS: of other flips than the default
+#
 # of_dataset            sets what nobody set of DATA_DIR, INPUT_SIZE, TEACHER and
-#                       TEACHER_CHECKPOINT as the launchers of DATASET do
+#                       TEACHER_CHECKPOINT (PUBLIC_WEIGHTS: which of the public ones) as the
+#                       launchers of DATASET do, and CLASSES: 10 for a set of your own
 # ipc_of NAME DEFAULT   prints the images per class that a folder's name says (_ipc50_)
 # unless NAME VALUE DEFAULT   prints _NAMEVALUE where the value is not the default
 # plain NUMBER          prints it as folder names have it: 0.70 as 0.7, 8.0 as 8
+#
+# What is set from outside means what it says in the folder where it is set: OUT=x of a launcher
+# that is started from another folder is there, not here. Inside the repository paths are from here.
 #
 # torchrun, not `accelerate launch`: that one silently reads a configuration file of the user.
 
@@ -24,19 +35,80 @@ refuse() {
 case "${NUM_GPUS:-1}" in
     *[!0-9]* | 0) refuse "NUM_GPUS=$NUM_GPUS: expected a number of at least 1" ;;
 esac
-RUN="${PYTHON:-python}"
-if [ -n "${TORCHRUN_ARGS:-}" ] || [ "${NUM_GPUS:-1}" -gt 1 ]; then
-    RUN="torchrun ${TORCHRUN_ARGS:---standalone --nproc_per_node $NUM_GPUS}"
-fi
+NEWLINE='
+'
+unset CDPATH
+LAUNCHER="$(cd "${OLDPWD:-.}" 2>/dev/null && readlink -f "$0")" || LAUNCHER="$0"
+CALLER="$(cd "${OLDPWD:-.}" 2>/dev/null && pwd -P)" || CALLER="$(pwd -P)"
+case "$CALLER/" in
+    "$(pwd -P)"/*) ;;
+    *)
+        for NAME in OUT DATA_DIR CIFAR10_DIR CIFAR100_DIR IMAGENET_DIR TINY_IMAGENET_DIR MODEL \
+            RESULTS DIFFUSION_CHECKPOINT TEACHER_CHECKPOINT PYTHON; do
+            eval "VALUE=\"\${$NAME:-}\""
+            case "$NAME:$VALUE" in
+                *: | *:/*) ;; # not set; an absolute path
+                OUT:* | PYTHON:*/* | [!P]*) # not PYTHON=python3
+                    [ "$NAME" != OUT ] && [ ! -e "$CALLER/$VALUE" ] ||
+                        eval "$NAME=\"\$CALLER/\$VALUE\""
+                    ;;
+            esac
+        done
+        case " $*" in
+            *" --"*dir* | *" --"*path* | *" --"*checkpoint* | *" --"*cache*)
+                echo "started in $CALLER: relative paths in flags are from $(pwd -P)" >&2
+                ;;
+        esac
+        ;;
+esac
 case " $* " in # hard labels and those made while the student trains have no folder
     *" --hard_label "* | *" --hard-label "* | *" --online "*) LABELS= ;;
 esac
 
 run() {
-    case "${DRY_RUN:-0}" in
-        0) exec $RUN "$@" ;;
-        *) printf '%s\n' "$(quoted $RUN "$@")" ;;
-    esac
+    FLAG=
+    for WORD; do # turned round once, to the same words
+        shift
+        case "$FLAG:$WORD" in
+            --teacher_checkpoint:*"$NEWLINE"*) IFS="$NEWLINE" && set -- "$@" $WORD && unset IFS ;;
+            *) set -- "$@" "$WORD" ;;
+        esac
+        FLAG="$WORD"
+    done
+    TORCHRUN=
+    if [ -n "${TORCHRUN_ARGS:-}" ] || [ "${NUM_GPUS:-1}" -gt 1 ]; then
+        TORCHRUN="${TORCHRUN_ARGS:---standalone --nproc_per_node $NUM_GPUS}"
+    fi
+    if [ -z "${PYTHON:-}" ] && [ -n "$TORCHRUN" ]; then
+        set -- torchrun $TORCHRUN "$@"
+    else
+        [ -z "$TORCHRUN" ] || set -- -m torch.distributed.run $TORCHRUN "$@" # of that Python
+        command -v "${PYTHON:-python}" >/dev/null || PYTHON="${PYTHON:-python3}"
+        case "$(command -v "${PYTHON:-python}")" in
+            "") set -- $PYTHON "$@" ;; # a command of several words, such as conda run python
+            *) set -- "${PYTHON:-python}" "$@" ;; # a program, whose path may hold spaces
+        esac
+    fi
+    if [ "${DRY_RUN:-0}" != 0 ]; then
+        printf '%s\n' "$(quoted "$@")"
+        return
+    fi
+    command -v "$1" >/dev/null || refuse "${PYTHON:-$1}: no such program; PYTHON=... names another"
+    values
+    exec "$@"
+}
+
+TOLD=
+values() {
+    [ -z "$TOLD" ] && [ "${DRY_RUN:-0}" = 0 ] || return 0
+    TOLD="${LAUNCHER##*/}:"
+    for NAME in $(tr ' ' '\n' <"$LAUNCHER" | sed -n 's/^\([A-Z][A-Z0-9_]*\)="\${\1:*-.*/\1/p') \
+        DATA_DIR INPUT_SIZE TEACHER TEACHER_CHECKPOINT; do # the last four: by of_dataset
+        case "$TOLD " in *" $NAME="*) continue ;; esac
+        grep -q "[\$]{*$NAME" "$LAUNCHER" || continue
+        eval "TOLD=\"\$TOLD $NAME=\$(quoted \"\${$NAME:-}\")\""
+    done
+    [ "$TOLD" = "${LAUNCHER##*/}:" ] || printf '%s\n' "$TOLD" >&2
 }
 
 quoted() { # the words, so that a shell reads them back
@@ -52,6 +124,7 @@ quoted() { # the words, so that a shell reads them back
 
 STOPPED= CHILDREN=
 step() {
+    values
     trap 'STOPPED=75; [ -z "$CHILDREN" ] || kill $CHILDREN 2>/dev/null || :' INT TERM USR1
     "$@" &
     await $!
@@ -65,36 +138,72 @@ await() { # PIDS: a signal ends a wait, not the process
         while [ -n "$STOPPED" ] && kill -0 "$pid" 2>/dev/null; do wait "$pid" || :; done
     done
     CHILDREN=
-    [ -z "$STOPPED" ] || exit 75
+    [ -z "$STOPPED" ] || {
+        echo "${LAUNCHER##*/}: stopped; run the same command to go on" >&2
+        exit 75
+    }
     [ $failed -eq 0 ] || exit $failed
+}
+
+d4m_prototypes() {
+    printf %s "$1-ipc$IPC-kmexpand$KM_EXPAND$(size_part "$1")$(unless seed "${SEED:-0}" 0)"
 }
 
 d4m_images() {
     printf %s "${1}_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand$KM_EXPAND"
+    printf %s "$(unless steps "${STEPS:-50}" 50)$(unless seed "${SEED:-0}" 0)$(size_part "$1")"
+}
+
+size_part() { # DATASET: of stage 1, where it is not the usual one
+    case "$1" in
+        digits) unless size "${SIZE:-32}" 32 ;;
+        *) unless size "${SIZE:-512}" 512 ;;
+    esac
+}
+
+teacher_name() {
+    case "$1:$2" in # its launcher's epochs, batch and learning rate
+        digits:*) set -- "$1" "$2" 15 50 0.02 ;;
+        tiny_imagenet:convnet*) set -- "$1" "$2" 200 256 0.01 ;;
+        tiny_imagenet:*) set -- "$1" "$2" 200 256 0.2 ;;
+        *:convnet*) set -- "$1" "$2" 200 128 0.01 ;;
+        *) set -- "$1" "$2" 200 128 0.1 ;;
+    esac
+    printf %s "${1}_$2$(unless epochs "${TEACHER_EPOCHS:-$3}" "$3")"
+    printf %s "$(unless b "${TEACHER_BATCH:-$4}" "$4")"
+    printf %s "$(unless lr "$(plain "${TEACHER_LR:-$5}")" "$5")$(unless seed "${TEACHER_SEED:-0}" 0)"
 }
 
 labels_name() {
     printf %s "${IMAGES}_$TEACHER$(unless epochs "$EPOCHS" 300)$(unless b "$BATCH_SIZE" 1024)"
-    printf %s "${1:-}_mix-cutmix"
+    [ "${CROPS:-0.08}" = 0.08 ] || printf %s "_crops-$(plain "$CROPS")-1"
+    printf %s "${1:-}_mix-cutmix$(unless seed "${FKD_SEED:-42}" 42)"
 }
 
 of_dataset() {
-    PLACE="data/$DATASET" SIZE=224 NETWORK=resnet18 # ImageNet, its subsets, a set of your own
+    PLACE="data/$DATASET" PIXELS=224 NETWORK=resnet18 # ImageNet, its subsets, a set of your own
+    CLASSES="${CLASSES:-10}"
     case "$DATASET" in
-        cifar10 | cifar100) SIZE=32 NETWORK=convnet_w128 ;;
-        digits) SIZE=32 NETWORK=convnet_mini ;;
-        tiny_imagenet) SIZE=64 PLACE=data/tiny-imagenet-200 ;;
-        imagenet100) PLACE=data/imagenet ;;
+        imagenet) CLASSES=1000 ;;
+        imagenet100) CLASSES=100 PLACE=data/imagenet ;;
+        tiny_imagenet) CLASSES=200 PIXELS=64 PLACE=data/tiny-imagenet-200 ;;
+        cifar10) PIXELS=32 NETWORK=convnet_w128 ;;
+        cifar100) CLASSES=100 PIXELS=32 NETWORK=convnet_w128 ;;
+        digits) PIXELS=32 NETWORK=convnet_mini ;;
     esac
     DATA_DIR="${DATA_DIR:-$PLACE}"
-    INPUT_SIZE="${INPUT_SIZE:-$SIZE}"
+    INPUT_SIZE="${INPUT_SIZE:-$PIXELS}"
     TEACHER="${TEACHER:-$NETWORK}"
     CHECKPOINTS=
     for NETWORK in $TEACHER; do # nobody publishes those of small images: train_teacher makes them
-        CHECKPOINT=torchvision
-        [ "$SIZE" = 224 ] || CHECKPOINT="$OUT/teachers/${DATASET}_$NETWORK"
-        CHECKPOINTS="${CHECKPOINTS:+$CHECKPOINTS }$CHECKPOINT"
+        CHECKPOINT="${PUBLIC_WEIGHTS:-torchvision}"
+        [ "$PIXELS" = 224 ] || CHECKPOINT="$OUT/teachers/$(teacher_name "$DATASET" "$NETWORK")"
+        CHECKPOINTS="${CHECKPOINTS:+$CHECKPOINTS$NEWLINE}$CHECKPOINT"
     done
+    case "$TEACHER:${TEACHER_CHECKPOINT:-}" in
+        *" "*:*"$NEWLINE"* | *" "*:) ;;
+        *" "*:*) TEACHER_CHECKPOINT="$(printf '%s\n' $TEACHER_CHECKPOINT)" ;;
+    esac
     TEACHER_CHECKPOINT="${TEACHER_CHECKPOINT:-$CHECKPOINTS}"
 }
 

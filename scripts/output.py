@@ -14,6 +14,7 @@ the units, so any number of processes may work there.
 
 import contextlib
 import datetime
+import difflib
 import fcntl
 import hashlib
 import json
@@ -31,7 +32,7 @@ from pathlib import Path
 import torch
 
 from scripts import files
-from scripts.runtime import STOP_SIGNALS, progress, refuse, stop, warn
+from scripts.runtime import STOP_SIGNALS, progress, refuse, stop, tell, warn
 
 ARGS, MANIFEST, TIMING, LOG = "args.json", "manifest.json", "timing.json", "log.jsonl"
 LIBRARIES = ("torch", "torchvision", "diffusers", "transformers", "accelerate")
@@ -224,7 +225,10 @@ class Output:
             self.leave_if_asked()
 
     def _note_stop(self, signum, _frame):
-        self.stop_signal = signal.Signals(signum).name
+        name = signal.Signals(signum).name
+        if self.process.is_main and not self.stop_signal:
+            tell(f"{name}: stops after the unit at hand")
+        self.stop_signal = name
 
     def leave_if_asked(self):
         """Between two units: exit with status 75 if a stop signal came."""
@@ -378,14 +382,12 @@ def read_manifest(flag, folder, stage, verify=False):
     folder = Path(folder)
     where = f"{flag} {folder}"
     if not folder.is_dir():
-        there = sorted(path.name for path in folder.parent.glob("[!.]*/"))
-        hint = f" (there is {', '.join(there[:4])}{' ...' * (len(there) > 4)})" if there else ""
-        refuse(f"{where}: no such folder{hint}")
+        refuse(f"{where}: no such folder{_neighbours(folder)}")
     if not is_complete(folder):
         what = f"not made by the {stage} stage"
         if (folder / ARGS).exists():
             what = f"its {stage} stage is not finished: run it again to go on"
-        refuse(f"{where}: no {MANIFEST}: {what}")
+        refuse(f"{where}: no {MANIFEST}: {what}{_neighbours(folder)}")
     manifest = files.read_json(folder / MANIFEST)
     checksum = manifest.pop("checksum", None) if isinstance(manifest, dict) else None
     if checksum != files.digest_of(manifest):
@@ -406,6 +408,16 @@ def read_manifest(flag, folder, stage, verify=False):
         if verify or stat.st_mtime > written:
             check_file(flag, folder, name, manifest)
     return manifest
+
+
+def _neighbours(folder):
+    """What is beside `folder`, for messages: finished folders, the most like it first; else any."""
+    beside = [path for path in sorted(folder.parent.glob("[!.]*/")) if path.name != folder.name]
+    finished = [path.name for path in beside if is_complete(path)]
+    names = finished or [path.name for path in beside]
+    close = difflib.get_close_matches(folder.name, names, n=4, cutoff=0)
+    listed = ", ".join(close) + " ..." * (len(names) > len(close))
+    return f" (there is {listed}{', finished' * bool(finished)})" if names else ""
 
 
 def check_file(flag, folder, name, manifest, data=None):

@@ -6,15 +6,18 @@ processes, or on a restart.
 """
 
 import argparse
+import atexit
 import contextlib
 import functools
 import hashlib
+import io
 import math
 import os
 import re
 import signal
 import sys
 import threading
+import time
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -34,12 +37,23 @@ class Refusal(SystemExit):
 
 def refuse(message) -> NoReturn:
     """How this project turns bad input down, in any thread."""
-    raise Refusal(" ".join(str(message).split()))
+    raise Refusal(one_line(message))
 
 
 def warn(message):
     """Print one line to stderr and go on."""
-    _say(f"warning: {' '.join(str(message).split())}")
+    _say(f"warning: {one_line(message)}")
+
+
+def one_line(message):
+    """A text without its line ends and the colour codes of a terminal."""
+    return " ".join(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", str(message)).split())
+
+
+def reason_of(error):
+    """What a library's error says, for one line of ours: its own first, at most 200 characters."""
+    text = one_line((str(error).strip() or type(error).__name__).splitlines()[0])
+    return text if len(text) <= 200 else f"{text[:196]} ..."
 
 
 def _say(line):
@@ -53,8 +67,13 @@ def entry_point(main):
 
     @functools.wraps(main)
     def run(argv=None):
+        for stream in (sys.stdout, sys.stderr):  # a terminal may not know a letter of a path
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        stderr = sys.stderr if sys.stderr.isatty() else _LogFile(sys.stderr)
         try:
-            return main(argv)
+            with contextlib.redirect_stderr(stderr):
+                return main(argv)
         except KeyboardInterrupt:
             _say("interrupted; run the same command to go on")
             raise SystemExit(EXIT_INTERRUPTED) from None
@@ -70,9 +89,9 @@ def entry_point(main):
 
 def _in_one_line(error):
     """What to say of trouble that is no mistake of ours; None for what keeps its traceback."""
-    first = str(error).split("\n")[0]
     if isinstance(error, Refusal):
-        return first
+        return str(error)
+    first = reason_of(error)
     if isinstance(error, OSError) and error.filename is not None:  # it vanished, the disk fails
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, UnicodeEncodeError):
@@ -168,7 +187,9 @@ class Parser(argparse.ArgumentParser):
         words = [_underscored(word) for word in (sys.argv[1:] if args is None else args)]
         for word in words:
             if re.search("[\ud800-\udfff]", word):
-                refuse(f"{word!a}: not UTF-8")  # no manifest could name it
+                known = sys.getfilesystemencoding()
+                hint = "" if known == "utf-8" else f", or not {known}: try again with PYTHONUTF8=1"
+                refuse(f"{word!a}: not UTF-8{hint}")  # no manifest could name it
             flag = word.split("=", 1)[0]
             if flag in self.retired:
                 refuse(f"{flag}: {self.retired[flag]}")
@@ -289,7 +310,7 @@ def _device(name, local_rank) -> torch.device:
 
 # A key is (seed, use, ...): no two uses share a generator.
 SHUFFLE, POSTERIOR, SYNTHESIS, START, CHOICE, ORDER = range(1, 7)
-BATCH, JITTER, WEIGHTS, DROPOUT, AUGMENT, STM = range(7, 13)
+BATCH, JITTER, WEIGHTS, DROPOUT, AUGMENT, STM, PATCHES = range(7, 14)
 
 
 def seed_of(*key) -> int:
@@ -308,10 +329,14 @@ def generator(*key) -> torch.Generator:
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # torchrun's and Slurm's warnings
 
 
+def tell(text):
+    """Print a line from a signal's handler: the signal may have come in the middle of a print."""
+    os.write(2, f"\n{text}\n".encode())
+
+
 def stop(name) -> NoReturn:
     """Leave, with status 75, after the stop signal `name`."""
-    # no print: the signal may have come in the middle of one
-    os.write(2, f"\n{name}: stopped; run the same command to go on\n".encode())
+    tell(f"{name}: stopped; run the same command to go on")
     raise SystemExit(EXIT_STOPPED)
 
 
@@ -320,14 +345,77 @@ def _stop_at_once():
     owner = os.getpid()
 
     def leave(signum, _frame):
-        if os.getpid() != owner:  # a reading process that inherited this handler
+        if os.getpid() != owner:  # a process that inherited this handler
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
+        for again in STOP_SIGNALS:  # `timeout` and torchrun send theirs twice
+            signal.signal(again, signal.SIG_IGN)
         stop(signal.Signals(signum).name)
 
     if threading.current_thread() is threading.main_thread():
         for signum in STOP_SIGNALS:
             signal.signal(signum, leave)
+
+
+def read_ahead(items, keys, num_workers, **options):
+    """Iterator of items[key], made by at most `num_workers` reading processes, one per core.
+
+    A stop signal to the whole process group is for this process to answer: its readers ignore it.
+    options: of PyTorch's DataLoader
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(num_workers, cores, len(keys))
+    own = torch.Generator()  # else it draws a seed from the global one
+    options |= {"sampler": keys, "num_workers": workers, "generator": own}
+    if not workers:
+        options.pop("prefetch_factor", None)
+        return iter(torch.utils.data.DataLoader(items, batch_size=None, **options))
+    leaving = torch.multiprocessing.Event()
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, signal.SIGINT})
+    try:
+        options["worker_init_fn"] = functools.partial(_reader, leaving, held)
+        return iter(torch.utils.data.DataLoader(items, batch_size=None, **options))
+    finally:
+        atexit.register(leaving.set)  # runs before PyTorch ends its workers by SIGTERM
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _reader(leaving, held, _number):
+    """In a reading process, before it reads: the signals, which were held back so far."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.is_set() else None)
+    for signum in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None  # errors of reading go to the main process, not to the screen
+    signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+# ---- progress
+
+LOG_EVERY = 5  # seconds between two lines of progress where there is no terminal
+
+
+class _LogFile:
+    """stderr where it is no terminal: what bars draw over themselves, ours and those of libraries,
+    becomes a line now and then, without carriage returns."""
+
+    def __init__(self, file):
+        self.file, self.said, self.drawn = file, time.monotonic(), False
+
+    def write(self, text):
+        drawn = "\r" in text
+        if drawn:
+            text = one_line(text.rsplit("\r", 1)[-1])
+            if not text or time.monotonic() - self.said < LOG_EVERY:
+                text = ""
+            else:
+                self.said, text = time.monotonic(), text + "\n"
+        elif (self.drawn or "\x1b" in text) and not one_line(text):  # to another bar's line
+            drawn, text = True, ""
+        self.drawn = drawn
+        return self.file.write(text)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
 
 
 def progress(items=None, quiet=False, **options):

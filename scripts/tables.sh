@@ -30,8 +30,6 @@ OUT="${OUT:-output}${SMOKE:+/smoke}"
 KM_EXPAND="${KM_EXPAND:-1}" STRENGTH="${STRENGTH:-0.7}" GUIDANCE="${GUIDANCE:-8}"
 export DATASET IPC TEACHER STUDENT IMAGES DATA_DIR OUT KM_EXPAND STRENGTH GUIDANCE
 FLAGS="$(quoted "$@")" GIVEN_DIR="${DATA_DIR:-}" COMMANDS= PLANS= CHECK=
-NEWLINE='
-'
 case " $* " in *" --dry_run "* | *" --dry-run "*) CHECK=1 ;; esac
 [ "${DRY_RUN:-0}" = 0 ] || CHECK=
 if [ -n "${SMOKE:-}" ]; then
@@ -79,7 +77,7 @@ baselines() {
         case "$baseline" in
             random)
                 stage distillation/random_real
-                IMAGES="${DATASET}_ipc${IPC}_random"
+                IMAGES="${DATASET}_ipc${IPC}_random$(unless seed "${SEED:-0}" 0)"
                 stage matching/matching
                 stage validate/train_FKD
                 IMAGES="$distilled"
@@ -123,6 +121,11 @@ stage() {
         printf '%s\n' "$plan"
         PLANS="$PLANS$plan$NEWLINE"
     else
+        [ -n "$TOLD" ] || { # what was asked for; the launchers say the rest
+            TOLD="DATASET='${DATASETS:-all}' IPC='${IPCS:-all}' METHOD='${METHODS:-all}'"
+            TOLD="$TOLD TEACHER='${TEACHERS:-all}' STUDENT='${STUDENTS:-all}' ONLY='${ONLY:-all}'"
+            echo "${LAUNCHER##*/}: $TOLD BASELINES='${BASELINES-random hard}' OUT='$OUT'" >&2
+        }
         step sh "$launcher" "$@"
     fi
 }
@@ -145,7 +148,7 @@ table() {
                     folders, done, todo, needed, free
             }'
     else
-        RUN="${PYTHON:-python}" # one process
+        NUM_GPUS=1 TORCHRUN_ARGS= # one process
         step run -m validate.paper_tables --table "$1" --output_root "$OUT" \
             ${SMOKE:+--dataset digits} \
             ${DIFFUSION_CHECKPOINT:+--diffusion_checkpoints_path "$DIFFUSION_CHECKPOINT"}

@@ -221,7 +221,8 @@ def picture_folder(root, classes, count=3, split="train"):
         folder = Path(root) / split / name
         folder.mkdir(parents=True)
         for i in range(count):
-            Image.fromarray(picture(100 * number + i)).save(folder / f"{i}.png")
+            seed = 100 * number + i + 10**4 * (split != "train")  # a test set of its own
+            Image.fromarray(picture(seed)).save(folder / f"{i}.png")
     return root
 
 

@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import unicodedata
 import urllib.error
 import zlib
 
@@ -201,14 +202,97 @@ def test_odd_folders(change, tmp_path, refused):
     refused(lambda argv: open_split("imagefolder", *argv).fingerprint(), [tmp_path], words)
 
 
-def test_hidden_files_are_no_images_and_other_formats_are_warned_about(tmp_path, capsys):
+def test_hidden_files_thumbnails_and_other_formats_are_left_out_and_said(tmp_path, capsys):
     """macOS leaves ._0.png beside 0.png on other file systems."""
     cat = picture_folder(tmp_path, ["cat"]) / "train/cat"
-    (cat / "._0.png").write_bytes(b"x")
-    Image.fromarray(picture(1)).save(cat / "moving.gif")
+    for name in ("._0.png", "._0.gif", "notes.txt", "Thumbs.db", "a.gif", "b.jfif", "c"):
+        (cat / name).write_bytes(b"x")
+    for name in ("@eaDir", ".ipynb_checkpoints", "Thumbnails", "../../__MACOSX", "../@eaDir"):
+        one_pixel(cat / name / "0.png")
     items = open_split("imagefolder", tmp_path).items[0]
     assert [path.name for path in items] == ["0.png", "1.png", "2.png"]
-    assert "moving.gif" in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "3 hidden or thumbnail folders" in lines[0]
+    assert "3 files of other formats are left out, first" in lines[1] and "/cat/" in lines[1]
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, refused, monkeypatch):
+    """Root may read everything, so the error is made here."""
+    more, scandir = picture_folder(tmp_path, ["cat", "cat/more"]) / "train/cat/more", os.scandir
+
+    def denied(path):
+        if str(path) == str(more):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    refused(opened, ["imagefolder", tmp_path], f"{more}: Permission denied")
+
+
+# ---- splits
+
+CATS, LONE = ("cat", "dog"), ("cat",)
+# class folders of each folder: {split: the folder taken, or words of the refusal}; what is said
+SPLITS = [
+    ({"Train": CATS, "Test": CATS}, {"train": "Train", "val": "Test"}, "train images are those of"),
+    ({"train": CATS, "test": CATS}, {"val": "test"}, "val images are those of test"),
+    ({"train": CATS, "valid": CATS, "test": CATS}, {"val": "valid"}, "valid, not test"),
+    ({"training_set": CATS, "test_set": CATS}, {"train": "training_set", "val": "test_set"}, ""),
+    ({"mine/train": CATS, "mine/val": CATS, "__MACOSX": ()}, {"val": "mine/val"}, "only folder"),
+    ({"train/train": CATS, "val": CATS}, {"train": "train/train", "val": "val"}, "only folder"),
+    ({"train": CATS}, {"val": "holds train; expected one folder of val images"}, ""),
+    ({"train": CATS, "Train": CATS}, {"train": "holds Train, train"}, ""),
+    ({"train": CATS, "": CATS}, {"train": "holds cat, dog, train"}, ""),
+    ({"seg_train": CATS, "seg_test": CATS, "": ("seg_pred",)}, {"train": "seg_pred, seg_t"}, ""),
+    ({"train/a/images": CATS}, {"train": "one class, a/images, of 2 folders, first cat"}, ""),
+    ({"": ("cat", "train", "val")}, {"train": "", "val": ""}, ""),  # CIFAR-100 has a class train
+    ({"": ("cat", "zoo"), "train_station": CATS}, {"train": ""}, ""),
+    ({"cat": LONE, "train": LONE, "zoo": LONE}, {"train": "holds cat, train, zoo; expected"}, ""),
+    ({"train": CATS, "val": CATS, "samples": ("cat",)}, {"train": "train", "val": "val"}, ""),
+    ({"": ("train", "val")}, {"train": "no class folders in"}, ""),
+    ({"cat": LONE}, {"train": ""}, ""),
+]
+
+
+@pytest.mark.parametrize("folders, expected, said", SPLITS)
+def test_the_usual_names_of_splits_are_found(folders, expected, said, tmp_path, refused, capsys):
+    for parent, names in folders.items():
+        for name in names or ["x"]:
+            one_pixel(tmp_path / parent / name / "0.png")
+    for split, words in expected.items():
+        if " " in words:
+            refused(opened, ["imagefolder", tmp_path, split], words)
+        else:
+            assert datasets.split_folder("--data_dir", tmp_path, split) == tmp_path / words
+    assert said in capsys.readouterr().err
+
+
+def test_the_splits_of_known_data_sets_are_found(tmp_path, refused):
+    for dataset, names in (
+        ("cifar10", ("TRAIN", "Test")),
+        ("imagenette", ("img_train", "img_val")),
+    ):
+        root, known = tmp_path / "above" / dataset, list(known_prompts(dataset))
+        for folder in names:
+            for name in known:
+                one_pixel(root / folder / name / "0.png")
+        for split, folder in zip(("train", "val"), names):
+            items = open_split(dataset, root, split).items
+            assert len(items) == 10 and items[3][0].parts[-3] == folder
+    refused(opened, ["imagenette", tmp_path], "no class folders in", "but above")
+    (tmp_path / "above/imagenette").rename(tmp_path / "aside")
+    assert open_split("cifar10", tmp_path / "above").count == 10
+    for name in known_prompts("cifar10"):
+        (root.parent / "cifar10/Test" / name / "0.png").unlink()
+        (root.parent / "cifar10/Test" / name).rmdir()
+    (root.parent / "cifar10/Test").rmdir()
+    refused(opened, ["cifar10", tmp_path / "above", "val"], "holds TRAIN", "one folder of val")
+
+
+def test_a_class_is_chosen_in_either_unicode_form(tmp_path):
+    on_disk, typed = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFD", "NFC"))
+    picture_folder(tmp_path, [on_disk, "dog"])
+    assert open_split("imagefolder", tmp_path, classes=[typed]).folders == (on_disk,)
 
 
 # ---- label files

@@ -48,7 +48,7 @@ def test_a_data_set_is_one_entry_and_its_prompts(tmp_path, monkeypatch, model, r
 class Mosaic:
     """A generator of another family: a latent is the image, three channels at half the size."""
 
-    most_steps, channels = 10, 3
+    most_steps, channels, native_size, WORKS = 10, 3, 32, {}
 
     def __init__(self, checkpoint, device, precision, **how):
         self.device = device
@@ -61,6 +61,9 @@ class Mosaic:
     def encode(self, images, draws):
         noise = torch.stack([torch.randn(1, generator=draw) for draw in draws])
         return images[:, :, ::2, ::2] / 255 + 0.01 * noise[:, :, None, None]
+
+    def unread(self, prompt):
+        return prompt[100:]
 
     def condition(self, prompt):
         return torch.tensor([float(len(prompt))])

@@ -20,8 +20,9 @@ ARRAYS = [picture(n, (32, 32)) for n in range(21)]
 KEYS = [(2, 0), (2, 1), (2, 2)]
 
 
-def fed(labels=None, rows_of=None, device="cpu", arrays=ARRAYS, mix_type="cutmix"):
+def fed(labels=None, rows_of=None, device="cpu", arrays=ARRAYS, mix_type="cutmix", factor=1):
     protocol = {**batches.PROTOCOL, "batch_size": 8, "mix_type": mix_type, "input_size": 32}
+    protocol["shuffle_patches"] = factor
     return Feed(list(arrays), IMAGES, protocol, device, labels, rows_of)
 
 
@@ -48,10 +49,10 @@ def test_draw_store_replay_gives_the_same_pixels(tmp_path, workers):
 @pytest.mark.parametrize("resident", [False, True])
 @pytest.mark.parametrize("which", [[1, 3], []])
 def test_rows_of_a_process_are_rows_of_the_batch(mix_type, resident, which):
-    """A process crops only what its rows take."""
+    """A process crops only what its rows take, and shuffles patches as any other."""
     rows, seen = torch.tensor(which, dtype=torch.int64), []
-    whole, part = fed(mix_type=mix_type), fed(rows_of=lambda count: rows, mix_type=mix_type)
-    plain = fed(mix_type="none")
+    how = {"mix_type": mix_type, "factor": 3}
+    whole, part = fed(**how), fed(rows_of=lambda count: rows, **how)
     if resident:  # as on a CUDA device with room for the images
         part.resident = torch.from_numpy(np.stack(part.arrays))
 
@@ -59,14 +60,27 @@ def test_rows_of_a_process_are_rows_of_the_batch(mix_type, resident, which):
         seen.append((len(x), count))
         return x + cropped.view(-1, 1, 1, 1)
 
-    for a, b, crop in zip(whole.loader(KEYS), part.loader(KEYS), plain.loader(KEYS)):
+    for a, b in zip(whole.loader(KEYS), part.loader(KEYS)):
         assert (b.pixels is None) == resident
         assert torch.equal(part.mixed(b), whole.mixed(a)[rows])
-        assert torch.equal(part.unmixed(b), whole.unmixed(a)[rows])
-        assert torch.equal(plain.mixed(crop), whole.unmixed(a))
         assert torch.equal(part.mixed(b, shifted), whole.mixed(a, shifted)[rows])
     assert [count for _, count in seen] == [8, 8, 8, 8, 5, 5]
     assert max(taken for taken, _ in seen[::2]) <= 2 * len(which)
+
+
+def test_patches_are_shuffled_image_by_image():
+    """Columns, then rows of patches; the last takes the remainder, which RDED cuts off."""
+    array, orders = picture(0, (34, 33)), torch.tensor([[[2, 0, 1], [1, 2, 0]], [[0, 1, 2]] * 2])
+    a, b, c = np.split(array, [11, 22], axis=1)
+    wide = np.concatenate([b, c, a], axis=1)
+    d, e, f = np.split(wide, [11, 22], axis=0)
+    expected = np.concatenate([f, d, e], axis=0)
+    pair = torch.from_numpy(np.stack([array, array]))
+    assert np.array_equal(crops.shuffled(pair, orders), np.stack([expected, array]))
+    [item] = fed(factor=2).loader(KEYS[:1])
+    assert len({tuple(order.flatten().tolist()) for order in item.patches}) > 2
+    assert fed(factor=2)[2, 0, 42].pixels.equal(item.pixels)  # fkd_seed is 42
+    assert not fed(factor=2)[2, 0, 43].pixels.equal(item.pixels)
 
 
 def test_images_that_do_not_fit_the_gpu_are_cropped_on_the_cpu(monkeypatch, capsys):
@@ -84,7 +98,7 @@ def test_images_that_do_not_fit_the_gpu_are_cropped_on_the_cpu(monkeypatch, caps
 @pytest.mark.parametrize("rows_of", [None, lambda count: torch.tensor([1, 3])])
 def test_a_batch_is_made_without_waiting_for_the_device(mix_type, rows_of, monkeypatch):
     """On the meta device, which has no values: whatever would read one back fails here."""
-    one = fed(rows_of=rows_of, mix_type=mix_type)
+    one = fed(rows_of=rows_of, mix_type=mix_type, factor=2)
     one.device = torch.device("meta")
     one.resident = torch.empty((21, 32, 32, 3), dtype=torch.uint8, device="meta")
     [item] = one.loader([(0, 1)])

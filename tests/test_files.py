@@ -21,12 +21,22 @@ def test_a_file_is_synced_before_it_gets_its_name(monkeypatch):
 
 def test_a_file_system_that_cannot_sync(monkeypatch, capsys, refused):
     monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.EINVAL, "")))
+    files._warn_once.cache_clear()
     for n in range(3):
-        files.write(f"{n}.txt", "whole")
+        os.makedirs(f"d{n}")
+        files.write(f"d{n}/{n}.txt", "whole")
     assert capsys.readouterr().err.count("no fsync on this file system") == 1
     monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.EIO, "")))
     refused(lambda _: files.write("4.txt", "half"), [], "cannot write 4.txt")
-    assert everything(".") == {"0.txt", "1.txt", "2.txt"}
+    assert {name for name in everything(".") if "." in name} == {f"d{n}/{n}.txt" for n in range(3)}
+
+
+@pytest.mark.parametrize("answer", [OSError(errno.ENOSYS, ""), (0, 0, 0)], ids=["none", "zeros"])
+def test_a_file_system_that_does_not_say_how_much_is_free(answer, monkeypatch):
+    usage = Mock(side_effect=[answer] if isinstance(answer, OSError) else None)
+    usage.return_value = Mock(total=0, free=0)
+    monkeypatch.setattr(files.shutil, "disk_usage", usage)
+    files.require_space("--out", "folder/below", 2**50)
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])

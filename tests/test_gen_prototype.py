@@ -1,6 +1,7 @@
 """Stage 1 end to end: names, resume, processes, the latent cache, bad images, small classes."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from distillation import gen_prototype, random_real
+from distillation import distill, gen_prototype, random_real
 from distillation.prototype_files import PrototypeFolder
 from scripts import files, generators, output
 from scripts.runtime import POSTERIOR, generator
@@ -145,6 +146,27 @@ def test_the_caches_space_is_asked_for_first(model, refused, monkeypatch):
     monkeypatch.setattr(files, "free_space", lambda folder: 15_000)  # enough for prototypes
     argv = [*STAGE_1, *model, "--latent_cache", "cache"]
     refused(gen_prototype.main, argv, "--latent_cache cache", "needs about")
+
+
+# ---- sizes
+
+
+def test_the_size_is_the_checkpoints_own(model, refused, tiny_sd):
+    """A folder's name says it where it is not the data set's 512."""
+    picture_folder("data", ["cat", "dog"])
+    own = [flag for flag in of_folder(model) if flag not in ("--size", "32")]
+    folder = gen_prototype.main(own)
+    assert folder.name == "imagefolder-ipc2-kmexpand10_size32"
+    assert output.read_manifest("", folder, "prototypes")["arguments"]["size"] == 32
+    assert gen_prototype.main(of_folder(model)) == folder
+    gen_prototype.main([*own, "--size", "512", "--dry_run"])
+    [both] = distill.main([*own, "--num_inference_steps", "2"])
+    assert both.name == "imagefolder_ipc2_s0.7_g8_kmexpand10_steps2_size32"
+    silent = Path(shutil.copytree(tiny_sd, "silent"))
+    config = files.read_json(silent / "unet/config.json")
+    (silent / "unet/config.json").write_text(files.json_text({**config, "sample_size": None}))
+    argv = [*own, "--diffusion_checkpoints_path", "silent"]
+    refused(gen_prototype.main, argv, "--size: must be given")
 
 
 # ---- class sizes and bad images

@@ -167,11 +167,28 @@ def test_fewer_prototypes_than_images_give_several_noises_each(stage_2):
     assert [r["prototype"] for r in rows] == [0, 1, 0, 1] and len({r["seed"] for r in rows}) == 4
 
 
-def test_the_releases_single_file_gives_the_same_images(images, prototypes, model):
-    prototype_files.main([str(prototypes), "release.json"])
-    [folder] = gen_syn_image.main([*STAGE_2, *model, "--prototype_path", "release.json"])
-    assert folder.name == "digits_ipc2_s0.7_g8_kmexpand2_steps2"
-    assert pngs(folder) == pngs(images)
+def test_the_releases_single_file_gives_the_same_images(
+    images, prototypes, stage_2, model, capsys, refused
+):
+    """Its keys, in file order, are the classes 0 ... 9, whatever they say."""
+    source = prototype_files.PrototypeFolder(prototypes)
+    rows = [source[min(c, 2)].latents.astype(float).tolist() for c in range(10)]
+    keys = ["two", "zero", "one", *map(str, range(7))]
+    Path("release.json").write_text(json.dumps(dict(zip(keys, rows))))
+    argv = [*STAGE_2, *model, "--prototype_path", "release.json"]
+    gen_syn_image.main([*argv, "--dry_run"])
+    name = "digits_ipc2_s0.7_g8_kmexpand2_steps2"
+    assert f"{name}: 0 done, 20 to do" in capsys.readouterr().out
+    [folder] = gen_syn_image.main(argv)
+    assert folder.name == name and pngs(folder).items() > pngs(images).items()
+
+    [folder] = gen_syn_image.main([*argv, "--release_prompts"])
+    assert "_kmexpand2_releaseprompts_" in folder.name and rows_of(folder)[0]["prompt"] == "two"
+    assert files.read_json(folder / "manifest.json")["inputs"]["prompts"] == keys
+    assert not pngs(folder).items() & pngs(images).items()
+    refused(gen_syn_image.main, [*stage_2, "--release_prompts"], "is not the release's JSON file")
+    both = ["--release_prompts", "--label_file_path", "labels.txt"]
+    refused(gen_syn_image.main, [*argv, *both], "--release_prompts, --label_file_path: only one")
 
 
 def test_other_prompts_give_other_images(images, stage_2, refused):

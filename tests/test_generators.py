@@ -4,6 +4,8 @@ import re
 import shutil
 from pathlib import Path
 
+import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -37,6 +39,11 @@ def rewrite(folder, part, change):
     save_file(change(load_file(path)), path, {"format": "pt"})
 
 
+def change(folder, file, **values):
+    """Set values of a JSON file."""
+    (folder / file).write_text(files.json_text({**files.read_json(folder / file), **values}))
+
+
 def synthesize(model, seed=1):
     latents = torch.randn(1, 4, 8, 8, generator=generator(seed))
     conditions, negative = [model.condition("two")], model.condition("cartoon")
@@ -61,6 +68,12 @@ def test_shapes_and_facts(whole, refused):
     assert whole.most_steps == 1000 and whole.facts["precision"] == "fp32"
     parts = ("vae", "unet", "text_encoder", "scheduler", "tokenizer")
     assert {f"{part}_sha256" for part in parts} < set(whole.facts)
+
+
+def test_the_end_of_a_prompt_that_is_not_read(whole):
+    most = whole.pipeline.tokenizer.model_max_length - 2
+    assert whole.unread("") == whole.unread(" ".join("a" * most)) == ""
+    assert whole.unread(" ".join("a" * most + "bc")) == "b c"
 
 
 def test_stage_1_loads_only_what_it_needs(tiny_sd, whole):
@@ -95,6 +108,92 @@ def test_the_safety_checker_blackens_what_it_flags(whole, tiny_sd, monkeypatch, 
     assert torch.equal(checked[0], plain[0]) and checked[1].max() == 0
     assert torch.equal(whole.decode(latents, check=False), plain)
     refused(lambda argv: load(tiny_sd, safety_checker="on"), [], "cannot be loaded")
+
+
+# ---- samplers
+
+
+class KnowsTheAnswer(torch.nn.Module):
+    """A UNet whose answer is exact: all images are the latent `clean`."""
+
+    dtype, device = torch.float32, CPU
+
+    def __init__(self, unet, clean, predicts):
+        super().__init__()
+        self.config, self.clean, self.predicts, self.times = unet.config, clean, predicts, []
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        share = torch.cumprod(1 - betas, 0)
+        self.log_ratios = (share / (1 - share)).log().numpy()
+
+    def forward(self, x, t, **_):
+        self.times.append(float(t))
+        ratio = torch.tensor(np.interp(float(t), range(1000), self.log_ratios))
+        a = torch.sigmoid(ratio).float()
+        clean = self.clean.repeat(len(x) // len(self.clean), 1, 1, 1)
+        noise = (x - a**0.5 * clean) / (1 - a) ** 0.5
+        is_v = self.predicts == "v_prediction"
+        return (a**0.5 * noise - (1 - a) ** 0.5 * clean if is_v else noise,)
+
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+BETAS |= {"steps_offset": 1, "skip_prk_steps": True, "set_alpha_to_one": False}
+
+
+def drawn(tiny_sd, name, **settings):
+    """(error of the latent that a sampler ends at, time that it starts at) at strength 0.7."""
+    model, clean = load(tiny_sd), torch.randn(2, 4, 8, 8, generator=generator(1))
+    scheduler = getattr(diffusers, name).from_config({**BETAS, **settings})
+    model.networks["unet"] = KnowsTheAnswer(
+        model.pipeline.unet, clean, settings.get("prediction_type")
+    )
+    parts = {**model.pipeline.components, "unet": model.networks["unet"], "scheduler": scheduler}
+    model.pipeline = type(model.pipeline)(**parts, requires_safety_checker=False)
+    model.pipeline.set_progress_bar_config(disable=True)
+    conditions, draws = [model.condition("two")] * 2, [generator(2), generator(3)]
+    made = model.denoise(clean, conditions, model.condition(""), draws, 0.7, 8.0, 50)
+    return (made - clean).abs().max().item(), model.networks["unet"].times[0]
+
+
+@pytest.mark.parametrize("predicts", generators.SAMPLER["prediction_type"])
+@pytest.mark.parametrize("name", generators.SAMPLER["_class_name"])
+def test_a_sampler_starts_at_the_strength_and_ends_at_the_clean_latent(name, predicts, tiny_sd):
+    """0.03 of the noise stays where a schedule ends at t = 0, as Stable Diffusion's does."""
+    error, start = drawn(tiny_sd, name, prediction_type=predicts)
+    assert error < 0.15 and abs(start - 700) < 40
+
+
+UNFIT = {
+    "EDMEulerScheduler": {},  # noise
+    "DPMSolverMultistepInverseScheduler": {},
+    "UniPCMultistepScheduler": {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+    "DDIMScheduler": {"thresholding": True},
+    "EulerDiscreteScheduler": {"use_beta_sigmas": True},
+    "DPMSolverMultistepScheduler": {"use_lu_lambdas": True},
+    "PNDMScheduler": {"skip_prk_steps": False},
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_sampler_that_does_not_is_refused_in_stage_1_already(name, tiny_sd, other, refused):
+    error, start = drawn(tiny_sd, name, **UNFIT[name])
+    assert error > 0.15 or abs(start - 700) > 40
+    change(other, "scheduler/scheduler_config.json", **UNFIT[name])
+    change(other, "model_index.json", scheduler=["diffusers", name])  # whose class is loaded
+    words = "its scheduler has " if UNFIT[name] else f"its scheduler is {name}"
+    refused(lambda argv: load(*argv, part="encoder"), [other], words, "what works: ")
+
+
+def test_a_samplers_defaults_are_checked_too(other, refused):
+    config = files.read_json(other / "scheduler/scheduler_config.json")
+    del config["skip_prk_steps"]
+    (other / "scheduler/scheduler_config.json").write_text(files.json_text(config))
+    refused(lambda argv: load(*argv), [other], "its scheduler has skip_prk_steps False")
+
+
+def test_a_consistency_model_takes_no_more_steps_than_it_was_made_for(other):
+    change(other, "scheduler/scheduler_config.json", original_inference_steps=8)
+    change(other, "model_index.json", scheduler=["diffusers", "LCMScheduler"])
+    assert load(other).most_steps == 8
 
 
 # ---- one hash for one model
@@ -141,6 +240,15 @@ def test_a_single_file_gives_the_same_networks_and_picture(other, tmp_path, refu
     for part in ("model.diffusion_model.out.2.weight", "first_stage_model.quant_conv.bias", lost):
         save_file({k: v for k, v in weights.items() if k != part}, path)
         refused(lambda argv: load(*argv, single_file_config=config), [path], path)
+    conv = "model.diffusion_model.input_blocks.0.0.weight"
+    xl = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
+    wrong = {"inpainting": {**weights, conv: torch.zeros(8, 9, 3, 3)}}
+    wrong |= {"xl_base": {**weights, xl: torch.zeros(1)}}
+    wrong["UNet is missing"] = {"lora_unet.lora_up.weight": torch.zeros(2, 2)}
+    for words, tensors in wrong.items():
+        save_file(tensors, path)
+        encoder = {"single_file_config": config, "part": "encoder"}
+        refused(lambda argv, how=encoder: load(*argv, **how), [path], words)
 
 
 # ---- checkpoints that are not whole
@@ -169,13 +277,89 @@ def test_a_tokenizer_that_is_gone(other, refused):
     refused(lambda argv: load(*argv), [other], "its tokenizer has 2 words, its text_encoder")
 
 
+STAGE_1 = [
+    ("model_index.json", "_class_name", "StableDiffusionXLPipeline"),
+    ("model_index.json", "_class_name", "StableDiffusionInpaintPipeline"),
+    ("model_index.json", "_class_name", "DiTPipeline"),
+    ("model_index.json", "text_encoder", ["transformers", "T5EncoderModel"]),
+    ("model_index.json", "scheduler", ["diffusers", "FlowMatchEulerDiscreteScheduler"]),
+    ("model_index.json", "scheduler", ["diffusers", "CMStochasticIterativeScheduler"]),
+    ("vae/config.json", "_class_name", "AutoencoderTiny"),
+    ("vae/config.json", "latent_channels", 16),
+    ("vae/config.json", "shift_factor", 0.1),
+    ("unet/config.json", "in_channels", 9),
+    ("unet/config.json", "out_channels", 8),
+    ("unet/config.json", "addition_embed_type", "text_time"),
+    ("unet/config.json", "class_embed_type", "projection"),
+    ("unet/config.json", "cross_attention_dim", 768),
+]
+
+
+@pytest.mark.parametrize("file, key, value", STAGE_1)
+def test_another_kind_of_checkpoint_is_refused_before_anything_is_loaded(
+    file, key, value, other, refused
+):
+    change(other, file, **{key: value})
+    for path in other.rglob("*.safetensors"):
+        path.unlink()
+    value = value[-1] if isinstance(value, list) else value
+    words = "its unet takes texts of width 768" if key == "cross_attention_dim" else f" {value}"
+    refused(lambda argv: load(*argv, part="encoder"), [other], words)
+
+
+def rename(folder, end, parts=("vae", "unet", "text_encoder")):
+    for path in (path for part in parts for path in (folder / part).glob("*.safetensors")):
+        path.rename(path.with_name(path.name.split(".")[0] + end))
+
+
+def test_weights_of_one_precision_are_found(other, whole, capsys, refused):
+    rename(other, ".fp16.safetensors")
+    assert load(other).facts == {**whole.facts, "model": "other"}
+    words = "the only weights that are there: vae (fp16), unet (fp16), text_encoder (fp16)"
+    assert words in capsys.readouterr().err
+    rename(other, ".safetensors", ["vae"])
+    assert load(other, variant="fp16").facts["vae_sha256"] == whole.facts["vae_sha256"]
+    assert "that are there: vae (plain)" in capsys.readouterr().err
+    rename(other, ".non_ema.safetensors", ["unet"])
+    words = ["no plain .safetensors weights of its unet", "there are --variant non_ema"]
+    refused(lambda argv: load(*argv), [other], *words)
+    rename(other, ".bin", ["vae"])
+    words = [
+        "no plain .safetensors weights of its vae",
+        "only .bin",
+        "python -c",
+        "save_pretrained",
+    ]
+    refused(lambda argv: load(*argv, part="encoder"), [other], *words)
+
+
+@pytest.mark.parametrize("name", ["fp16", None])
+def test_a_hub_id_that_was_downloaded_before(name, tiny_sd, tmp_path, monkeypatch, whole):
+    folder = tmp_path / "models--me--tiny"
+    shutil.copytree(tiny_sd, folder / "snapshots" / ("a" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("a" * 40)
+    rename(folder / "snapshots" / ("a" * 40), f".{name}.safetensors" if name else ".safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = load("me/tiny", part="encoder")
+    assert model.facts["vae_sha256"] == whole.facts["vae_sha256"] and model.native_size == 32
+
+
+def test_the_native_size(other, whole):
+    """By the UNet's configuration; diffusers' first versions wrote 32 for Stable Diffusion's 64."""
+    assert whole.native_size == 32 == load(other, part="encoder").native_size
+    for size, version, right in ((24, "0.40.0", 96), ([24, 24], "0.40.0", 96), (32, "0.6.0", 256)):
+        change(other, "unet/config.json", sample_size=size, _diffusers_version=version)
+        assert load(other, part="encoder").native_size == right
+    change(other, "unet/config.json", sample_size=None)
+    assert load(other, part="encoder").native_size is None
+
+
 CONFIGS = [
     ("vae/config.json", "scaling_factor", 0),  # all prototypes would be zero
     ("unet/config.json", "attention_head_dim", 0),
-    ("unet/config.json", "in_channels", 9),  # an inpainting model
     ("text_encoder/config.json", "hidden_size", 7),
     ("scheduler/scheduler_config.json", "num_train_timesteps", 0),
-    ("model_index.json", "_class_name", "StableDiffusionXLPipeline"),
     ("model_index.json", "_class_name", ["evil", "Pipeline"]),
 ]
 

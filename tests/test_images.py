@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from distillation import datasets
 from matching.images import fits_gpu, load_pixels, open_images
@@ -92,14 +93,21 @@ def test_a_foreign_folder_is_hashed_and_warned_about_once(tmp_path, capsys):
     assert same.image_size == 32
 
 
-def test_numbered_folders_are_the_classes_in_order(tmp_path, capsys, refused):
-    names = [f"new{i:03d}" for i in range(10)]
-    images = open_images("--data", folders(tmp_path / "new", names), "cifar10")
-    assert images.folders == tuple(datasets.known_prompts("cifar10"))
-    assert images.files[3] == "new003/0.png" and "classes in order" in capsys.readouterr().err
-    # sorted by name, c10 would be class 2
-    unpadded = folders(tmp_path / "c", [f"c{i}" for i in (0, 1, 10, 2, 3, 4, 5, 6, 7, 8)])
-    refused(lambda argv: open_images("--data", unpadded, "cifar10"), [], "'c0'", "cifar10")
+def test_the_number_of_a_folder_is_its_class(tmp_path, capsys, refused):
+    """SRe2L's new000 ...; the release's 0, 1, 10, 100, ..., which sort as text."""
+    classes = tuple(datasets.known_prompts("cifar100"))
+    for form in ("new{:03d}", "{}"):
+        names = [form.format(n) for n in range(100)]
+        root = folders(tmp_path / form, names, sizes=(24, 24))
+        images = open_images("--data", root, "cifar100")
+        assert images.folders == classes and "classes, by number" in capsys.readouterr().err
+        assert images.files == tuple(f"{n}/{k}.png" for n in sorted(names) for k in range(2))
+        assert [str(root / path) for path in images.files] == [p for p, _ in ImageFolder(root).imgs]
+        owners = [images.files[n].split("/")[0] for n in range(200)]
+        assert images.targets.tolist() == [names.index(owner) for owner in owners]
+    assert images.targets[:8].tolist() == [0, 0, 1, 1, 10, 10, 11, 11]
+    (tmp_path / "{}" / "99").rename(tmp_path / "{}" / "100")
+    refused(lambda argv: open_images("--data", root, "cifar100"), [], "'0'", "cifar100")
 
 
 def test_the_data_set_is_recognised_by_its_classes(tmp_path):
@@ -107,6 +115,35 @@ def test_the_data_set_is_recognised_by_its_classes(tmp_path):
     known = {"imagefolder": ["cat", "dog"], "cifar10": datasets.known_prompts("cifar10")}
     for dataset, names in {**known, "imagenet": wnids}.items():
         assert open_images("--data", folders(tmp_path / dataset, names)).dataset == dataset
+
+
+def test_a_missing_class_is_named(tmp_path, capsys):
+    """Said whether the data set is named or recognised by its other classes."""
+    names = [name for name in datasets.known_prompts("cifar10") if name != "cat"]
+    root = folders(tmp_path / "nine", names)
+    for dataset in ("cifar10", None):
+        images = open_images("--data", root, dataset)
+        assert images.dataset == "cifar10" and len(images.folders) == 9
+        said = capsys.readouterr().err
+        assert "of cifar10's 10 classes 1 are missing, first cat" in said
+
+
+def test_what_is_no_image_of_a_foreign_folder_is_said(tmp_path, capsys, refused):
+    root = folders(tmp_path / "theirs" / "train", ["ant", "bee"], sizes=(24, 24))
+    folders(root / "ant", ["more", "@eaDir"])  # ImageFolder, too, takes what is below
+    shutil.copy(root / "ant/0.png", root / "bee/0.jfif")
+    images = open_images("--data", root.parent)
+    assert images.name == "theirs" and images.root == root and images.ipc is None
+    assert images.files == ("ant/0.png", "ant/1.png", "ant/more/0.png", "bee/0.png", "bee/1.png")
+    shutil.rmtree(root / "ant/@eaDir")
+    assert [str(root / path) for path in images.files] == [
+        path for path, _ in ImageFolder(root).imgs
+    ]
+    said = capsys.readouterr().err
+    assert "1 hidden or thumbnail folders are left out, first" in said
+    assert "1 files of other formats are left out, first" in said and "bee/0.jfif" in said
+    (root / "bee/2.png").symlink_to("gone")
+    refused(lambda argv: open_images("--data", root), [], "bee/2.png: not a file")
 
 
 def test_odd_foreign_folders_are_refused(tmp_path, refused):

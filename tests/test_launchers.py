@@ -6,11 +6,13 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from distillation import datasets
+from distillation import datasets, gen_prototype, gen_syn_image, image_folder
 from matching import labels
+from scripts import output
 from tests.conftest import ROOT
 
 SHELL = shutil.which("dash") or "sh"
@@ -22,7 +24,9 @@ CHAINS |= {"imagenette": "nette", "imagewoof": "woof", "imagenet100": "imgnt100"
 CHAINS["digits"] = "digits"
 RECIPES = ("cda", "rded", "rd3", "edc", "minimax")
 CHANGED = {"IPC": "20", "KM_EXPAND": "4", "STRENGTH": "0.50", "OUT": "a b/c"}
-CHANGED |= {"EPOCHS": "40", "BATCH_SIZE": "64"}
+CHANGED |= {"EPOCHS": "40", "BATCH_SIZE": "64", "SIZE": "64", "SEED": "1", "STEPS": "25"}
+CHANGED |= {"CROPS": "0.30", "FKD_SEED": "7", "TEACHER_EPOCHS": "5", "TEACHER_BATCH": "32"}
+CHANGED |= {"TEACHER_LR": "0.050", "TEACHER_SEED": "3"}
 
 
 def shell(script, *flags, cwd=None, **variables):
@@ -89,6 +93,69 @@ def test_torchrun_is_started_when_asked():
         assert ended.stderr == f"error: NUM_GPUS={text}: expected a number of at least 1\n"
 
 
+# ---- odd paths
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """outside(launcher, *flags, **variables): started in another folder, with a Python that prints
+    its own path and its words."""
+    program = tmp_path / "my python"
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$0" "$@"\n')
+    program.chmod(0o755)
+
+    def start(launcher, *flags, **variables):
+        environment = {"PATH": os.environ["PATH"], "PYTHON": str(program), **variables}
+        command, how = [SHELL, launcher, *flags], {"capture_output": True, "text": True}
+        return subprocess.run(command, cwd=tmp_path, env=environment, **how)
+
+    return start
+
+
+def test_a_launcher_from_another_folder_means_the_paths_there(outside, tmp_path):
+    os.makedirs(tmp_path / "my data")
+    os.symlink(ROOT / "matching/train_teacher_cf10.sh", tmp_path / "go on.sh")
+    os.symlink(ROOT / "matching", tmp_path / "linked")
+    places = {"OUT": "new out", "DATA_DIR": "my data", "PYTHON": "./my python", "CDPATH": "/tmp"}
+    for launcher in ("go on.sh", "linked/train_teacher_cf10.sh"):
+        ended = outside(launcher, "--seed", "1", **places)
+        words = ended.stdout.splitlines()
+        assert ended.returncode == 0 and words[:3] == [f"{tmp_path}/./my python", "-m", words[2]]
+        flags = dict(zip(words[3::2], words[4::2]))
+        assert flags["--data_dir"] == f"{tmp_path}/my data"
+        assert flags["--output_dir"] == f"{tmp_path}/new out/teachers"
+    ended = outside("go on.sh", "--val_dir", "x")
+    assert f"started in {tmp_path}: relative paths in flags are from {ROOT}" in ended.stderr
+    assert "data/cifar10" in ended.stdout.splitlines()  # what nobody set is the launcher's own
+
+
+def test_cdpath_leads_no_launcher_away(outside, tmp_path):
+    os.makedirs(tmp_path / "matching")
+    environment = {"PATH": os.environ["PATH"], "CDPATH": str(tmp_path), "DRY_RUN": "1"}
+    command = [SHELL, "matching/matching.sh"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout.startswith("python -m"), ended.stderr
+
+
+def test_pythons_that_are_not_there_or_several_words(outside):
+    launcher = str(ROOT / "matching/train_teacher_digits.sh")
+    ended = outside(launcher, PYTHON="/no such/python")
+    assert ended.returncode == 2 and ended.stderr.startswith("error: /no such/python: no such prog")
+    assert outside(launcher, PYTHON="echo a b").stdout.startswith("a b -m matching.train_teacher")
+    words = outside(launcher, NUM_GPUS="2").stdout.splitlines()
+    assert words[1:4] == ["-m", "torch.distributed.run", "--standalone"]
+
+
+def test_a_launcher_says_the_values_that_it_uses(outside):
+    launcher = str(ROOT / "validate/train_FKD_cf10.sh")
+    told = outside(launcher, IPC="50", OUT="/a b", STDUENT="x", SEEDS="0 1").stderr.splitlines()
+    values = shlex.split(told[-1])
+    assert len(told) == 1 and values[0] == "train_FKD_cf10.sh:"
+    assert {"IPC=50", "OUT=/a b", "STUDENT=convnet_w128", "SEEDS=0 1", "CROPS=0.08"} < set(values)
+    assert not [word for word in values if word.startswith("STDUENT")]
+    assert outside(launcher, DRY_RUN="1").stderr == ""
+
+
 @pytest.mark.parametrize("variables", [{}, CHANGED], ids=["as they are", "changed"])
 @pytest.mark.parametrize("dataset", CHAINS)
 def test_each_stages_output_is_the_next_ones_input(dataset, variables):
@@ -97,18 +164,33 @@ def test_each_stages_output_is_the_next_ones_input(dataset, variables):
     three, four = stages_3_and_4(dataset, **variables)
     ipc = int(variables.get("IPC", 50 if dataset == "tiny_imagenet" else 10))
     assert one.dataset == two.dataset == dataset and one.ipc == two.ipc == ipc
-    assert one.km_expand == two.km_expand and one.settings.parts() == []
-    prototypes = f"{one.save_prototype_path}/{dataset}-ipc{ipc}-kmexpand{one.km_expand}"
-    assert two.prototype_path == prototypes
-    named = {"strength", "guidance_scale", "num_prototypes"}
-    assert two.settings.only(two.settings.keys() - named).parts() == []
-    method = f"s{two.strength:g}_g{two.guidance_scale:g}_kmexpand{two.km_expand}"
-    images = f"{two.save_init_image_path}/{dataset}_ipc{ipc}_{method}"
+    first = gen_prototype.with_size(one.settings, Mock())  # whatever the checkpoint's own is
+    stem = f"{dataset}-ipc{ipc}-kmexpand{one.km_expand}"
+    prototypes = output.folder_name(stem, *first.parts())
+    assert two.prototype_path == f"{one.save_prototype_path}/{prototypes}"
+    assert variables or prototypes == stem
+    second = gen_syn_image.of_arm(two.settings, "d4m")
+    name = image_folder.folder_name(second, gen_prototype.parts_of(first), one.seed)
+    images = f"{two.save_init_image_path}/{name}"
     assert three.data == [images] and four.train_dir == images
     assert images.startswith(variables.get("OUT", "output") + "/")
     settings = three.settings.filled(input_size=datasets.ALL[dataset].image_size)
     name = labels.labels_name(Path(images).name, three.arch, settings)
     assert four.fkd_path == f"{three.fkd_path}/{name}"
+    assert four.min_scale_crops == three.min_scale_crops
+
+
+@pytest.mark.parametrize("variables", [{}, CHANGED], ids=["as they are", "changed"])
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "tiny_imagenet", "digits"])
+def test_a_teacher_is_where_stages_3_and_4_look_for_it(dataset, variables):
+    for network in ("convnet_w64", "resnet18"):
+        chosen = {**variables, "TEACHER": network, "OUT": "a b"}
+        teacher = parsed(f"matching/train_teacher_{CHAINS[dataset]}.sh", **chosen)
+        shown = teacher.settings.only(name for name in teacher.settings if name != "bn_batch")
+        folder = f"a b/teachers/{output.folder_name(f'{dataset}_{network}', *shown.parts())}"
+        assert stages_3_and_4(dataset, **chosen)[0].teacher_checkpoint == [folder]
+        recipe = parsed("validate/train_FKD_rd3.sh", DATASET=dataset, **chosen)
+        assert recipe.teacher_checkpoint == [folder]
 
 
 def test_distill_has_the_values_of_both_stages():
@@ -122,7 +204,10 @@ def test_distill_has_the_values_of_both_stages():
 @pytest.mark.parametrize("dataset", CHAINS)
 def test_a_recipe_on_another_data_set_has_that_sets_place_size_and_teacher(dataset):
     stored, own = stages_3_and_4(dataset, OUT="x")
-    networks = ["resnet18", "mobilenet_v2", "shufflenet_v2_x0_5", "efficientnet_b0"]
+    networks = {"imagenet": "resnet18 mobilenet_v2 shufflenet_v2_x0_5 alexnet"}
+    subset = "resnet18 mobilenet_v2 efficientnet_b0 shufflenet_v2_x0_5"
+    small = "resnet18 convnet_w128 mobilenet_v2 shufflenet_v2_x0_5"
+    networks = networks.get(dataset, small if own.input_size < 224 else subset).split()
     for recipe in RECIPES:
         args = parsed(f"validate/train_FKD_{recipe}.sh", OUT="x", DATASET=dataset)
         assert args.input_size == own.input_size and own.val_dir in (None, args.val_dir), recipe
@@ -130,7 +215,8 @@ def test_a_recipe_on_another_data_set_has_that_sets_place_size_and_teacher(datas
             assert f"_{stored.arch[0]}_" in Path(args.fkd_path).name
         if args.online:
             assert args.arch == (networks if recipe == "edc" else stored.arch)
-            [checkpoint] = stored.teacher_checkpoint or ["torchvision"]
+            public = "torchvision" if recipe == "rd3" else "torchvision:IMAGENET1K_V1"
+            [checkpoint] = stored.teacher_checkpoint or [public]
             known = [checkpoint.replace(stored.arch[0], network) for network in args.arch]
             assert args.teacher_checkpoint == known, recipe
     chosen = {"DATA_DIR": "d", "INPUT_SIZE": "8", "TEACHER": "resnet50"}
@@ -160,48 +246,3 @@ def test_hard_and_online_labels_have_no_folder():
     assert hard.hard_label and hard.fkd_path is None and hard.batch_size == 1024
     online = parsed("validate/train_FKD.sh", "--online", "--arch", "resnet50")
     assert online.online and online.fkd_path is None and online.arch == ["resnet50"]
-
-
-# ---- recipes
-
-
-def of_recipe(recipe, **variables):
-    return parsed(f"validate/train_FKD{recipe and '_'}{recipe}.sh", **variables)
-
-
-COSINE = {"schedule": "cosine", "adamw_lr": 1e-3, "sgd": False, "warmup_epochs": 0}
-RECIPE = {
-    "": COSINE | {"epochs": 300, "cos_stretch": 1, "bn_refresh": False},
-    "cda": COSINE | {"epochs": 300, "cos_stretch": 1, "bn_refresh": False},
-    "rded": COSINE | {"epochs": 300, "cos_stretch": 2, "bn_refresh": True},
-    "rd3": COSINE | {"epochs": 400, "cos_stretch": 1, "bn_refresh": True},
-    "edc": COSINE | {"epochs": 300, "cos_stretch": 2, "teacher_checkpoint": ["torchvision"] * 4},
-    "minimax": {"schedule": "step", "epochs": 2000, "sgd": True, "learning_rate": 0.01},
-}
-RDED_LR = {"resnet18": 1e-3, "resnet101": 1e-3, "efficientnet_b0": 2e-3, "mobilenet_v2": 2.5e-3}
-RDED_LR |= {"vgg11": 5e-4, "swin_t": 1e-4, "vit_b_16": 1e-4}
-
-
-def test_recipes_have_their_papers_values():
-    for recipe, wanted in RECIPE.items():
-        assert vars(of_recipe(recipe)).items() >= wanted.items(), recipe
-    for student, lr in RDED_LR.items():
-        assert of_recipe("rded", STUDENT=student).adamw_lr == lr
-    for ipc, batch, epochs in ((1, 100, 2000), (10, 100, 2000), (50, 200, 1500), (100, 200, 1000)):
-        assert of_recipe("rded", IPC=str(ipc)).batch_size == batch
-        assert of_recipe("rded", IPC=str(ipc), DATASET="imagenette").batch_size == batch / 2
-        assert of_recipe("minimax", IPC=str(ipc)).epochs == epochs
-    assert of_recipe("minimax", IPC="20").epochs == 1500
-    assert of_recipe("rd3", STUDENT="resnet50").cos_stretch == 2
-
-
-@pytest.mark.parametrize("recipe, name", [("rded", "batch_size"), ("minimax", "epochs")])
-def test_other_images_have_the_values_of_their_own_ipc(recipe, name):
-    """IMAGES=imagenet_ipc50_random says how many there are; IPC does for a name that does not."""
-    long, short = {"batch_size": (200, 100), "epochs": (1500, 2000)}[name]
-    for images in ("x_ipc50_random", "x_ipc50_s0.7_g8_kmexpand1_stm", "a_ipc50_from_b_ipc10_text"):
-        args = of_recipe(recipe, IMAGES=images, DATASET="imagenet")
-        assert args.train_dir == f"output/images/{images}" and getattr(args, name) == long
-    for images in ("x_ipc9", "of_ipcs"):
-        assert getattr(of_recipe(recipe, IMAGES=images, DATASET="imagenet"), name) == short
-    assert getattr(of_recipe(recipe, IMAGES="mine", IPC="50", DATASET="imagenet"), name) == long

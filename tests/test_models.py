@@ -1,9 +1,12 @@
 """Networks by name, and a teacher's weights in all their wrappings."""
 
+import argparse
 import os
 import sys
 import types
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -48,8 +51,9 @@ def test_unknown_names_are_refused(monkeypatch, refused):
     assert models.model_name("convnet-w128") == "convnet_w128"
     monkeypatch.setitem(sys.modules, "timm", None)
     refused(call(models.create_model, "timm:vit_tiny", 10, 224), [], "timm is not installed")
-    too_small = call(models.create_model, "convnet6", 10, 32)
-    refused(too_small, [], "--input_size 32", "depth 6")
+    for name, reason in (("convnet6", "depth 6"), ("alexnet", "63 px")):
+        too_small = call(models.create_model, name, 10, 32)
+        refused(too_small, [], "--input_size 32", reason)
 
 
 # ---- weights
@@ -85,17 +89,58 @@ def test_a_subset_takes_the_right_columns(network, checkpoint):
     assert load(checkpoint, "imagenet", whole)[1]["columns"] is None
 
 
-def test_weights_in_every_wrapping(tmp_path, network, checkpoint):
+def test_weights_in_every_wrapping(tmp_path, network, checkpoint, capsys):
     state, x = network.state_dict(), torch.randn(1, 3, 64, 64)
-    inner = {f"module.{name}": value for name, value in state.items()}
+
+    def below(prefix, but="nothing"):
+        return {("" if k.startswith(but) else prefix) + k: v for k, v in state.items()}
+
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9).state_dict()
+    average, count = {"n_averaged": torch.tensor(3)}, np.int64(3)
+    wrapped = [
+        {"state_dict": below("module."), "epoch": 3},
+        {"model": below("module._orig_mod."), "args": argparse.Namespace(lr=0.1)},
+        # torchvision's older files have no counters of BatchNorm
+        {k: v for k, v in state.items() if "num_batches" not in k},
+        {"net": below("module."), "acc": np.float64(77), "rng": np.random.get_state()},
+        {"model_state_dict": state, "optimizer": optimizer, "epoch": count},
+        {"model": state, "model_ema": below("module.") | average},
+        below("module.") | average,
+        {"state_dict": below("model.") | {"criterion.weight": torch.ones(3)}},  # Lightning's
+        below("backbone.", but="classifier."),
+        {"run": {"best": {"weights": {**state, "note": "half"}}}},
+    ]
     save_file(state, tmp_path / "0.safetensors")
-    torch.save({"state_dict": inner, "epoch": 3}, tmp_path / "1.pt")
-    torch.save({"model": {f"_orig_mod.{name}": value for name, value in state.items()}}, "2.pt")
-    # torchvision's older files have no counters of BatchNorm
-    torch.save({k: v for k, v in state.items() if "num_batches" not in k}, tmp_path / "3.pt")
+    for n, content in enumerate(wrapped):
+        torch.save(content, tmp_path / f"{n}.pt", _use_new_zipfile_serialization=n != 4)
     for path in tmp_path.iterdir():
         model, facts = load(path)
         assert torch.equal(model(x), load(checkpoint)[0](x)) and facts["weights"] == "file"
+    said = capsys.readouterr().err
+    assert (
+        said.count("\n") == 1 and "taken are the weights called model, of model, model_ema" in said
+    )
+
+
+def test_the_names_of_cifars_usual_resnet(tmp_path):
+    model = models.create_model("resnet18", 10, 32).eval()
+    state = {k.replace("fc.", "linear."): v for k, v in model.state_dict().items()}
+    state = {k.replace("downsample.", "shortcut."): v for k, v in state.items()}
+    torch.save({"net": state}, tmp_path / "net.pth")
+    folders, x = list(datasets.known_prompts("cifar10")), torch.randn(2, 3, 32, 32)
+    loaded, _ = load(tmp_path / "net.pth", "cifar10", folders, "resnet18", 32)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_a_network_that_one_image_cannot_train_is_refused(refused):
+    def check(name, size):
+        models.check_single(partial(models.create_model, name, 10, size), size, "--bn_batch 1: it")
+
+    before = torch.random.get_rng_state()
+    refused(call(check, "shufflenet_v2_x0_5", 32), [], "--bn_batch 1: it cannot train", "BatchNorm")
+    for name, size in (("resnet18", 32), ("convnet_w64", 8)):
+        check(name, size)
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 class Boom:
@@ -112,13 +157,19 @@ def test_bad_files_are_one_line(tmp_path, network, checkpoint, refused):
         "shape": (whole | {first: torch.zeros(32, 3, 5, 5)}, ["[32, 3, 5, 5]", "[32, 3, 3, 3]"]),
         "less": ({k: v for k, v in whole.items() if k != first}, [first, "another architecture"]),
         "more": (whole | {"extra": torch.zeros(1)}, ["extra"]),
-        "evil": ({"state_dict": Boom()}, ["only plain tensors"]),
+        "evil": ({"state_dict": Boom()}, ["holds io.open", "only plain tensors"]),
+        "whole": (models.create_model("convnet_mini", 2, 32), ["Sequential; if you trust it, sav"]),
+        "two": ({"teacher": whole, "student": whole}, ["it holds teacher, student"]),
+        "both": ({f"{n}.{k}": v for k, v in whole.items() for n in "ab"}, ["networks: a., b."]),
+        "none": ({"optimizer": {"state": {0: {"step": torch.ones(1)}}}}, ["it holds optimizer"]),
     }
     for name, (state, words) in cases.items():
         torch.save(state, tmp_path / f"{name}.pt")
         refused(call(load, tmp_path / f"{name}.pt"), [], f"{name}.pt", *words)
     assert not (tmp_path / "executed").exists()
-    refused(call(load, tmp_path / "none.pt"), [], "none.pt", "No such file")
+    line = refused(call(load, tmp_path / "whole.pt"), [], "torch.save(x.state_dict()")
+    assert "\x1b" not in line
+    refused(call(load, tmp_path / "gone.pt"), [], "gone.pt", "No such file")
     refused(call(load, checkpoint, name="resnet18"), [], "fc.bias", "resnet18")
 
 
@@ -141,6 +192,10 @@ def test_published_weights_without_internet(monkeypatch, tmp_path, refused):
     for checkpoint in (None, "torchvision"):
         line = refused(call(load, checkpoint, name="resnet18"), [], "resnet18-f37072fd.pth")
         assert f"put it at {tmp_path / 'checkpoints'}" in line
+    for chosen, file in (("", "7ebf99e0"), (":IMAGENET1K_V1", "b0353104")):
+        refused(call(load, f"torchvision{chosen}"), [], f"mobilenet_v2-{file}.pth")
+    refused(call(load, "torchvision:V9"), [], "torchvision:V9: mobilenet_v2 has IMAGENET1K_V1")
+    refused(call(load, "torchvision:V9", name="timm:x"), [], "part of timm:x")
     refused(call(load, None, name="resnet18", size=32), [], "32 px", "train_teacher")
     refused(call(load, None, name="convnet_w128"), [], "nobody publishes")
 

@@ -139,7 +139,8 @@ def test_somebody_elses_folder_is_refused(refused):
 def test_a_signal_leaves_after_the_unit_at_hand(signum, capfd, straight):
     names = everything(stopped(2, signum))
     said = capfd.readouterr().err
-    assert said.count("run the same command to go on") == 1 and signum.name in said
+    assert said.count("run the same command to go on") == 1
+    assert said.count(f"{signum.name}: stops after the unit at hand") == 1  # said at once
     assert names >= {"c0/unit0.txt", "c2/unit2.txt"}
     assert not names & {"c3", output.MANIFEST, ".lock-0-of-1"}
     open("root/stem/c1/unit1.txt", "w").close()  # as a power cut leaves one: made again
@@ -344,6 +345,9 @@ def test_a_folder_that_is_no_output(unread, refused):
     unread("nowhere", "--x", "no such folder (there is root)")
     unread("root/stem", "--x", "not finished: run it again")
     unread("root", "--x", "not made by the fake stage")
+    folder = stage(["--word", "b"])
+    unread("root/stem", "not finished: run it again", "(there is stem_word-b, finished)")
+    unread("root/stem_word-c", "no such folder (there is stem_word-b, finished)")
     folder = stage([])
     refused(lambda argv: output.read_manifest("--x", folder, "images"), [], '"fake"', "images")
 

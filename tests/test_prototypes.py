@@ -8,7 +8,14 @@ import pytest
 from sklearn.cluster import KMeans, MiniBatchKMeans
 
 from distillation import prototype_files, prototypes
-from distillation.prototype_files import FORMATS, ReleaseFile, class_bytes, read_class
+from distillation.label_files import known_prompts
+from distillation.prototype_files import (
+    FORMATS,
+    PrototypeFolder,
+    ReleaseFile,
+    class_bytes,
+    read_class,
+)
 from distillation.prototypes import Prototypes, class_prototypes
 from scripts import files
 from tests.conftest import copy, reseal
@@ -120,31 +127,67 @@ def test_a_spoilt_prototype_file_is_one_line(data, refused):
         refused(lambda argv: read_class(*argv, data), [name], name)
 
 
+def folder_of(prototypes, dataset, folders, prompts):
+    """A prototype folder of other classes, as if stage 1 had made it: those of the fixture anew."""
+    mine, classes = copy(prototypes, "."), []
+    for n, (folder, prompt) in enumerate(zip(folders, prompts)):
+        found, _ = read_class(prototypes / f"000{n % 3}_{n % 3}.json")
+        facts = {"class_index": n, "folder": folder, "prompt": prompt}
+        found = found._replace(latents=found.latents + np.float16(n))
+        (mine / f"{n:04d}_{folder}.json").write_bytes(class_bytes(found, facts))
+        classes.append({"index": n, "folder": folder, "prompt": prompt})
+    entries = {
+        p.name: {"size": p.stat().st_size, "sha256": files.sha256(p)} for p in mine.glob("0*")
+    }
+    known = [f"{n:04d}_{folder}.json" for n, folder in enumerate(folders)]
+    reseal(mine, dataset=dataset, classes=classes, files={name: entries[name] for name in known})
+    return mine
+
+
 def test_the_releases_file_is_written_and_read_back_exactly(prototypes, refused):
-    prototype_files.main([str(prototypes), "release.json"])
-    assert list(files.read_json("release.json")) == ["zero", "one", "two"]
-    theirs, ours = (
-        ReleaseFile("release.json", "digits"),
-        prototype_files.PrototypeFolder(prototypes),
-    )
+    digits = known_prompts("digits")
+    mine = folder_of(prototypes, "digits", digits, digits.values())
+    prototype_files.main([str(mine), "release.json"])
+    assert list(files.read_json("release.json")) == list(digits.values())
+    theirs, ours = ReleaseFile("release.json", "digits"), PrototypeFolder(mine)
     assert theirs.classes == ours.classes and theirs.latent_shape == ours.latent_shape == (4, 8, 8)
-    for n in range(3):
+    for n in range(10):
         assert theirs[n].latents.tobytes() == ours[n].latents.tobytes()
-    refused(prototype_files.main, [prototypes, "."], "is a folder")
-    mine = copy(prototypes, ".")
-    reseal(mine, classes=[ours.classes[0], {**ours.classes[1], "prompt": "zero"}, ours.classes[2]])
+    refused(prototype_files.main, [mine, "."], "is a folder")
+    refused(prototype_files.main, [prototypes, "other.json"], "3 of the 10 classes of digits")
+    classes = [{**c, "prompt": "zero"} if c["index"] == 3 else c for c in ours.classes]
+    reseal(mine, classes=classes)
     refused(prototype_files.main, [mine, "other.json"], "two classes", "'zero'")
 
 
-ONE = np.zeros((1, 4, 2, 2)).tolist()
-RELEASE = {
-    "'Europeanfiresalamander' is the prompt of 0 classes": {"Europeanfiresalamander": ONE},
-    "expected a JSON object": {},
-    "not rectangular lists of one shape": {"crane, bird": ONE, "crane, machine": ONE * 2},
+ONE = np.zeros((1, 4, 2, 2))
+
+
+def test_the_place_of_a_key_is_its_class_whatever_it_says():
+    """The release's cifar-100.txt is in the order of superclasses: `beaver` holds class 0."""
+    theirs = {"beaver": ONE, "dolphin": ONE + 1, **{f"x{n}": ONE + n for n in range(2, 100)}}
+    files.write("r.json", json.dumps({key: rows.tolist() for key, rows in theirs.items()}))
+    ours = known_prompts("cifar100")
+    for keys, prompts in ((False, ours.values()), (True, theirs)):
+        source = ReleaseFile("r.json", "cifar100", keys)
+        assert [c["prompt"] for c in source.classes] == list(prompts)
+        assert [c["folder"] for c in source.classes] == list(ours)
+        assert [source[n].latents.ravel()[0] for n in range(100)] == list(range(100))
+    source = ReleaseFile("r.json", "imagefolder")  # numbered in the file's order
+    assert source.classes[2] == {"index": 2, "folder": "0002", "prompt": "x2"}
+
+
+RELEASE = {  # text of the file, what the line says
+    "fewer keys": ({"crane": ONE.tolist()}, "1 keys, digits has 10 classes", "share a prompt"),
+    "nothing": ({}, "expected a JSON object"),
+    "shapes": ({f"{n}": ONE.tolist() * (1 + n // 9) for n in range(10)}, "not rectangular lists"),
+    "numbers": ({f"{n}": (ONE + 1e9 * (n > 8)).tolist() for n in range(10)}, "'9': holds NaN"),
 }
 
 
-@pytest.mark.parametrize("words", RELEASE)
-def test_a_release_file_that_cannot_be_used(words, refused):
-    files.write("r.json", json.dumps(RELEASE[words]))
-    refused(lambda argv: ReleaseFile(*argv, "imagenet"), ["r.json"], "r.json", words)
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("what", RELEASE)
+def test_a_release_file_that_cannot_be_used(what, refused):
+    table, *words = RELEASE[what]
+    files.write("r.json", json.dumps(table))
+    refused(lambda argv: ReleaseFile(*argv, "digits"), ["r.json"], "r.json", *words)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from unittest.mock import Mock
 
 import pytest
@@ -178,6 +179,116 @@ def test_bars_can_be_turned_off_and_a_terminal_may_not_know_a_letter():
     env["PYTHONIOENCODING"] = "latin-1"
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
     assert run.returncode == 0 and run.stderr == b"warning: caf\xe9 \\u4e2d\n"
+
+
+def python(code, **environment):
+    """The finished Python process of some code that begins with `from scripts.runtime import *`."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    code = f"from scripts.runtime import *\n{code}"
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=60)
+
+
+def test_results_are_printed_where_the_terminal_does_not_know_a_letter():
+    for coding, said in {
+        "latin-1": b"caf\xe9 \\u4e2d\n",
+        "ascii:strict": b"caf\\xe9 \\u4e2d\n",
+    }.items():
+        run = python("entry_point(lambda argv: print('café 中'))([])", PYTHONIOENCODING=coding)
+        assert (run.returncode, run.stdout) == (0, said), run.stderr
+
+
+def test_messages_are_one_line_without_colours():
+    text = "\x1b[1mbold\x1b[0m\n  second"
+    assert runtime.one_line(text) == "bold second"
+    assert runtime.reason_of(OSError(text)) == "bold" and runtime.reason_of(OSError()) == "OSError"
+    assert len(runtime.reason_of(ValueError("long " * 200))) == 200
+
+
+@pytest.mark.parametrize("system", ["fcntl", "resource"])
+def test_a_system_without_file_locks_is_told_where_it_works(system, tmp_path):
+    (tmp_path / f"{system}.py").write_text(f"raise ImportError('No module named {system}')")
+    for module in ("distillation.gen_prototype", "misc.report"):
+        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        command = [sys.executable, "-m", module, "--help"]
+        run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
+        assert "Linux, macOS or Windows' WSL" in run.stderr
+
+
+# ---- progress and reading processes
+
+
+BARS = """
+runtime.LOG_EVERY = int(os.environ["EVERY"])
+@entry_point
+def main(argv):
+    for _ in progress(range(3)):
+        for _ in tqdm(range(40), mininterval=0, desc="lib", leave=False):
+            tqdm.write("said")
+main([])
+"""
+
+
+@pytest.mark.parametrize("every", ["0", "60"])
+def test_a_log_has_a_line_of_progress_now_and_then(every):
+    """Whatever bars draw, ours or a library's, one in the other: lines, no carriage returns."""
+    run = python("from scripts import runtime" + BARS, EVERY=every, TQDM_DISABLE="")
+    assert run.returncode == 0 and run.stdout.count(b"said") == 120
+    assert b"\r" not in run.stderr and b"\x1b" not in run.stderr and b"\n\n" not in run.stderr
+    assert (b"lib: " in run.stderr) if every == "0" else run.stderr == b""
+
+
+SLOW = """
+class Items:
+    def __getitem__(self, key): time.sleep(0.1); return key
+"""
+
+
+def test_more_readers_than_cores_are_not_started_and_none_outlives_its_process():
+    code = "import warnings; warnings.simplefilter('error')\n" + SLOW
+    code += "read = read_ahead(Items(), list(range(50)), 999, prefetch_factor=2); print(next(read))"
+    run = python(code)  # leaves with its readers at work
+    assert (run.returncode, run.stdout, run.stderr) == (0, b"0\n", b"")
+    code = SLOW + "print(*read_ahead(Items(), [3, 1], 0, prefetch_factor=2))"
+    assert python(code).stdout == b"3 1\n"
+
+
+STAGE = f"""
+from scripts import output
+from scripts.runtime import *
+{SLOW}
+@entry_point
+def main(argv):
+    process = this_process("cpu")
+    with output.Output("--root", "root", "stem", "fake", {{}}, {{}}, process) as out:
+        read = read_ahead(Items(), list(range(200)), 2)
+        for n in out.steps(read):
+            out.write(f"{{n}}.txt", "x")
+main([])
+"""
+
+
+@pytest.mark.parametrize("number, status", [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+def test_a_signal_to_the_whole_process_group(number, status, tmp_path):
+    """As `kill -- -PGID`, `timeout`, Ctrl-C and Slurm send it: readers leave it to the stage."""
+    how = {"stderr": subprocess.PIPE, "start_new_session": True, "text": True}
+    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    stage = subprocess.Popen([sys.executable, "-c", STAGE], cwd=tmp_path, env=env, **how)
+    while not (tmp_path / "root/stem/3.txt").exists():
+        assert stage.poll() is None
+        time.sleep(0.02)
+    for _ in range(2):  # `timeout` sends its own twice
+        os.killpg(stage.pid, getattr(signal, number))
+        time.sleep(0.01 if status == 75 else 3)
+        if status == 130:
+            break
+    said = stage.communicate(timeout=30)[1]
+    assert stage.returncode == status and said.count("run the same command to go on") == 1
+    assert "Traceback" not in said and "reading process" not in said
+    assert status == 130 or f"{number}: stops after the unit at hand" in said
+    with pytest.raises(ProcessLookupError):
+        os.killpg(stage.pid, 0)
 
 
 def test_names_too_long_for_the_system(model, refused, tmp_path):

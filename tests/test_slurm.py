@@ -106,6 +106,12 @@ def test_a_job_that_is_refused_stays_out_of_the_queue(slurm, tmp_path):
     assert not [line for line in record(tmp_path) if "requeue" in line]
 
 
+@pytest.mark.parametrize("file", SBATCH, ids=lambda file: file.stem)
+def test_a_job_from_another_folder_is_told_where_to_submit(file, slurm, tmp_path):
+    job = slurm(file, SLURM_SUBMIT_DIR=str(tmp_path))
+    assert job.wait(20) == 2 and job.stderr.read() == f"error: {tmp_path}: submit from D4M's root\n"
+
+
 @pytest.mark.parametrize("count, last", [("1", "2"), ("2", "3")], ids=["2", "2-3"])
 def test_an_array_of_a_part_needs_the_number_of_shards(count, last, slurm, tmp_path):
     part = {**ARRAY, "SLURM_ARRAY_TASK_MAX": last, "SLURM_ARRAY_TASK_COUNT": count}

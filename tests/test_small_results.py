@@ -160,6 +160,16 @@ def test_a_claim_is_seen_only_where_a_t_test_says_so():
     assert verdict(50, std=0.0).startswith("not seen")
 
 
+def test_what_other_draws_of_images_did_not_show_is_withdrawn():
+    def verdict(mean, **labels):
+        better = cell("D4M", mean, **labels)
+        return small_results.verdict(better, cell("w/o prototypes", 50, **labels))
+
+    assert verdict(60).startswith("withdrawn: ") and "three draws of images" in verdict(60)
+    assert verdict(60, labels="hard").startswith("seen: ")
+    assert verdict(50).startswith("not seen: ") and verdict(40).startswith("the opposite is seen: ")
+
+
 def test_claims_compare_cells_that_differ_in_nothing_else():
     other = {"student": "resnet18"}
     cells = [cell("D4M", 40), cell("D4M", 60, ipc=50), cell("D4M", 30, labels="hard")]
@@ -168,6 +178,7 @@ def test_claims_compare_cells_that_differ_in_nothing_else():
     cells += [cell("D4M", 20, labels="hard", **other), cell("D4M, guidance 2", 44)]
     cells += [cell("D4M, strength 0.3", 39.5), cell("D4M", 10, epochs=2)]
     cells += [cell("Text-to-image", 90, batch_size=50)]
+    cells += [cell("D4M, guidance 2", 30, labels="hard")]
     found = small_results.claims(cells)
 
     def sentences(start):
@@ -182,7 +193,8 @@ def test_claims_compare_cells_that_differ_in_nothing_else():
     assert "resnet18, teacher convnet_w64" in across and across.startswith("seen: 42.0")
     [growing] = sentences("Accuracy grows")
     assert growing.startswith("seen: 60.0 ± 0.5 against 40.0")
-    [guidance] = sentences("The paper's guidance of 8")
+    guidance, hard = sentences("The paper's guidance of 8")
+    assert hard.startswith("not seen: 30.0 ± 0.5 against guidance 2: 30.0") and "hard" in hard
     assert guidance.startswith("the opposite is seen: 40.0 ± 0.5 against guidance 2: 44.0")
     [strength] = sentences("The paper's strength")
     assert strength.startswith("not seen: 40.0 ± 0.5 against strength 0.3: 39.5")
@@ -190,7 +202,7 @@ def test_claims_compare_cells_that_differ_in_nothing_else():
     assert words == "seen in 2 of 2 pairs:<br>"
 
 
-def test_the_committed_page_is_what_its_numbers_say():
+def test_the_committed_page_is_what_its_numbers_say(tmp_path, refused):
     page = ROOT / "misc" / "results" / "cifar10_small.json"
     parts = files.read_json(page)
     text = page.with_suffix(".md").read_text(encoding="utf-8")
@@ -201,6 +213,11 @@ def test_the_committed_page_is_what_its_numbers_say():
             values = found["top1"]["values"]
             assert found["top1"]["mean"] == pytest.approx(sum(values) / len(values))
             assert found["top1"]["n"] == len(values)
+    refused(small_results.main, ["--results", str(tmp_path)], "holds no cifar10_small.json")
+    shutil.copy(page, tmp_path)
+    small_results.main(["--results", str(tmp_path)])
+    for name in (page.name, f"{page.stem}.md"):
+        assert (tmp_path / name).read_bytes() == page.with_name(name).read_bytes()
 
 
 @pytest.mark.slow

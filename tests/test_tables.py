@@ -116,6 +116,8 @@ def test_a_stage_that_fails_ends_the_table_with_its_status(tmp_path, failing, st
     ended = shell("validate/table1.sh", PYTHON=python, DATASET="cifar10", IPC="10")
     calls = (tmp_path / "calls").read_text().splitlines()
     assert ended.returncode == status and failing in calls[-1]
+    told = ended.stderr.splitlines()[0]
+    assert told.startswith("table1.sh: DATASET='cifar10' IPC='10' METHOD='all' TEACHER='all'")
 
 
 def test_a_finished_table_is_printed(tmp_path):
@@ -134,11 +136,14 @@ def test_a_stop_signal_reaches_the_stage_and_ends_the_table(tmp_path, number):
     how = {"env": {"PATH": os.environ["PATH"], "PYTHON": python}}
     # a test run in the background ignores Ctrl-C, and so would all that it starts
     how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    how |= {"stderr": subprocess.PIPE, "text": True}
     table = subprocess.Popen([SHELL, ROOT / "validate" / "table2.sh"], **how)
     while not (tmp_path / "ready").exists():
         time.sleep(0.01)
     table.send_signal(number)
-    assert table.wait(20) == 75 and (tmp_path / "left").exists()
+    said = table.communicate(timeout=20)[1]
+    assert table.returncode == 75 and (tmp_path / "left").exists()
+    assert said.splitlines()[-1] == "table2.sh: stopped; run the same command to go on"
     assert len((tmp_path / "calls").read_text().splitlines()) == 1
 
 

@@ -17,7 +17,7 @@ from distillation import datasets
 from matching import generate_soft_label, lessons, ranks, train_teacher
 from scripts import files, output
 from scripts.runtime import Process
-from tests.conftest import BATCHES, TEACHER, copy, picture_folder, reseal, tree
+from tests.conftest import BATCHES, TEACHER, copy, make_random, picture_folder, reseal, tree
 from tests.test_training import largest_difference, small_net, weights  # noqa: F401
 from validate import train_FKD
 
@@ -70,14 +70,15 @@ def test_stored_and_online_labels_train_the_same_student(train, drawn, online, t
     assert torch.equal(before, torch.random.get_rng_state())  # nobody drew from it
 
 
-def test_results_say_what_was_trained(train, random, labels, tmp_path):
+def test_results_say_what_was_trained(train, random, labels, tmp_path, capsys):
     folder = train("--seeds", 0, 1)
+    assert capsys.readouterr().out.endswith("(n = 2) on 3 of 10 classes\n")
     found, made = results(folder), files.read_json(labels / "manifest.json")
     scores, said = found["summary"]["last"]["top1"], found["arguments"]
     top1 = [seed["last"]["top1"] for seed in found["seeds"]]
     assert scores["n"] == 2 and scores["std"] == pytest.approx(np.std(top1, ddof=1))
     rows = found["seeds"][0]["rows"]
-    assert [("top1" in row, row["epoch"]) for row in rows] == [(False, 0), (True, 1), (True, 2)]
+    assert [("top1" in row, row["epoch"]) for row in rows] == [(True, 0), (False, 1), (True, 2)]
     assert [row["lr"] for row in rows] == pytest.approx([1e-3, 0.75e-3, 0.25e-3])
     known = {"temperature": 4, "schedule": "cosine", "mix_type": "cutmix", "bn_batch": 5}
     known |= {"test_images": 133, "dataset": "digits", "images": made["inputs"]["images"]}
@@ -91,12 +92,23 @@ def test_results_say_what_was_trained(train, random, labels, tmp_path):
 def test_every_option_of_the_recipes_runs(train, drawn, online, small_net):  # noqa: F811
     flags = ["--loss", "mse_ce", "--ema", 0.9, "--model", small_net, "--epochs", 1]
     edc, plain = train(*flags, "--bn_refresh"), train(*flags)
-    assert largest_difference(weights(edc), weights(plain)) > 0  # it saw un-mixed images
+    assert largest_difference(weights(edc), weights(plain)) > 0
     assert largest_difference(weights(plain), weights(drawn(*online, *flags))) == 0  # dropout
     flags = ["--hard_label", "--sgd", "-lr", 0.01, "--schedule", "step"]
     hard = drawn(*flags, "--color_jitter", 0.4, "--lighting", 0.1)
     assert results(hard)["teacher"] == [] and results(hard)["labels"] is None
     assert largest_difference(weights(hard), weights(drawn(*flags))) > 0
+
+
+def test_draws_vary_with_the_seed_where_that_is_asked_for(drawn, online):
+    def student(seed, *flags):
+        folder = drawn(*online, "--epochs", 1, "--seeds", 5, seed, *flags)
+        return load_file(folder / f"student_seed{seed}.safetensors")
+
+    assert largest_difference(student(0), student(0, "--vary_draws")) == 0
+    varied = student(1, "--vary_draws")
+    assert largest_difference(varied, student(1, "--fkd_seed", 43)) == 0  # 42 + 1
+    assert largest_difference(varied, student(1)) > 0
 
 
 @pytest.mark.parametrize("teachers, first", [([], 300), ([None], 256)])
@@ -150,6 +162,31 @@ def test_evaluate_gives_the_number_of_the_results(train, random, capsys, refused
     other = [*flags[:3], "convnet_w128", *flags[4:]]
     refused(train_FKD.main, other, "--evaluate", "another architecture")
     refused(train_FKD.main, flags[:4], "--dataset")
+
+
+def test_students_are_not_tested_on_what_their_images_come_from(drawn, tmp_path, capsys, refused):
+    """Chosen from a flat folder, or that folder itself."""
+    flat, sets = picture_folder(tmp_path, ["cat", "dog", "eel"]) / "train", tmp_path / "sets"
+    chosen = make_random(
+        sets,
+        "--dataset",
+        "imagefolder",
+        "--data_dir",
+        str(flat),
+        "--classes",
+        "cat",
+        "dog",
+        "--ipc",
+        "2",
+        "--image_size",
+        "32",
+        "--max_images_per_class",
+        "2",
+    )
+    for images in (chosen, flat):
+        run = partial(drawn, "--hard_label", "--val_dir", flat, "--epochs", 1, images=images)
+        refused(lambda _, run=run: run(), [], "--val_dir", "the test set is the training set")
+        assert run("--test_on_train").name.endswith("_ontrain")
 
 
 def test_rows_go_to_a_tracker(train, monkeypatch):
@@ -395,6 +432,9 @@ def test_flags_that_make_no_sense_are_refused(random, labels, tmp_path, refused)
         ([*data, "--online", "--hard_label"], "only one"),
         ([*data, "--hard_label", "--arch", "resnet18"], "no teacher"),
         ([*stored, "--color_jitter", "0.4"], "--hard_label"),
+        ([*stored, "--vary_draws"], "--vary_draws", "not with --fkd_path"),
+        ([*stored, "--shuffle_patches", "2"], "--shuffle_patches", "not with --fkd_path"),
+        ([*stored, "--test_resize", "31"], "--test_resize 31: below the input's 32 px"),
         ([*stored, "--seeds", "1", "1"], "--seeds 1 1"),
         ([*stored, "--shard", "0/2"], "torchrun"),
         ([*stored, "--tracker", "nonsense"], "--tracker nonsense"),

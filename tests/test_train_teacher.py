@@ -1,11 +1,14 @@
 """Training a teacher on real images: what it learns, from which images, by which recipe."""
 
 import dataclasses
+import shutil
+import unicodedata
 
 import torch
+from PIL import Image
 
 from distillation import datasets
-from matching import train_teacher
+from matching import models, train_teacher
 from scripts import files, output
 from tests.conftest import TEACHER, picture_folder, tree
 
@@ -42,6 +45,54 @@ def test_large_photographs_are_read_by_workers(tmp_path):
     assert tree(alone) == tree(fed)
     classes = output.read_manifest("--output_dir", alone, "teacher")["classes"]
     assert [c["folder"] for c in classes] == ["cat", "dog"]
+
+
+def test_teachers_are_not_tested_on_their_training_images(tmp_path, refused, capsys):
+    flags = [*photos(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
+    root = tmp_path / "data"
+    shutil.rmtree(root / "val")
+    flat = [*flags, "--data_dir", str(root / "train")]
+    words = ("--data_dir", "the test set is the training set (6 of 6", "val/<class>/", "--val_dir")
+    refused(train_teacher.main, flat, *words)
+    (root / "val").symlink_to("train")
+    refused(train_teacher.main, flags, *words)
+    (root / "val").unlink()
+    shutil.copytree(root / "train", root / "val")
+    for n, path in enumerate(sorted((root / "val").rglob("*.png"))):
+        path.rename(path.with_name(f"other_{n}.png"))
+    refused(train_teacher.main, flags, *words)
+    for path in (root / "val").rglob("other_*[1245].png"):
+        with Image.open(path) as image:
+            image.rotate(90).save(path)
+    assert train_teacher.main(flags).name == "imagefolder_convnet_mini_epochs1_size24"
+    assert "2 of 6 images compared are training images" in capsys.readouterr().err
+    assert train_teacher.main([*flat, "--test_on_train"]).name.endswith("_size24_ontrain")
+
+
+def test_an_imagefolder_is_trained_at_the_size_of_its_images(tmp_path, refused):
+    """24 px here: where all agree; else 224, which the folder's name does not say, as before."""
+    flags = [*photos(tmp_path / "data"), "--output_dir", str(tmp_path)]
+    folder = train_teacher.main(flags)
+    manifest = output.read_manifest("--output_dir", folder, "teacher")
+    assert manifest["image_size"] == 24 and folder.name.endswith("_size24")
+    one = [*flags, "--arch", "shufflenet_v2_x0_5", "--bn_batch", "1"]
+    refused(train_teacher.main, one, "--bn_batch 1: shufflenet_v2_x0_5 cannot train", "BatchNorm")
+    path = tmp_path / "data/train/dog/0.png"
+    with Image.open(path) as image:
+        image.resize((24, 25)).save(path)
+    assert "size" not in train_teacher.main([*flags, "--dry_run"]).name
+
+
+def test_class_names_are_one_in_both_unicode_forms(tmp_path):
+    """A teacher keeps the training folder's own, and labels images of folders of the other."""
+    on_mac, usual = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFD", "NFC"))
+    for split, name in (("train", on_mac), ("val", usual)):
+        picture_folder(tmp_path / "data", [name, "dog"], split=split)
+    flags = [*photos(tmp_path / "cats"), "--data_dir", str(tmp_path / "data")]
+    folder = train_teacher.main([*flags, "--output_dir", str(tmp_path)])
+    classes = output.read_manifest("--output_dir", folder, "teacher")["classes"]
+    assert [c["folder"] for c in classes] == [on_mac, "dog"]
+    models.load_teacher("convnet_mini", folder, "imagefolder", [usual, "dog"], 24)
 
 
 def test_the_recipe_is_that_of_the_data_set():

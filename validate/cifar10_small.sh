@@ -2,8 +2,9 @@
 # What of D4M's claims is seen on real photographs: CIFAR-10, and a small Stable Diffusion of our
 # own (misc/train_tiny_sd_cf10.sh). Teachers first; then, arm by arm, the images, their soft labels,
 # and students with soft and with hard labels, until MINUTES are over; then the page. The same
-# command goes on where it was. The paper has no such experiment: recipe d4m has its losses,
-# temperature, crops and CutMix at 32 px, in batches of 25 (CPU) or 100.
+# command goes on where it was. The paper has no such experiment: recipe d4m has its loss,
+# temperature, crops and CutMix at 32 px, in batches of 25 (CPU) or 100: its own batch of 1024 would
+# be one AdamW step per epoch on 100 or 500 images.
 #
 #   sh validate/cifar10_small.sh            2 CPU cores: ConvNet-W64 teacher and student, IPC 10
 #   SCALE=gpu sh validate/cifar10_small.sh  IPC 10 and 50, 2 teachers, 3 students, 2 recipes
@@ -14,15 +15,16 @@
 # DATA_DIR holds {train,val}/CLASS/*.png, or cifar-10-batches-py. RESULTS=misc/results is the
 # committed page. Seeds start at 1: seed 0 of the same network is the teacher.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/launch.sh
-RUN="${PYTHON:-python}"
+NUM_GPUS=1 TORCHRUN_ARGS= # one process
 
 SCALE="${SCALE:-cpu}"
 DATA_DIR="${DATA_DIR:-data/cifar10}"
 OUT="${OUT:-output/cifar10_small/$SCALE}"
 RESULTS="${RESULTS:-$OUT/page}"
 KM_EXPAND="${KM_EXPAND:-1}"
+SIZE=32 SEED=0 STEPS=50 CROPS=0.08 FKD_SEED=42 # of stages 1 to 3
 EPOCHS="${EPOCHS:-300}" # of recipe d4m
 SEEDS="${SEEDS:-1 2 3}"
 ARMS="${ARMS:-d4m random text decoded vae noise full s0.3 s0.5 s0.9 g1 g2 g4}"
@@ -58,10 +60,10 @@ arm() { # ARM: how its images are made, and their folder's name
         g[1-9]*) GUIDANCE="${1#g}" ;;
         *) refuse "ARMS $1: expected d4m, random, text, decoded, vae, noise, full, s0.3 or g2" ;;
     esac
-    STAGE_1="_size32$(unless kmeans- "$KMEANS" minibatch)"
+    STAGE_1="$(unless kmeans- "$KMEANS" minibatch)"
     case "$KIND" in
         d4m) IMAGES="$(d4m_images cifar10)$STAGE_1" ;;
-        decoded) IMAGES="cifar10_ipc${IPC}_decoded$(unless kmexpand "$KM_EXPAND" 1)$STAGE_1" ;;
+        decoded) IMAGES="cifar10_ipc${IPC}_decoded$(unless kmexpand "$KM_EXPAND" 1)_size32$STAGE_1" ;;
         random) IMAGES="cifar10_ipc${IPC}_random" ;;
         *) IMAGES="cifar10_ipc${IPC}_${KIND}_size32" ;;
     esac
@@ -99,7 +101,7 @@ teacher() { # ARCH
 }
 
 images() { # of the arm: stages 1 and 2
-    prototypes="$OUT/prototypes/cifar10-ipc$IPC-kmexpand$KM_EXPAND$STAGE_1"
+    prototypes="$OUT/prototypes/$(d4m_prototypes cifar10)$STAGE_1"
     if [ "$KIND" = random ]; then
         once "$IMAGES" distillation.random_real --dataset cifar10 --data_dir "$DATA_DIR" \
             --ipc "$IPC" --save_init_image_path "$OUT/images"

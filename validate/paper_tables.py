@@ -153,7 +153,8 @@ def _student_row(path, found):
     row |= {"labels": "hard" if hard else "soft", "labels' amp": labels.get("amp")}
     row |= {"labels' channels_last": labels.get("channels_last")}
     row |= {which: found["summary"][which]["top1"] for which in ("last", "best")}
-    row["recipe"] = recipe_name(row["dataset"], row["ipc"] or 0, row["student"], hard, arguments)
+    mine = row["dataset"], row["ipc"], row["student"], hard, arguments
+    row["recipe"] = recipe_name(*mine) if row["ipc"] else None  # classes of different sizes
     return row
 
 
@@ -244,7 +245,10 @@ def number(*values, digits=1):
 
 def scores(result, which="last"):
     """Mean and sample std over the students of a result; blank where nothing was run."""
-    return number(result[which]["mean"], result[which]["std"]) if result else ""
+    if not result:
+        return ""
+    drawn = result.get("arguments", {}).get("vary_draws") and result[which]["n"] > 1
+    return number(result[which]["mean"], result[which]["std"]) + " (draws too)" * bool(drawn)
 
 
 def _count(row, which="result"):
@@ -283,9 +287,10 @@ WORDS = {  # column -> what it shows of a row, where that is not the value of th
     "GB of 32": lambda r: _cost(r, "batch", "gib", 1),
 }
 NOTE = (
-    "Top-1 in percent, mean ± sample standard deviation over n students; measured: last epoch, "
-    "best: best epoch on the test set. random real: as many real images per class, same teacher "
-    "and recipe; hard labels: the same images with their class index. Blank: not run."
+    "Top-1 in percent. measured: last epoch, mean ± sample standard deviation over the initial "
+    "weights of n students, which share crops, order and CutMix; best: best epoch on the test set. "
+    "random real: as many real images per class, same teacher and recipe; hard labels: the same "
+    "images with their class index. Blank: not run."
 )
 COST_NOTE = (
     "Seconds and peak GPU memory of stage 2, one image at a time as the paper, and 32 at a time. "

@@ -5,7 +5,7 @@
 #   DATASET=imagenet sh validate/table6.sh     one cell
 # Everything else as in table1.sh.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/tables.sh
 
 cell() {

@@ -8,8 +8,8 @@
 Minimises KL(teacher(x), student(x)) over the replayed crops of the labels (the default), over crops
 that the teacher labels during training (--online: same draws, same numbers), or trains on class
 indices (--hard_label). Writes OUTPUT_DIR/<name>/results.json (arguments, a row per epoch, last and
-best top-1/top-5 by seed, mean and std), the weights, and manifest.json. The same command goes on
-from the last checkpoint of a stopped run, to the same weights.
+best top-1/top-5 by seed, mean and std over initial weights), the weights, and manifest.json. The
+same command goes on from the last checkpoint of a stopped run, to the same weights.
 """
 
 import argparse
@@ -55,8 +55,9 @@ def get_args(argv=None):
     setting("--model", type=models.model_name, default="resnet18", help="see matching/models.py")
     switch("--sgd", short="opt-sgd", help="SGD instead of AdamW")
     setting("--adamw_lr", type=positive, default=0.001, short="lr", help="peak")
-    decay = "on matrices and convolutions only"
-    setting("--adamw_weight_decay", type=factor, default=0.01, short="wd", help=decay)
+    setting("--adamw_weight_decay", type=factor, default=0.01, short="wd", help="of AdamW")
+    decayed = "weights: what is called one, with more than one dimension; or all (Minimax)"
+    setting("--decay_on", choices=training.DECAYED, default="weights", short="decay", help=decayed)
     setting("-lr", "--learning_rate", type=positive, default=1.024, short="lr", help="of SGD")
     setting("--weight_decay", type=factor, default=3e-5, short="wd", help="of SGD")
     setting("--momentum", type=below_one, default=0.875, short="momentum", help="of SGD")
@@ -64,9 +65,9 @@ def get_args(argv=None):
     setting("--schedule", choices=training.SCHEDULES, **schedule)
     cosine = {"action": "store_const", "const": "cosine", "default": "linear"}
     flag("--cos", dest="schedule", help="same as --schedule cosine", **cosine)
-    stretch = "cosine over this many times the epochs; 2 ends at half (RDED)"
+    stretch = "cosine, cos2, linear: over this many times the epochs; 2 ends at half (RDED, EDC)"
     setting("--cos_stretch", type=number(float, 1), default=1.0, short="stretch", help=stretch)
-    steps = "of --schedule step, at 2/3 and 5/6 of the epochs"
+    steps = "of --schedule step, at 2/3 and 5/6 of the epochs, and multistep, at 80, 90, 95 %%"
     setting("--step_factor", type=share, default=0.2, short="factor", help=steps)
     warmup = "linear, before the schedule"
     setting("--warmup_epochs", type=natural, default=0, short="warmup", help=warmup)
@@ -77,14 +78,22 @@ def get_args(argv=None):
     setting("--ce_weight", type=factor, default=0.025, short="ce", help="of --loss mse_ce")
     ema = "decay of averaged weights, which are tested; 0: none"
     setting("--ema", type=below_one, default=0.0, short="ema", help=ema)
-    refresh = "an extra forward on un-mixed images refreshes BatchNorm (RDED)"
+    refresh = "a forward without gradient before each step, for BatchNorm (RDED)"
     switch("--bn_refresh", short="bnrefresh", help=refresh)
     jitter = "with --hard_label: strength (Minimax: 0.4)"
     setting("--color_jitter", type=factor, default=0.0, short="jitter", help=jitter)
     noise = "with --hard_label: PCA noise (Minimax: 0.1)"
     setting("--lighting", type=factor, default=0.0, short="lighting", help=noise)
+    shuffle = "parts of height and of width, in a new order before the crop (RDED: 2); 1: as it is"
+    setting("--shuffle_patches", type=number(int, 1), default=1, short="shuffle", help=shuffle)
+    evaluation.add_test_flag(parser)
+    resize = "shorter side of a test image before its centre crop [256/224; small sets: whole]"
+    setting("--test_resize", type=number(int, 1), short="resize", help=resize)
     seeds = {"nargs": "+", "type": natural, "default": [0], "short": "seeds"}
-    setting("--seeds", help="one student from scratch for each", **seeds)
+    each = "initial weights (and dropout), one student each; crops, order and CutMix are shared"
+    setting("--seeds", help=each, **seeds)
+    vary = "crops, order and mixing differ by seed (fkd_seed + seed); not with stored labels"
+    switch("--vary_draws", short="varydraws", help=vary)
 
     batches.add_batch_flags(parser, stored=True)
     generate_soft_label.add_teacher_flags(parser, None)
@@ -111,12 +120,19 @@ def check_flags(train_dir, fkd_path, online, hard_label, evaluate, shard, seeds,
         refuse(f"--fkd_path {fkd_path}: not with {own}, which reads no labels")
     if not (own or fkd_path or evaluate):
         refuse("--fkd_path: missing; the labels of stage 3 (or --online, or --hard_label)")
+    if fkd_path and (rest["vary_draws"] or rest["shuffle_patches"] > 1):
+        refuse("--vary_draws, --shuffle_patches: not with --fkd_path, whose labels fix every draw")
     if hard_label and (rest["arch"] or rest["teacher_checkpoint"]):
         refuse("--hard_label: has no teacher; drop --arch and --teacher_checkpoint")
     if (rest["color_jitter"] or rest["lighting"]) and not hard_label:
         refuse("--color_jitter, --lighting: only with --hard_label; a teacher labels without them")
     if len(set(seeds)) < len(seeds):
         refuse(f"--seeds {' '.join(map(str, seeds))}: a seed stands twice")
+
+
+def check_resize(pixels, size):
+    if pixels and pixels < size:
+        refuse(f"--test_resize {pixels}: below the input's {size} px")
 
 
 def student_name(stem, settings, labelled=None):
@@ -158,7 +174,12 @@ def main(argv=None):
     chunk = ranks.chunk_size(settings["batch_size"], process.world, steps, args.bn_batch)
     settings["bn_batch"] = chunk
     training.check_warmup(args.warmup_epochs, settings["epochs"])
+    check_resize(args.test_resize, settings["input_size"])
     test = evaluation.open_test("--val_dir", args.val_dir, images.dataset, images.folders)
+    check_apart(args.val_dir, test, images, lessons.facts, args.test_on_train)
+    if 1 in (chunk, lessons.count):
+        what = f"--bn_batch {chunk}: {settings['model']}"
+        models.check_single(lessons.network, settings["input_size"], what)
     teachers = [[facts["arch"], facts["sha256"]] for facts in lessons.facts]
     inputs = {"images": lessons.images.content, "labels_content": lessons.content}
     inputs |= {"teacher": teachers, "test_images": test.count, "test_sha256": test.fingerprint()}
@@ -169,11 +190,20 @@ def main(argv=None):
         output.Output(*where, together=True) as out,
     ):
         track = partial(log_row, accelerator, settings) if args.tracker else None
+        how = *how, args.test_resize
         score = partial(evaluation.tester, test, settings["input_size"], *how)
         training.train(out, args.seeds, lessons, forward, score, args.checkpoint_every, track)
         if process.is_main:
             finish(out, lessons)
     return out.folder
+
+
+def check_apart(val_dir, test, images, teachers, allowed):
+    """Refuse test images that the student's images, or its teacher, come from."""
+    made_of = [facts["arguments"] for facts in teachers if facts["arguments"]]
+    sources = [(a["images_sha256"], a["max_images_per_class"]) for a in made_of]
+    sources += [images.source]
+    evaluation.check_apart("--val_dir", val_dir, test, images.paths(), sources, allowed)
 
 
 def log_row(accelerator, settings, seed, row):
@@ -207,8 +237,11 @@ def finish(out, lessons):
     facts = {"dataset": images.dataset, "classes": classes, "images": images.facts()}
     out.finish(facts, {"results.json": lambda: files.json_text(results)}, "epochs")
     top1 = scores["last"]["top1"]
-    spread = "" if top1["std"] is None else f" +- {top1['std']:.2f}"
-    print(f"{out.folder}: top-1 {top1['mean']:.2f}{spread} (n = {top1['n']})")
+    over = "initial weights" + " and draws" * out.settings["vary_draws"]
+    spread = "" if top1["std"] is None else f" +- {top1['std']:.2f} over {over}"
+    part = datasets.of_all(images.dataset, len(images.folders))
+    spread += f" (n = {top1['n']})" + f" on {part}" * bool(part)
+    print(f"{out.folder}: top-1 {top1['mean']:.2f}{spread}")
 
 
 def evaluate_weights(path, settings, train_dir, val_dir, forward, process, num_workers):
@@ -228,8 +261,12 @@ def evaluate_weights(path, settings, train_dir, val_dir, forward, process, num_w
     models.load_state(model, state, f"--evaluate {path}")
     model = forward.place(model)
     test = evaluation.open_test("--val_dir", val_dir, dataset, folders)
+    if train_dir:
+        check_apart(val_dir, test, images, [], settings["test_on_train"])
     with ranks.joined(process):
-        scores = evaluation.tester(test, size, forward, process, num_workers)(model)
+        check_resize(settings["test_resize"], size)
+        how = forward, process, num_workers, settings["test_resize"]
+        scores = evaluation.tester(test, size, *how)(model)
     if process.is_main:
         found = f"top-1 {scores['top1']:.2f}, top-5 {scores['top5']:.2f}"
         print(f"{path}: {found} on {test.count} images")

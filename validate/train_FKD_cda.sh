@@ -1,6 +1,6 @@
 #!/bin/sh
-# Stage 4 by CDA's recipe (arXiv 2311.18838): the release's with batches of 128 instead of 1024;
-# about +10 points at IPC 10.
+# Stage 4 by CDA's recipe (arXiv 2311.18838): the release's with batches of 128 instead of 1024 (128
+# is from an issue thread of its repository, not from its code).
 # Its labels: BATCH_SIZE=128 sh matching/matching.sh
 # Other images: IMAGES=imagenet_ipc10_random; other data sets: DATASET=cifar10 sh ..., after a
 # teacher of theirs was trained.

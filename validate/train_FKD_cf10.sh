@@ -2,8 +2,12 @@
 # Stage 4 on CIFAR-10: a student on synthetic images and soft labels, tested on real images.
 # Paper: 56.2 +- 0.4 at IPC 10, 72.8 +- 0.5 at 50, five trainings. Its hyper-parameters for this set
 # are not given: DD-Ranking's for CIFAR are used (500 epochs, batch 100, AdamW, half cosine, T 20).
+# Batch 100: ImageNet's 1024 would be one AdamW step per epoch at IPC 10 and at 50. At IPC 10 (100
+# images) 100 is one step too, 500 in all; at IPC 50 it is five. BATCH_SIZE=25 has to be set for
+# stage 3 too.
+# Ours is +- over initial weights: the SEEDS share crops, order and CutMix (--fkd_seed 42).
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/launch.sh
 
 IPC="${IPC:-10}"
@@ -17,6 +21,7 @@ TEACHER="${TEACHER:-convnet_w128}"
 STUDENT="${STUDENT:-convnet_w128}"
 EPOCHS="${EPOCHS:-500}"
 BATCH_SIZE="${BATCH_SIZE:-100}"
+CROPS="${CROPS:-0.08}"
 LABELS="${LABELS-$(labels_name)}"
 SEEDS="${SEEDS:-0 1 2 3 4}"
 
@@ -34,7 +39,7 @@ run -m validate.train_FKD \
     --temperature 20 \
     --loss kl \
     --input_size 32 \
-    --min_scale_crops 0.08 \
+    --min_scale_crops "$CROPS" \
     --max_scale_crops 1 \
     --mix_type cutmix \
     --cutmix 1.0 \

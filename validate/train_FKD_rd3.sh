@@ -1,8 +1,10 @@
 #!/bin/sh
-# Stage 4 by RD3's recipe: RDED's with 400 epochs, batches of 50, and a cosine stretched by zeta = 1
-# for ResNet-18, 2 for others.
-# ImageNet-1K, R18, D4M images: 45.4 at IPC 10 and 60.2 at IPC 50 (read in a summary of the paper,
-# not measured here).
+# Stage 4 by RD3's recipe as far as it is known: it has no repository, and what is here was read in
+# a summary of its paper. RDED's with 400 epochs, batches of 50, and a cosine stretched by zeta = 1
+# for ResNet-18, 2 for others. Guessed: AdamW's weight decay, the same values on every data set, and
+# that it does not shuffle patches.
+# ImageNet-1K, R18, D4M images: 45.4 at IPC 10 and 60.2 at IPC 50 (that summary's; not measured
+# here).
 # Other images: IMAGES=imagenet_ipc10_random; other data sets: DATASET=cifar10 sh ..., after a
 # teacher of theirs was trained.
 set -eu
@@ -29,6 +31,7 @@ run -m validate.train_FKD \
     --online \
     --arch "$TEACHER" \
     --teacher_checkpoint "$TEACHER_CHECKPOINT" \
+    --no_use_fp16 \
     --val_dir "$DATA_DIR" \
     --model "$STUDENT" \
     --epochs 400 \

@@ -1,0 +1,170 @@
+"""The forms of label files that circulate give the prompts of their classes; others are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distillation import label_files
+from tests.conftest import picture_folder
+
+NETTE, EVERY = label_files.known_prompts("imagenette"), label_files.known_prompts("imagenet")
+PROMPTS, SHORT = list(NETTE.values()), [p.split(",")[0] for p in NETTE.values()]
+ROWS = list(enumerate(NETTE.items()))
+IN_OTHER_ORDER = [2, 0, 1, *range(3, 10)]
+
+
+def lines(form, rows=ROWS):
+    """One line per class; `form` has {i}, {j} = i + 1, {wnid} and {prompt}."""
+    return "\n".join(form.format(i=i, j=i + 1, wnid=wnid, prompt=p) for i, (wnid, p) in rows)
+
+
+def read(tmp_path, text, folders=NETTE, dataset="imagenette"):
+    (tmp_path / "labels.txt").write_text(text)
+    return label_files.read_label_file(tmp_path / "labels.txt", list(folders), dataset)
+
+
+SEPARATORS = (
+    "{}: {}",
+    "{}:{}",
+    "{}\t{}",
+    "{} = {}",
+    "{}, {}",
+    "{},{}",
+    "{} {}",
+    "{} - {}",
+    "{};{}",
+)
+BEFORE = (*SEPARATORS, "{}. {}", "{}) {}", "[{}] {}", '"{}": "{}",', " {}: '{}',")
+
+
+@pytest.mark.parametrize("separator", BEFORE)
+def test_a_number_or_a_wnid_before_or_behind_the_prompt(separator, tmp_path):
+    rows = [row for row in ROWS if "'" not in row[1][1]]
+    for key in ("{i}", "{j}", "{wnid}"):
+        text = lines(separator.format(key, "{prompt}"), rows)
+        assert read(tmp_path, text) == PROMPTS
+        if key == "{wnid}" or ":" in separator:  # in another order
+            moved = text.split("\n")[::-1]
+            assert read(tmp_path, "\n".join(moved)) == PROMPTS
+        if separator in SEPARATORS:
+            assert read(tmp_path, lines(separator.format("{prompt}", key), rows)) == PROMPTS
+
+
+def test_python_and_json_literals(tmp_path):
+    """The best known list of ImageNet, Keras's, a list, torchvision's class_to_idx."""
+    python = "{" + ",\n ".join(f"{i}: {p!r}" for i, p in enumerate(EVERY.values())) + "}"
+    keras = {str(i): [wnid, p.replace(" ", "_")] for i, (wnid, p) in enumerate(NETTE.items())}
+    assert read(tmp_path, python) == PROMPTS
+    assert read(tmp_path, json.dumps(keras)) == [p.replace("_", " ") for p in PROMPTS]
+    assert read(tmp_path, json.dumps(PROMPTS, indent=1)) == PROMPTS
+    assert read(tmp_path, json.dumps({p: i for i, p in enumerate(PROMPTS)})) == PROMPTS
+
+
+def test_files_of_all_of_imagenet_serve_a_part_of_it(tmp_path):
+    every = list(enumerate(EVERY.items()))
+    numbers = [(i, row) for i, row in every if row[0] in NETTE]
+    assert read(tmp_path, lines("{prompt}", every)) == PROMPTS
+    assert read(tmp_path, lines("{wnid} {j} {prompt}", every[::-1])) == PROMPTS  # map_clsloc.txt
+    assert read(tmp_path, lines("{i} {prompt}", numbers)) == PROMPTS
+    assert read(tmp_path, lines("{i}\t{wnid}\t{prompt}")) == PROMPTS
+
+
+PLAIN = {
+    "commas": ["bird, Aves", "cat, Felis catus", "dog, Canis familiaris"],
+    "digits first": ["4-lane road", "2-lane road", "1-lane road"],
+    "digits last": ["Boeing 747", "Boeing 737", "Audi 2012"],
+    "numbered rooms": ["room 1", "room 2", "room 3"],
+    "years": ["2012 Acura", "2012 BMW", "2010 Audi"],
+    "colons": ["16:9 screen", "10:30 on a clock", "2001: A Space Odyssey"],
+    "brackets": ["[V] bird", "(cat:1.3)", "dog [blurred]"],
+    "other letters": ["一只鸟", "一只猫", "狗"],
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_plain_prompt_is_never_cut(name, tmp_path):
+    assert read(tmp_path, "\n".join(PLAIN[name]), "abc", "imagefolder") == PLAIN[name]
+
+
+def test_a_folders_name_before_its_prompt(tmp_path):
+    folders, right = ["bird", "café", "dog"], ["sings", "gate 2", "barks"]
+    for form in ("{}\t{}", "{}: {}", "{}={}", "{},{}"):
+        rows = zip(("dog", "cafe\u0301", "bird"), right[::-1])  # as a Mac writes it
+        text = "\n".join(form.format(*row) for row in rows)
+        assert read(tmp_path, text, folders, "imagefolder") == right
+    numbers = sorted(map(str, range(12)))  # 0, 1, 10, 11, 2, ...
+    text = "\n".join(f"{i}: thing{i}s" for i in range(12))
+    assert read(tmp_path, text, numbers, "imagefolder") == [f"thing{i}s" for i in numbers]
+
+
+REFUSED = {
+    lines("{prompt}", [ROWS[i] for i in IN_OTHER_ORDER]): "line 1: 'cassette player' is the prompt",
+    "\n".join([SHORT[1], SHORT[0], *SHORT[2:]]): "line 1: 'English springer' is the prompt of n021",
+    lines("{i}: {prompt}", [(n, ROWS[i][1]) for n, i in enumerate(IN_OTHER_ORDER)]): "line 1: 'cas",
+    lines("{i}: {prompt}").replace("4:", "3:"): "line 5: number 3",
+    lines("{i}: {prompt}").replace("9:", "10:"): "line 10: number 10",
+    lines("{i}: {prompt}").replace("6: ", ""): "line 7: some lines have a folder name or number",
+    "index,name\n" + lines("{i},{prompt}"): "line 1: some lines have a folder name or number",
+    lines("{wnid} {prompt}").replace("n03028079", "church:"): "line 5: some lines have a folder",
+    "{0: 'tench',\n 1: golf ball}": "line 2: not {0: 'tench', ...}: invalid syntax",
+    json.dumps({"id2label": dict(enumerate(PROMPTS))}): "line 1: not {0: 'tench', ...}",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_cannot_be_understood_is_refused_with_its_line(text, tmp_path, refused):
+    refused(lambda argv: read(tmp_path, text), [], "labels.txt, " + REFUSED[text])
+
+
+def test_prompts_that_fit_other_folders(tmp_path, refused, capsys):
+    folders = ["cassette", "springer", "tench"]
+
+    def check(prompts, *words):
+        text = "\n".join(prompts)
+        refused(lambda argv: read(tmp_path, text, folders, "imagefolder"), [], *words)
+
+    check(["tench", "English springer", "cassette player"], "line 1: 'tench'", "cassette's")
+    check(["a photo of a springer", "a tench", "a cassette"], "line 1: 'a photo", "of springer")
+    prompts = ["held by a springer", "springer", "fish"]
+    assert read(tmp_path, "\n".join(prompts), folders, "imagefolder") == prompts
+    assert "warning: --label_file_path" in capsys.readouterr().err
+    keyed = "\n".join(f"{f}\t{p}" for f, p in zip(folders, folders[::-1]))  # as one wants
+    assert read(tmp_path, keyed, folders, "imagefolder") == folders[::-1]
+    assert "line 1: 'tench' is the prompt of tench" in capsys.readouterr().err
+    bare = "\n".join(f"thing{i}s" for i in range(12))
+    numbers = sorted(map(str, range(12)))
+    words = "line 3: in sorted order this is folder '10', by its number it is '2'"
+    refused(lambda argv: read(tmp_path, bare, numbers, "imagefolder"), [], words)
+
+
+def test_the_public_class_lists_that_name_one_class_twice(tmp_path, capsys):
+    """Many lists call both sunglass and sunglasses "sunglasses"."""
+    prompts = ["sunglasses" if "sunglass" in p else p for p in EVERY.values()]
+    assert read(tmp_path, "\n".join(prompts), EVERY, "imagenet") == prompts
+    assert "share the prompt 'sunglasses'" in capsys.readouterr().err
+
+
+def test_folders_and_prompts_are_shown_at_the_start(tmp_path, model, capsys):
+    from distillation import gen_prototype
+
+    picture_folder("data", [f"class_{i:02d}" for i in range(12)], 1)
+    (tmp_path / "labels.txt").write_text("\n".join(f"{i}: thing{i}s" for i in range(12)))
+    argv = ["--dataset", "imagefolder", "--data_dir", "data", "--num_workers", "0", "--dry_run"]
+    gen_prototype.main([*argv, *model, "--label_file_path", "labels.txt"])
+    shown = [line for line in capsys.readouterr().err.splitlines() if "prompt of" in line]
+    assert shown == [f"prompt of class_{i:02d}: thing{i}s" for i in range(10)]
+
+
+def test_a_prompt_that_the_model_does_not_read_to_its_end_is_named(capsys, model):
+    """Once at the start of stage 2, with its class."""
+    from distillation import distill
+
+    picture_folder("data", ["long", "short"], 1)
+    prompts = ["a " * 30 + "tail", "a dog"]  # of 32 tokens two are its start and end
+    Path("labels.txt").write_text("\n".join(prompts))
+    argv = ["--dataset", "imagefolder", "--data_dir", "data", "--num_workers", "0", "--dry_run"]
+    distill.main([*argv, *model, "--label_file_path", "labels.txt"])
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "too long" in line]
+    ending = "which does not read 'tail'"
+    assert warnings == [f"warning: long: its prompt is too long for this model, {ending}"]

@@ -16,10 +16,11 @@ import hashlib
 import os
 import re
 import stat
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,12 +37,14 @@ from scripts.runtime import CHOICE, generator, number, refuse, warn
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 # what lies beside images; any other file that is left out is said
 BESIDE = set(".txt .json .jsonl .csv .tsv .xml .md .html .db .ini .yaml .yml .log .mat .py".split())
-# where systems keep thumbnails, and what was deleted or unpacked; hidden folders are left out too
-ASIDE = {"@eadir", "@__thumb", "thumbs", "thumbnails", "__macosx", "lost+found"}
-ASIDE |= {"@recycle", "#recycle", "$recycle.bin", "system volume information"}
+# left out, as hidden folders are
+ASIDE = {"@eadir", "thumbs", "thumbnails", "__macosx", "lost+found"}
 # the usual names of splits, in any case; the first group that is there is taken
-SPLITS = {"train": [["train", "training"]]}
-SPLITS["val"] = [["val", "valid", "validation", "dev", "eval", "evaluation"], ["test", "testing"]]
+SPLITS = {"train": [["train", "training", "training_set"]]}
+SPLITS["val"] = [
+    ["val", "valid", "validation", "dev", "eval", "evaluation"],
+    ["test", "testing", "test_set"],
+]
 EVERY_SPLIT = {name for groups in SPLITS.values() for group in groups for name in group}
 
 note = lru_cache(warn)  # once per run
@@ -191,54 +194,39 @@ def split_folder(flag, root, split, known=()):
 
     known   names of classes; () where any may be one
     """
-
-    def words(name):  # training_set, ILSVRC2012_img_val
-        return {word.removesuffix("set") for word in re.split(r"[\W\d_]+", name.lower())}
-
-    names = class_folders(flag, root)
-    exact = [name for name in names if name.lower() in EVERY_SPLIT]
-    splits = exact or [name for name in names if words(name) & EVERY_SPLIT]
+    names, where = class_folders(flag, root), f"{flag} {root}"
+    splits = [name for name in names if name.lower() in EVERY_SPLIT]
     others = [name for name in names if name not in splits] if splits else []
-    flat = any(n in known or (not known and _holds_image(root / n)) for n in others)
+    flat = any(name in known if known else images_below(root / name, []) for name in others)
     nested = [name for name in splits if class_folders(flag, root / name)]
-    if not splits or (flat and len(nested) < (1 if exact else 2)):  # a class may be called train
-        return _unwrapped(flag, root, split, known)
-    groups = [[name for name in splits if words(name) & {*called}] for called in SPLITS[split]]
-    found, *rest = [*filter(None, groups), []]
-    if len(found) != 1 or (flat and len(nested) == 1) or (others and not exact):
-        wanted = f"expected one folder of {split} images ({', '.join(sum(SPLITS[split], []))})"
-        other = f"or another {'--val_dir' if split == 'val' else flag}"
-        refuse(f"{flag} {root}: holds {', '.join(names[:5])}; {wanted}, {other}")
-    if found != [split] or any(rest):
-        instead = f", not {rest[0][0]}" if any(rest) else ""
-        note(f"{flag} {root}: its {split} images are those of {found[0]}{instead}")
-    return _unwrapped(flag, root / found[0], split, known)
-
-
-def _unwrapped(flag, root, split, known):
-    """`root`, or the only folder in it where that one holds the splits or the classes."""
-    inner, names = root, class_folders(flag, root)
-    for _ in range(3):
-        if len(names) != 1 or names[0] in known:
-            break
-        inner, names = inner / names[0], class_folders(flag, inner / names[0])
-        if any(name in known or name.lower() in EVERY_SPLIT for name in [inner.name, *names]):
-            note(f"{flag} {root}: taken is its only folder, {inner.relative_to(root)}")
-            return split_folder(flag, inner, split, known)
-    if inner != root and len(names) > 1 and not known:
-        what = f"one class, {inner.relative_to(root)}, of {len(names)} folders, first {names[0]}"
-        refuse(f"{flag} {root}: {what}; if these are the classes: {flag} {inner}")
+    if splits and (nested or not flat):  # else a class is called train
+        groups = [[name for name in splits if name.lower() in called] for called in SPLITS[split]]
+        found, *rest = [*filter(None, groups), []]
+        if len(found) != 1 or (flat and len(nested) == 1):
+            wanted = f"expected one folder of {split} images ({', '.join(sum(SPLITS[split], []))})"
+            other = f"or another {'--val_dir' if split == 'val' else flag}"
+            refuse(f"{where}: holds {', '.join(names[:5])}; {wanted}, {other}")
+        if found != [split] or any(rest):
+            instead = f", not {rest[0][0]}" if any(rest) else ""
+            note(f"{where}: its {split} images are those of {found[0]}{instead}")
+        return split_folder(flag, root / found[0], split, known)
+    below = [
+        (root / name).glob("*/") for name in names[:9]
+    ]  # no class_folders: links may be broken
+    inner = [{path.name for path in paths if not _is_aside(path.name)} for paths in below]
+    if len(names) == 1 and any(n in known or n.lower() in EVERY_SPLIT for n in inner[0]):
+        note(f"{where}: taken is its only folder, {names[0]}")
+        return split_folder(flag, root / names[0], split, known)
+    alike = any(len(a & b) > 1 for a, b in combinations(inner, 2))  # seg_train, seg_test
+    if not known and (alike or (len(names) == 1 and inner[0])):
+        wanted = "expected train/ and val/, or the folder of the classes"
+        refuse(f"{where}: holds {', '.join(names[:5])}, and class folders below them; {wanted}")
     return root
-
-
-def _holds_image(folder):  # or a folder in it does
-    paths = (path for pattern in ("*", "*/*") for path in folder.glob(pattern))
-    return any(path.suffix.lower() in EXTENSIONS for path in paths)
 
 
 def in_folders(dataset, root, split, flag, download=False):
     """ROOT/split/<class>/, or ROOT/<class>/."""
-    known, left = known_prompts(dataset), defaultdict(list)
+    known, left = known_prompts(dataset), []
     base = split_folder(flag, root, split, known)
     names = class_folders(flag, base)
     ours = [name for name in names if not known or name in known]
@@ -251,7 +239,7 @@ def in_folders(dataset, root, split, flag, download=False):
 
 
 def images_below(folder, left):
-    """The images in `folder` and below, sorted; what is left out goes to left[what it is].
+    """The images in `folder` and below, sorted; what is left out goes to the list `left`.
 
     Not torchvision's `make_dataset`: it takes hidden files and follows a link in circles.
     """
@@ -264,22 +252,23 @@ def images_below(folder, left):
         for link in filter(os.path.islink, (os.path.join(parent, name) for name in folders)):
             if Path(parent).resolve().is_relative_to(Path(link).resolve()):
                 refuse(f"{link}: a link to {os.readlink(link)}, a folder that it is in")
-        left["hidden or thumbnail folders"] += [Path(parent, n) for n in folders if _is_aside(n)]
+        left += [Path(parent, name) for name in folders if _is_aside(name)]
         folders[:] = [name for name in folders if not _is_aside(name)]
         for name in names:
             extension = os.path.splitext(name)[1].lower()
             if extension in EXTENSIONS and not name.startswith("."):
                 found.append(Path(parent, name))
             elif extension not in BESIDE and not _is_aside(name):
-                left["files of other formats"].append(Path(parent, name))
+                left.append(Path(parent, name))
     return sorted(found)
 
 
 def say_left(where, left):
     """Warn about what `images_below` left out."""
-    for what, paths in left.items():
-        if paths:
-            note(f"{where}: {len(paths)} {what} are left out, first {paths[0]}")
+    kinds = Counter(path.suffix or path.name for path in left).most_common(5)
+    if left:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in kinds)
+        note(f"{where}: not taken as images: {kinds}; first {left[0]}")
 
 
 def in_wnid_folders(dataset, root, split, flag, download=False):
@@ -299,7 +288,7 @@ def in_wnid_folders(dataset, root, split, flag, download=False):
     except Exception as error:  # whatever is wrong inside somebody's file
         refuse(f"{path}: cannot be read as ground truth: {type(error).__name__}: {error}")
     by_class = {}
-    for image in images_below(base, defaultdict(list)):
+    for image in images_below(base, []):
         if image.name not in wnid_of:
             refuse(f"{flag} {root}: {image.name} has no line in {path.name}")
         by_class.setdefault(wnid_of[image.name], []).append(image)

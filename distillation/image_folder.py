@@ -137,21 +137,16 @@ def finish_images(out, jobs, classes, row_of, words="images", **facts):
         print(f"{out.folder}: {words_of_loaders}")
 
 
-# which Hugging Face's imagefolder takes for a split, as a word of a folder's name; timm some of it
-SPLITS = "train training validation valid dev val test testing eval evaluation".split()
-
-
 def misread(folders):
     """What to say where a class is called like a split: who misreads it, what reads it right."""
-    like = [name for name in folders if set(re.split("[-._ 0-9]", name)) & set(SPLITS)]
-    if not like:
-        return ""
-    return (
-        f"class {like[0]} is called like a split{' (and others are)' * (len(like) > 1)}: "
-        'load_dataset("imagefolder", data_dir=DIR) and timm\'s create_dataset("", DIR) may take it '
-        "for one and lose the rest; load_dataset(DIR), torchvision's ImageFolder(DIR) and timm's "
-        'create_dataset("", DIR, search_split=False) read every class'
-    )
+    for name in folders:
+        if set(re.split("[-._ 0-9]", name)) & datasets.EVERY_SPLIT:
+            return (
+                f'class {name} is called like a split: load_dataset("imagefolder", data_dir=DIR) '
+                'and timm\'s create_dataset("", DIR) may lose the others; what reads them: '
+                'load_dataset(DIR), ImageFolder(DIR), create_dataset("", DIR, search_split=False)'
+            )
+    return ""
 
 
 MADE_AS = {
@@ -172,7 +167,6 @@ def data_card(facts, settings, generator=None):
     details = {**settings, **(generator or {})}
     listed = "".join(f"- {name}: {details[name]}\n" for name in names if name in details)
     warning = misread([c["folder"] for c in facts["classes"]])
-    warning = f"\nNote: {warning}.\n" if warning else ""
     return f"""---
 task_categories: [image-classification]
 tags: [dataset-distillation]
@@ -190,7 +184,8 @@ configs:
 file. The licences of the model and of the real images apply.
 
 `datasets.load_dataset(DIR)` (Hugging Face) and `torchvision.datasets.ImageFolder(DIR)` load it.
-{warning}"""
+{warning}
+"""
 
 
 # ---- reading

@@ -14,7 +14,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from scipy.special import betaincinv
 
 from scripts.runtime import BATCH, ORDER, Parser, generator, number, refuse
 
@@ -113,7 +112,10 @@ def draw_batch(protocol, epoch, nth, index, sizes):
     if mix_type != "none":
         partner = torch.randperm(count, generator=g)
         alpha, lam = protocol[mix_type], torch.rand((), generator=g, dtype=torch.float64).item()
-        lam = lam if alpha == 1 else float(betaincinv(alpha, alpha, lam))  # Beta(alpha, alpha)
+        if alpha != 1:  # Beta(alpha, alpha)
+            from scipy.special import betaincinv  # takes 0.3 s
+
+            lam = float(betaincinv(alpha, alpha, lam))
     if mix_type == "cutmix":  # a box of area 1 - lam, clipped at the borders
         size, centre = protocol["input_size"], torch.rand(2, generator=g, dtype=torch.float64)
         half = int(size * math.sqrt(1 - lam)) // 2

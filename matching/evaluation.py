@@ -4,6 +4,7 @@ import dataclasses
 import filecmp
 import os
 import statistics
+from collections import defaultdict
 from functools import partial
 
 import numpy as np
@@ -49,21 +50,20 @@ def check_apart(flag, root, test, trained, sources, allowed):
     """
     shared, compared, count = [], 0, len(test.items)
     for c in range(0, count if test.arrays is None else 0, -(-count // 100)):
-        by_size = {}
+        by_size = defaultdict(list)
         for path in trained[c]:
-            by_size.setdefault(os.path.getsize(path), []).append(path)
+            by_size[os.path.getsize(path)].append(path)
         for path in test.items[c][:10]:
-            same = by_size.get(os.path.getsize(path), ())
-            shared += [path] if any(filecmp.cmp(path, one, shallow=False) for one in same) else []
+            same = (filecmp.cmp(path, one, False) for one in by_size[os.path.getsize(path)])
+            shared += [path] if any(same) else []
             compared += 1
-    first = {most: tuple(paths[: most or None] for paths in test.items) for _, most in sources}
-    of_first = {m: dataclasses.replace(test, items=i).fingerprint() for m, i in first.items()}
-    known = any(of_first[most] == digest for digest, most in sources)
+    firsts = [tuple(paths[: most or None] for paths in test.items) for _, most in sources]
+    digests = [dataclasses.replace(test, items=items).fingerprint() for items in firsts]
+    known = any(made_of == found for (made_of, _), found in zip(sources, digests))
     where, what = f"{flag} {root}", f"{len(shared)} of {compared} images compared"
     if (known or 2 * len(shared) > compared) and not allowed:
-        which = f"{what}, first {shared[0]}" if shared else "the source of the training images"
         use = "expected val/<class>/ below it, or another --val_dir (--test_on_train: all the same)"
-        refuse(f"{where}: the test set is the training set ({which}); {use}")
+        refuse(f"{where}: the test set is the training set ({what}); {use}")
     if shared:
         warn(f"{where}: {what} are training images, first {shared[0]}")
 

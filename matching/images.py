@@ -7,7 +7,6 @@ They are an output of stage 2, or anybody's folder with one sub-folder per class
 """
 
 import re
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -69,7 +68,7 @@ def open_images(flag, root, dataset=None):
     root, where, manifest = Path(root), f"{flag} {root}", None
     if not root.is_dir() or (root / output.ARGS).exists() or output.is_complete(root):
         manifest = image_folder.read_images(flag, root)  # refuses one that is not finished
-    name, found, left = root.resolve().name, {}, defaultdict(list)
+    name, found, left = root.resolve().name, {}, []
     root = root if manifest else datasets.split_folder(flag, root, "train")
     for folder in datasets.class_folders(flag, root):
         paths = datasets.images_below(root / folder, left)
@@ -110,19 +109,21 @@ def _made(where, folders, paths, manifest, dataset):
 
 def _foreign(where, folders, paths, dataset):
     """(class index of each folder, the rest of an ImageSet) of another method's images."""
-    if dataset is None:
+    if dataset is None:  # the smallest that has all these classes, if most of its own are there
         known = {name: set(datasets.known_prompts(name)) for name in datasets.ALL}
-        fit = {name: len(folders) / len(known[name]) for name in known if known[name] >= {*folders}}
-        nearest = max(fit.keys() - {"digits"}, key=fit.get, default="imagefolder")
+        fit = [name for name in known if known[name] >= {*folders} and name != "digits"]
+        most = min(fit, key=lambda name: len(known[name]), default="imagefolder")
         subset = "imagenet" if "imagenet" in fit else "imagefolder"
-        dataset = nearest if fit.get(nearest, 0) > 0.5 else subset
+        dataset = most if 2 * len(folders) > len(known[most]) else subset
     unsafe = next((folder for folder in folders if not files.safe_name(folder)), None)
     if unsafe:
         refuse(f"{where}: the class folder {unsafe!r} has a name that is not safe everywhere")
     known = list(datasets.known_prompts(dataset))
     odd = [folder for folder in folders if known and folder not in known]
-    digits, classes = [re.search(r"\d+$", folder) for folder in folders], range(len(folders))
-    numbers = [int(found[0]) if found else -1 for found in digits]
+    numbers, classes = (
+        [int((re.findall(r"\d+$", f) or [-1])[0]) for f in folders],
+        range(len(folders)),
+    )
     if odd and sorted(numbers) == list(range(len(known))):
         # the release's 0 ... 999, SRe2L's new000 ... new999, RDED's 00000 ...
         # differs from the release: ImageFolder takes its 0, 1, 10, 100, ... for classes 0, 1, 2, 3
@@ -133,10 +134,10 @@ def _foreign(where, folders, paths, dataset):
     warn(f"{where}: no manifest: taken as another method's images of {dataset}, and hashed")
     missing = [name for name in known if name not in folders]
     if missing:
-        which = (
-            f"of {dataset}'s {len(known)} classes {len(missing)} are missing, first {missing[0]}"
+        count = (
+            f"{len(missing)} of {dataset}'s {len(known)} classes are missing, first {missing[0]}"
         )
-        warn(f"{where}: {which}; students learn and are tested on the other {len(folders)}")
+        warn(f"{where}: {count}; students learn and are tested on the other {len(folders)}")
     sides = set()
     for path in paths:
         if not path.is_file():  # opening a pipe would wait for ever

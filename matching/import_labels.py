@@ -12,7 +12,6 @@ how crops and mixing were drawn (null in the manifest, unless a flag says it).
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from distillation import datasets
@@ -21,28 +20,19 @@ from matching import images as image_sets
 from scripts import files, output, runtime
 from scripts.runtime import Parser, entry_point, refuse, warn
 
-# what numpy's integers and floats are pickled as: the corners of a CutMix box are such
-SCALAR = np.int64().__reduce__()[0]
-NUMPY = [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # numpy 1, 2
-NUMPY += [np.dtype, *(type(np.dtype(name)) for name in ("int32", "int64", "float64"))]
-
 
 def epoch_orders(count, seed):
-    """The image indices of one epoch after the other, endlessly: (count,) int64.
-
-    One generator serves all epochs of the release's RandomSampler, which at the end of each draws
-    a second permutation and takes none of it.
-    """
+    """The image indices of one epoch after the other, endlessly: (count,) int64."""
     g = torch.Generator().manual_seed(seed)
     while True:
         yield torch.randperm(count, generator=g)
-        torch.randperm(count, generator=g)
+        torch.randperm(count, generator=g)  # RandomSampler draws a second, and takes none of it
 
 
 def read_parts(path):
     """(mix type, {name: tensor}, lambda, box) of a batch file: nothing in it is checked yet."""
     try:
-        with torch.serialization.safe_globals(NUMPY):
+        with torch.serialization.safe_globals(models.VALUES):  # a box's corners are numpy's
             parts = torch.load(path, map_location="cpu", weights_only=True)
         crop, flip, partner, lam, box, logits = parts
         mix_type = "none" if partner is None else "mixup" if box is None else "cutmix"
@@ -58,11 +48,7 @@ def read_parts(path):
 
 
 def read_batch(path, index, sizes, classes, settings):
-    """(Batch, logits) of a batch file.
-
-    index      (B,) int64: its images;   sizes: (B, 2) int64: their height and width
-    classes    columns of the logits
-    """
+    """(Batch, logits) of a batch file.   index (B,): its images;   sizes (B, 2): height, width"""
     mix_type, tensors, lam, box = read_parts(path)
     count, half = len(index), torch.float16 if settings["use_fp16"] else torch.float32
     forms = {"crops": (torch.float32, (count, 4)), "flips": (torch.bool, (count,))}
@@ -78,6 +64,13 @@ def read_batch(path, index, sizes, classes, settings):
     crop = torch.cat([first, last - first], 1)
     inside = (first >= 0) & (last > first) & (last <= sizes)
     same, rows = mix_type == settings["mix_type"], partner.sort().values
+    (top, left, bottom, right), size = box, settings["input_size"]
+    side = int(size * math.sqrt(1 - lam)) // 2 * 2 if 0 <= lam <= 1 else 0
+
+    def fits(low, high):  # a side of the box, clipped at the image's border
+        clipped = (low == 0 or high == size) and high - low < side
+        return 0 <= low <= high <= size and (high - low == side or clipped)
+
     questions = {
         f"a batch mixed by {mix_type}, not {settings['mix_type']}": same,
         "crops that are not whole pixels of these images": ((crop - shares).abs() < 0.01).all(),
@@ -85,34 +78,22 @@ def read_batch(path, index, sizes, classes, settings):
         "partners that are not the rows of the batch": rows.equal(torch.arange(count)),
         "logits that are NaN or infinite": logits.isfinite().all(),
         f"lambda {lam}": 0 <= lam <= 1,
+        f"a box of another --input_size than {size}": fits(top, bottom) and fits(left, right),
     }
-    for words, right in questions.items():
-        if not right:
+    for words, fine in questions.items():
+        if not fine:
             refuse(f"{path}: holds {words}")
     if mix_type == "cutmix":
         # differs from the release: lambda is what the clipped box leaves (only mse_ce uses it)
-        lam = check_box(path, lam, box, settings["input_size"])
+        lam = 1 - (bottom - top) * (right - left) / size**2
     return batches.Batch(index, crop.long(), flip, partner, torch.tensor(box), lam), logits
-
-
-def check_box(path, lam, box, size):
-    """The share that a CutMix box leaves; refuses one that `lam` does not give in `size` pixels."""
-    top, left, bottom, right = box
-    side = int(size * math.sqrt(1 - lam)) // 2 * 2
-    for low, high in ((top, bottom), (left, right)):
-        clipped = (low == 0 or high == size) and high - low < side
-        if not (0 <= low <= high <= size and (high - low == side or clipped)):
-            made = f"made with another --input_size than {size}"
-            refuse(f"{path}: holds the box {box} for lambda {lam:.4f}: {made}")
-    return 1 - (bottom - top) * (right - left) / size**2
 
 
 def read_epoch(folder, order, sizes, classes, settings):
     """([Batch], logits (N, classes)) of an epoch_k folder."""
     indices = order.tensor_split(batches.cuts(len(order), settings["batch_size"])[1:-1])
     named = [(folder / f"batch_{n}.tar", index) for n, index in enumerate(indices)]
-    pairs = [read_batch(path, i, sizes[i], classes, settings) for path, i in named]
-    drawn, logits = zip(*pairs)
+    drawn, logits = zip(*(read_batch(path, i, sizes[i], classes, settings) for path, i in named))
     return drawn, torch.cat(logits)
 
 
@@ -128,10 +109,7 @@ def check_order(root, drawn, logits, targets):
 
 
 def open_source(root, count, given):
-    """({setting: value} that the files say, digest of the files' sizes and of the first one).
-
-    count   of images;   given: {setting: value} of the command line, None where not given
-    """
+    """({setting: value} that the files say, their digest).   count: of images;   given: settings"""
     where, epochs = f"--labels {root}", len(list(root.glob("epoch_*")))
     steps = len(list(root.glob("epoch_0/batch_*.tar")))
     if not steps:
@@ -140,24 +118,16 @@ def open_source(root, count, given):
         refuse(f"--epochs {given['epochs']}: {where} holds {epochs}")
     epochs = given["epochs"] or epochs  # the first ones
     paths = [root / f"epoch_{e}/batch_{b}.tar" for e in range(epochs) for b in range(steps)]
-    missing = next((path for path in paths if not path.is_file()), None)
-    if missing:
-        refuse(f"{where}: {missing.relative_to(root)} is missing")
+    sizes = [path.stat().st_size for path in paths]  # an error if one is missing
     mix_type, tensors, *_ = read_parts(paths[0])
-    rows, last = len(tensors["crops"]), len(read_parts(paths[steps - 1])[1]["crops"])
-    if count != rows * (steps - 1) + last:
-        held = f"{rows * (steps - 1) + last} images per epoch"
-        refuse(f"{where}: labels of {held}, --data has {count}")
-    if steps > 1 and last == 1:
-        refuse(f"{where}: its last batches are single images, on which BatchNorm cannot train")
-    if steps == 1 and (given["batch_size"] or 0) > rows:
-        rows = given["batch_size"]  # the set is smaller than a batch
+    rows = len(tensors["crops"])
+    if steps != batches.batches_of(count, rows):
+        refuse(f"{where}: {steps} batches of {rows} per epoch do not fit the {count} of --data")
     half = tensors["logits"].dtype == torch.float16
     said = {"epochs": epochs, "batch_size": rows, "mix_type": mix_type, "use_fp16": half}
     for name, value in said.items():
         if given.get(name) not in (None, value):
             refuse(f"--{name} {given[name]}: {where} was made with {value}")
-    sizes = [path.stat().st_size for path in paths]
     return said, files.digest_of([sizes, files.sha256(paths[0])])
 
 

@@ -20,7 +20,7 @@ case "$TEACHER" in
     convnet*) RATE=0.01 ;;
     *) RATE=0.1 ;;
 esac
-TEACHER_LR="${TEACHER_LR:-$RATE}"
+TEACHER_LR="${TEACHER_LR:-${LR:-$RATE}}"
 TEACHER_SEED="${TEACHER_SEED:-0}"
 
 run -m matching.train_teacher \

@@ -24,22 +24,14 @@ GRID_ARMS = {"random": "real", "decoded": "prototypes", "d4m": "synthetic"}
 
 
 def row_name(result, results):
-    """Its arm; also the image folder, where that is another method's or the arm has several; and
-    how many classes, where the results differ in that."""
-    arm, folder, content = key = _images_of(result)
-    sets = {_images_of(r) for r in results} - {key}
+    """Its arm; its image folder where that is another method's or the arm has several; and how many
+    classes, if some are missing."""
+    arm = result["arm"]
     name = figures.ARMS.get(arm, (arm, arm))[1]
-    if arm == "foreign" or arm in {other[0] for other in sets}:
-        name = f"{name}: {folder}"
-    if (arm, folder) in {other[:2] for other in sets}:  # two folders of one name
-        name += f", sha256 {str(content)[:8]}"
-    same = len({r["classes"] for r in results}) == 1
-    part = "" if same else datasets.of_all(result["dataset"], result["classes"])
+    if arm == "foreign" or len({r["images"] for r in results if r["arm"] == arm}) > 1:
+        name = f"{name}: {result['images']}"
+    part = datasets.of_all(result["dataset"], result["classes"])
     return name + f" ({part})" * bool(part)
-
-
-def _images_of(result):
-    return result["arm"], result["images"], result["arguments"].get("images")
 
 
 def accuracy_table(root, dataset, ipc):
@@ -53,10 +45,7 @@ def accuracy_table(root, dataset, ipc):
     for student in dict.fromkeys(r["student"] for r in results):
         mine = [r for r in results if r["student"] == student]
         counts = " or ".join(map(str, sorted({r["last"]["n"] for r in mine})))
-        part = datasets.of_all(dataset, max(r["classes"] for r in results))
-        part = f", {part}" * bool(part)
-        what = f"{dataset}{part}, {ipc} images per class, student {student}"
-        what += ": top-1 of the last epoch, %"
+        what = f"{dataset}, {ipc} images per class, student {student}: top-1 of the last epoch, %"
         lines += [f"{what}, n = {counts} seeds, mean ± sample std over initial weights", ""]
         lines += ["| trained on | soft labels | hard labels |", "|---|---:|---:|"]
         order = [*figures.ARMS, *sorted({r["arm"] for r in mine} - set(figures.ARMS))]

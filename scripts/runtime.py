@@ -70,7 +70,8 @@ def entry_point(main):
         for stream in (sys.stdout, sys.stderr):  # a terminal may not know a letter of a path
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
-        stderr = sys.stderr if sys.stderr.isatty() else _LogFile(sys.stderr)
+        stderr = sys.stderr or io.StringIO()  # it was closed
+        stderr = stderr if stderr.isatty() else _LogFile(stderr)
         try:
             with contextlib.redirect_stderr(stderr):
                 return main(argv)

@@ -53,7 +53,8 @@ def test_digits_from_scans_to_the_report(capsys):
     d4m, real = chain(DIGITS, DIGITS_SD, "8").values()
     report.main(["--dataset", "digits", "--ipc", "2"])
     printed = capsys.readouterr().out
-    assert f"| D4M |{d4m}\n" in printed and f"| random real images |{real}\n" in printed
+    for name, row in {"D4M": d4m, "random real images": real}.items():
+        assert f"| {name} (3 of 10 classes) |{row}\n" in printed
     assert "n = 2 seeds" in printed and Path("output/grid.png").is_file()
     assert Path("output/report.md").read_text().strip() in printed
 
@@ -131,8 +132,8 @@ def test_only_the_generator_knows_what_it_is_made_of():
 
 
 def test_the_code_does_not_grow():
-    """6,500 is the aim; what is above it has yet to go."""
-    assert sum(len(text.splitlines()) for text in SOURCES.values()) <= 9950
+    """What a change adds has to go elsewhere."""
+    assert sum(len(text.splitlines()) for text in SOURCES.values()) <= 9800
     path = ["distillation/prototypes", "distillation/gen_prototype", "distillation/gen_syn_image"]
     path += ["matching/batches", "matching/training", "matching/generate_soft_label"]
     path += ["validate/train_FKD", "scripts/pipeline_stable_diffusion_gen_latents"]

@@ -37,8 +37,8 @@ def test_every_arm_has_a_row_in_order_and_stages_their_seconds(tmp_path, capsys)
 
 def test_sets_of_one_arm_have_rows_of_their_own(tmp_path):
     students, networks = tmp_path / "students", ("convnet_w128", "convnet_w128")
-    rows = [("a", "foreign", "nine", 40.0, {"images.classes": 9, "arguments.images": "1234567890"})]
-    rows += [("b", "foreign", "nine", 30.0, {"arguments.images": "abcdefghijk"})]
+    rows = [("a", "foreign", "nine", 40.0, {"images.classes": 9})]
+    rows += [("b", "foreign", "ten", 30.0, {})]
     rows += [("c", "d4m", "s0.5", 50.0, {}), ("d", "d4m", "s0.7", 60.0, {})]
     rows += [("e", "foreign", "uneven", 70.0, {"images.ipc": None})]
     for name, arm, folder, mean, changed in rows:
@@ -47,14 +47,10 @@ def test_sets_of_one_arm_have_rows_of_their_own(tmp_path):
     assert [line for line in lines if line.startswith("| ")][1:] == [
         "| D4M: s0.5 | 50.0 | not run |",
         "| D4M: s0.7 | 60.0 | not run |",
-        "| foreign: nine, sha256 12345678 (9 of 10 classes) | 40.0 | not run |",
-        "| foreign: nine, sha256 abcdefgh | 30.0 | not run |",
+        "| foreign: nine (9 of 10 classes) | 40.0 | not run |",
+        "| foreign: ten | 30.0 | not run |",
     ]
     assert lines[-2] == "Not shown: uneven: classes of different numbers of images"
-    for name in "bcd":
-        (students / "students" / name / "results.json").unlink()
-    lines = report.accuracy_table(tmp_path, "cifar10", 10)
-    assert "cifar10, 9 of 10 classes, 10 images" in lines[0] and "nine |" in lines[4]
 
 
 def test_the_picture_shows_every_set(tmp_path):

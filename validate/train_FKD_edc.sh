@@ -16,7 +16,7 @@
 # IPC 1 is ours, as its script there has IPC 1 alone; CIFAR is normalised by its own mean and std,
 # CIFAR-10 there by CIFAR-100's; tests at epochs 0, 30, ... and the last, there at others on CIFAR.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/launch.sh
 
 IPC="${IPC:-10}"
@@ -58,7 +58,7 @@ run -m validate.train_FKD \
     --train_dir "$OUT/images/$IMAGES" \
     --online \
     --arch $TEACHER \
-    --teacher_checkpoint $TEACHER_CHECKPOINT \
+    --teacher_checkpoint "$TEACHER_CHECKPOINT" \
     $HALF \
     --val_dir "$DATA_DIR" \
     --model "$STUDENT" \

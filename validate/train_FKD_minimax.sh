@@ -13,7 +13,7 @@
 # epochs, DSA instead of this augmentation and mixes every second batch: not offered, which a warning
 # says.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/launch.sh
 
 IPC="${IPC:-10}"

@@ -16,7 +16,7 @@
 # its own mean and std, there by ImageNet's; crops are rounded to bytes; tests at epochs 0, 50, ...
 # and the last, there every 10 of the last fifth, and the best is its result.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/launch.sh
 
 IPC="${IPC:-10}"

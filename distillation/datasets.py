@@ -16,11 +16,10 @@ import hashlib
 import os
 import re
 import stat
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,14 +36,12 @@ from scripts.runtime import CHOICE, generator, number, refuse, warn
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 # what lies beside images; any other file that is left out is said
 BESIDE = set(".txt .json .jsonl .csv .tsv .xml .md .html .db .ini .yaml .yml .log .mat .py".split())
-# left out, as hidden folders are
-ASIDE = {"@eadir", "thumbs", "thumbnails", "__macosx", "lost+found"}
+# where systems keep thumbnails, and what was deleted or unpacked; hidden folders are left out too
+ASIDE = {"@eadir", "@__thumb", "thumbs", "thumbnails", "__macosx", "lost+found"}
+ASIDE |= {"@recycle", "#recycle", "$recycle.bin", "system volume information"}
 # the usual names of splits, in any case; the first group that is there is taken
-SPLITS = {"train": [["train", "training", "training_set"]]}
-SPLITS["val"] = [
-    ["val", "valid", "validation", "dev", "eval", "evaluation"],
-    ["test", "testing", "test_set"],
-]
+SPLITS = {"train": [["train", "training"]]}
+SPLITS["val"] = [["val", "valid", "validation", "dev", "eval", "evaluation"], ["test", "testing"]]
 EVERY_SPLIT = {name for groups in SPLITS.values() for group in groups for name in group}
 
 note = lru_cache(warn)  # once per run
@@ -188,50 +185,99 @@ def _is_aside(name):
     return name.startswith(".") or name.casefold() in ASIDE
 
 
+def _words(name):  # ILSVRC2012_img_val: {"ilsvrc", "val"}; training_set: {"training"}
+    words = {word.removesuffix("set") for word in re.split(r"[\W\d_]+", name.lower())}
+    return frozenset(words - {"", "img", "image", "images", "data"})
+
+
+def _is_split(name, others=()):
+    """train2017 and img_train are; bullet_train is a class, but a split beside bullet_test."""
+    words, plain = _words(name), _words(name) - EVERY_SPLIT
+    pair = any(plain == other - EVERY_SPLIT for other in {*map(_words, others)} - {words, plain})
+    return bool(words & EVERY_SPLIT) and (pair or plain <= {"ilsvrc"})
+
+
 def split_folder(flag, root, split, known=()):
     """Where the class folders of one split are: in a folder of `root` that is called like the
     split, or in `root` itself where it has no splits. What is not plain is said, or refused.
 
     known   names of classes; () where any may be one
     """
-    names, where = class_folders(flag, root), f"{flag} {root}"
-    splits = [name for name in names if name.lower() in EVERY_SPLIT]
+    names = class_folders(flag, root)
+    exact = [name for name in names if name.lower() in EVERY_SPLIT]
+    like = [name for name in names if _words(name) & EVERY_SPLIT]
+    splits = exact or [name for name in like if _is_split(name, like)]
     others = [name for name in names if name not in splits] if splits else []
-    flat = any(name in known if known else images_below(root / name, []) for name in others)
+    flat = any(n in known or (not known and _holds_image(root / n)) for n in others)
     nested = [name for name in splits if class_folders(flag, root / name)]
-    if splits and (nested or not flat):  # else a class is called train
-        groups = [[name for name in splits if name.lower() in called] for called in SPLITS[split]]
-        found, *rest = [*filter(None, groups), []]
-        if len(found) != 1 or (flat and len(nested) == 1):
-            wanted = f"expected one folder of {split} images ({', '.join(sum(SPLITS[split], []))})"
-            other = f"or another {'--val_dir' if split == 'val' else flag}"
-            refuse(f"{where}: holds {', '.join(names[:5])}; {wanted}, {other}")
-        if found != [split] or any(rest):
-            instead = f", not {rest[0][0]}" if any(rest) else ""
-            note(f"{where}: its {split} images are those of {found[0]}{instead}")
-        return split_folder(flag, root / found[0], split, known)
-    below = [
-        (root / name).glob("*/") for name in names[:9]
-    ]  # no class_folders: links may be broken
-    inner = [{path.name for path in paths if not _is_aside(path.name)} for paths in below]
-    if len(names) == 1 and any(n in known or n.lower() in EVERY_SPLIT for n in inner[0]):
-        note(f"{where}: taken is its only folder, {names[0]}")
-        return split_folder(flag, root / names[0], split, known)
-    alike = any(len(a & b) > 1 for a, b in combinations(inner, 2))  # seg_train, seg_test
-    if not known and (alike or (len(names) == 1 and inner[0])):
-        wanted = "expected train/ and val/, or the folder of the classes"
-        refuse(f"{where}: holds {', '.join(names[:5])}, and class folders below them; {wanted}")
+    if not splits or (flat and len(nested) < (1 if exact else 2)):  # a class may be called train
+        base = _unwrapped(flag, root, split, known)
+        if base == root and not _is_split(Path(os.path.abspath(root)).name):
+            _refuse_splits_below(flag, root, known)
+        return base
+    groups = [[name for name in splits if _words(name) & {*called}] for called in SPLITS[split]]
+    found, *rest = [*filter(None, groups), []]
+    if len(found) != 1 or (flat and len(nested) == 1) or (others and not exact):
+        wanted = f"expected one folder of {split} images ({', '.join(sum(SPLITS[split], []))})"
+        other = f"or another {'--val_dir' if split == 'val' else flag}"
+        refuse(f"{flag} {root}: holds {', '.join(names[:5])}; {wanted}, {other}")
+    if found != [split] or any(rest):
+        instead = f", not {rest[0][0]}" if any(rest) else ""
+        note(f"{flag} {root}: its {split} images are those of {found[0]}{instead}")
+    return _unwrapped(flag, root / found[0], split, known)
+
+
+def _unwrapped(flag, root, split, known):
+    """`root`, or the only folder in it where that one holds the splits or the classes."""
+    inner, names = root, class_folders(flag, root)
+    for _ in range(3):
+        if len(names) != 1 or names[0] in known:
+            break
+        inner, names = inner / names[0], class_folders(flag, inner / names[0])
+        if any(name in known or name.lower() in EVERY_SPLIT for name in [inner.name, *names]):
+            note(f"{flag} {root}: taken is its only folder, {inner.relative_to(root)}")
+            return split_folder(flag, inner, split, known)
+    if inner != root and len(names) > 1 and not known:
+        what = f"one class, {inner.relative_to(root)}, of {len(names)} folders, first {names[0]}"
+        refuse(f"{flag} {root}: {what}; if these are the classes: {flag} {inner}")
     return root
+
+
+def _refuse_splits_below(flag, root, known):
+    """Refuse classes that hold splits: data/{train,val}/ beside previews/."""
+    for name in class_folders(flag, root):
+        below = os.scandir(root / name) if name in known or not known else []
+        inner = sorted(e.name for e in below if e.name.lower() in EVERY_SPLIT and e.is_dir())
+        if inner:
+            what = f"{name} would be a class, but holds {', '.join(inner)}"
+            refuse(f"{flag} {root}: {what}; if these are the splits: {flag} {root / name}")
+
+
+def _deeper(base, known):
+    """The folder further below `base` that one may point at for the classes `known`, or None."""
+    for depth in range(1, 5):
+        for path in sorted(base.glob("*/" * depth + next(iter(known)))):
+            if _holds_image(path):  # Kaggle's Annotations/ have wnids, too
+                above = path.parent
+                return above.parent if above.name.lower() in EVERY_SPLIT else above
+    return None
+
+
+def _holds_image(folder):  # or a folder in it does
+    paths = (path for pattern in ("*", "*/*") for path in folder.glob(pattern))
+    return any(path.suffix.lower() in EXTENSIONS for path in paths)
 
 
 def in_folders(dataset, root, split, flag, download=False):
     """ROOT/split/<class>/, or ROOT/<class>/."""
-    known, left = known_prompts(dataset), []
+    known, left = known_prompts(dataset), defaultdict(list)
     base = split_folder(flag, root, split, known)
     names = class_folders(flag, base)
     ours = [name for name in names if not known or name in known]
     if not ours:
         what = f"no class folders in {base}" + f", but {', '.join(names[:3])}" * bool(names)
+        deeper = known and _deeper(base, known)
+        what += f" (its classes are in {deeper}: {flag} {deeper})" if deeper else ""
         refuse(f"{flag} {root}: {what}; {dataset} needs {ALL[dataset].needs}")
     found = {name: images_below(base / name, left) for name in ours}
     say_left(f"{flag} {root}", left)
@@ -239,7 +285,7 @@ def in_folders(dataset, root, split, flag, download=False):
 
 
 def images_below(folder, left):
-    """The images in `folder` and below, sorted; what is left out goes to the list `left`.
+    """The images in `folder` and below, sorted; what is left out goes to left[what it is].
 
     Not torchvision's `make_dataset`: it takes hidden files and follows a link in circles.
     """
@@ -252,34 +298,35 @@ def images_below(folder, left):
         for link in filter(os.path.islink, (os.path.join(parent, name) for name in folders)):
             if Path(parent).resolve().is_relative_to(Path(link).resolve()):
                 refuse(f"{link}: a link to {os.readlink(link)}, a folder that it is in")
-        left += [Path(parent, name) for name in folders if _is_aside(name)]
+        left["hidden or thumbnail folders"] += [Path(parent, n) for n in folders if _is_aside(n)]
         folders[:] = [name for name in folders if not _is_aside(name)]
         for name in names:
             extension = os.path.splitext(name)[1].lower()
             if extension in EXTENSIONS and not name.startswith("."):
                 found.append(Path(parent, name))
             elif extension not in BESIDE and not _is_aside(name):
-                left.append(Path(parent, name))
+                left["files of other formats"].append(Path(parent, name))
     return sorted(found)
 
 
 def say_left(where, left):
     """Warn about what `images_below` left out."""
-    kinds = Counter(path.suffix or path.name for path in left).most_common(5)
-    if left:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in kinds)
-        note(f"{where}: not taken as images: {kinds}; first {left[0]}")
+    for what, paths in left.items():
+        if paths:
+            note(f"{where}: {len(paths)} {what} are left out, first {paths[0]}")
 
 
 def in_wnid_folders(dataset, root, split, flag, download=False):
     """`in_folders`, or a flat val/ with one of the files in GROUND_TRUTH."""
-    base = split_folder(flag, root, split, known_prompts(dataset))
-    if split != "val" or any((base / wnid).is_dir() for wnid in known_prompts(dataset)):
+    known = known_prompts(dataset)
+    base = split_folder(flag, root, split, known)
+    if split != "val" or any((base / wnid).is_dir() for wnid in known) or _deeper(base, known):
         return in_folders(dataset, root, split, flag)
-    above = base.parent
-    places = [base, root, above, *above.glob("*devkit*"), *above.glob("*devkit*/data")]
-    paths = [place / name for name in GROUND_TRUTH for place in places]
-    path = next((path for path in paths if path.is_file()), None)
+    places = [base, root]
+    for above in Path(os.path.abspath(base)).parents[:4]:  # Kaggle's is above ILSVRC/Data/CLS-LOC
+        places += [above, *above.glob("*devkit*"), *above.glob("*devkit*/data")]
+    paths = [place / name for place in places for name in GROUND_TRUTH]
+    path = next(filter(os.path.isfile, paths), None)
     if not path:
         wanted = f"no ground truth is beside it: {', '.join(GROUND_TRUTH)}"
         refuse(f"{flag} {root}: {base} has no class folders of {dataset}, and {wanted}")
@@ -288,7 +335,7 @@ def in_wnid_folders(dataset, root, split, flag, download=False):
     except Exception as error:  # whatever is wrong inside somebody's file
         refuse(f"{path}: cannot be read as ground truth: {type(error).__name__}: {error}")
     by_class = {}
-    for image in images_below(base, []):
+    for image in images_below(base, defaultdict(list)):
         if image.name not in wnid_of:
             refuse(f"{flag} {root}: {image.name} has no line in {path.name}")
         by_class.setdefault(wnid_of[image.name], []).append(image)

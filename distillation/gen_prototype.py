@@ -199,6 +199,8 @@ def with_size(settings, model):
     if not size:
         refuse("--size: must be given, the checkpoint does not say what it was trained with")
     model.latent_shape(size)  # refuses what the model cannot take
+    if model.native_size not in (None, size):
+        warn(f"--size {size}: this checkpoint was trained with images of {model.native_size} px")
     settings = settings.filled(size=size)
     settings.defaults["size"] = usual  # a folder's name says any other
     return settings

@@ -4,6 +4,7 @@ import ast
 import re
 import unicodedata
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from scripts.runtime import refuse, warn
@@ -24,11 +25,15 @@ def known_prompts(dataset):
 
 
 def read_label_file(path, folders, dataset="imagefolder"):
-    """The prompts of `folders` from a text file: line i = prompt of class i, or with the class
-    folder or its number (from 0 or 1) before or behind, or a Python or JSON literal of these.
+    """The prompts of `folders` from a text file, in one of the forms that circulate:
 
-    A BOM, CRs, outer spaces and balanced outer quotes are taken off; what is malformed, or names
-    another class, is refused with its line number.
+        tench, Tinca tinca               line i = prompt of class i
+        n01440764: tench, Tinca tinca    the class folder, in any order
+        0: tench, Tinca tinca            the class number, from 0 or 1, before or behind
+
+    or a Python or JSON literal of these. A BOM, CRs, outer spaces and balanced outer quotes are
+    taken off, and blank lines, comments and a header left out; what is malformed, or names another
+    class, is refused with its line number.
     """
     where = f"--label_file_path {path}"
     try:
@@ -36,6 +41,7 @@ def read_label_file(path, folders, dataset="imagefolder"):
     except UnicodeDecodeError as error:
         refuse(f"{where}: not UTF-8 at byte {error.start}")
     lines = _lines(text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n"), where)
+    lines = _content(lines, folders, where)
     keys, prompts, say = _keys(lines, folders, where)
     rows = [(n, _prompt(prompt, f"{where}, line {n}")) for n, prompt in enumerate(prompts, 1)]
     if keys:
@@ -60,79 +66,147 @@ def with_prompts(classes, path, dataset):
 
 def _lines(text, where):
     """The lines of a label file; the entries of a Python or JSON literal as `key: prompt`."""
-    lines, first = text.split("\n"), text.lstrip()[:1]
-    if first in ("{", "["):
+    lines = text.split("\n")
+    if text.lstrip().startswith(("{", "[")):
         try:
             found = ast.literal_eval(text.strip())
-            lines = list(map(_joined, found.items() if first == "{" else found))
-        except Exception as error:  # whatever is wrong inside somebody's file
-            if first == "{":  # a prompt may start with a bracket
-                line, reason = getattr(error, "lineno", 1), getattr(error, "msg", error)
+            rows = found.items() if isinstance(found, dict) else found
+            lines = [": ".join(_words(row)) for row in rows] or [""]
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+            if text.lstrip()[0] == "{":  # a prompt may start with a bracket
+                line = getattr(error, "lineno", 1)
+                reason = getattr(error, "msg", "expected texts and numbers")
                 refuse(f"{where}, line {line}: not {{0: 'tench', ...}}: {reason}")
     for n, line in enumerate(lines, 1):
         control = re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]", line)
         if control:
             refuse(f"{where}, line {n}: holds the control character {control[0]!r}")
-    return [nfc(line.strip(" ")) for line in lines]
+    bullets = all(line.lstrip().startswith("- ") for line in lines)  # a YAML list
+    return [line.strip(" ").removeprefix("- " if bullets else "").strip(" ") for line in lines]
 
 
-def _joined(value):  # Keras has "0": ["n01440764", "tench"]
-    return ": ".join(map(_joined, value)) if isinstance(value, (list, tuple)) else str(value)
+def _content(lines, folders, where):
+    """`lines` without blank lines, comments, and a header before lines that have keys."""
+    kept = [line for line in lines if line] or lines
+    if not all(line.startswith("#") for line in kept):  # else as "#0 tench"
+        kept = [line for line in kept if not line.startswith("#")]
+    names = "|".join(map(re.escape, folders))
+    for key, behind in product((r"[nN]\d{8}", r"\d{1,5}", names), (False, True)):
+        first, *others = _split(kept, key, behind)
+        if len(kept) > len(folders) and not first and all(others):
+            kept = kept[1:]
+            break
+    if left := len(lines) - len(kept):
+        warn(f"{where}: left out and not counted: {left} blank, comment or header lines")
+    return kept
 
 
-def _split(lines, key, behind):
+def _words(value):
+    """The texts and numbers in nested lists."""
+    if isinstance(value, (list, tuple)):
+        return [word for part in value for word in _words(part)]
+    if isinstance(value, (str, int)):
+        return [str(value)]
+    raise ValueError
+
+
+def _split(lines, key, behind=False):
     """Per line a match with its "key", "prompt", and "strong" separator, or None: no key."""
-    between = r"(?:(?P<strong>\s*(?:[:=|;\t]|->)\s*|[,.](?=\S))|\s*,\s*|\s+-\s+|\s+)"
-    mark = rf"[\"'(\[#]*(?P<key>{key})[\"')\]]*"
-    first = rf"{mark}(?![:,.]\d)\.?{between}(?P<prompt>.+)"  # 0. tench, not 16:9 screen
+    between = r"(?:(?P<strong>\s*(?:[:=|;\t]|->)\s*)|\s*,\s*|\s+[-–—]\s+|\s+)"
+    mark = rf"[\"'(\[#]*(?i:class[ _-]?)?(?P<key>{key})[\"')\]]*"
+    first = rf"{mark}(?!:\d)\.?{between}(?P<prompt>.+)"  # 0. tench, not 16:9 screen
     form = rf"(?P<prompt>.+?){between}{mark}" if behind else first
     return [re.fullmatch(form, line) for line in lines]
+
+
+def _parts(found, where):
+    """The keys and the prompts of matches; refuses a line without."""
+    for n, match in enumerate(found, 1):
+        if not match:
+            refuse(f"{where}, line {n}: some lines have a folder name or number, this has none")
+    return [m["key"].strip("\"' ") for m in found], [m["prompt"] for m in found]
 
 
 def _keys(lines, folders, where):
     """(the class folder of each line, or None; the prompts; what to do where they name another).
 
-    A prompt may hold digits and separators ("4-lane road", "Boeing 747"): a form counts where most
-    lines have it, or where its numbers are those of all classes.
+    A prompt may hold digits and separators ("4-lane road", "Boeing 747"): folder names count where
+    most lines have one, numbers where they number the classes.
     """
-    wnid, number, every = WNID.pattern[:-1], r"\d{1,5}", list(known_prompts("imagenet"))
-    own, last = "|".join(map(re.escape, map(nfc, folders))), len(folders)
-    last = len(every) if {*folders} <= {*every} else last
-    lines = [re.sub(rf"^\d+\W+(?={wnid})", "", line) for line in lines]  # 0: n01440764: tench
-    forms = (wnid, False), (wnid, True), (own, False), (number, False), (number, True)
-    for key, behind in forms:
-        found = _split(lines, key, behind)
-        matches = [m for m in found if m]
-        keys, prompts = [m["key"] for m in matches], [m["prompt"] for m in matches]
-        sure = [key == wnid or m["strong"] for m in matches]
-        if key == number:
-            sure = [m["strong"] or (not behind and int(m["key"]) <= last) for m in matches]
-            keys = _by_number(list(map(int, keys)), folders, every)
-            if {*folders} <= {*keys} and 2 * len({*prompts}) > len(lines):
-                sure = matches
-        elif all(re.fullmatch(r"\d+( .+)?" if key == wnid else r"\d+", p) for p in prompts):
-            continue  # "tench": 0, or map_clsloc.txt
-        if 2 * sum(map(bool, sure)) > len(lines):
-            if None in found:
-                some = "some lines have a folder name or number, this has none"
-                refuse(f"{where}, line {found.index(None) + 1}: {some}")
-            return keys, prompts, refuse if key == number else warn
-    if len(lines) == len(every) > len(folders) and last == len(every):
+    numbered = _split(lines, r"\d+")
+    rests = [m["prompt"] for m in numbered] if all(numbered) else lines  # 0: n01440764: tench
+    for behind in (False, True):
+        found = _split(rests, r"[nN]\d{8}", behind)
+        if any(found):
+            keys, prompts = _parts(found, where)
+            keys = [key.lower() for key in keys]
+            numbers = _split(prompts, r"\d+")  # as in ILSVRC's map_clsloc.txt
+            if all(numbers) and len({m["key"] for m in numbers}) == len(lines):
+                prompts = [m["prompt"] for m in numbers]
+            return keys, prompts, warn
+    names, form = {*map(nfc, folders)}, r"(?P<key>.+?)(?:\s*[:=|;\t]\s*|,(?=\S))(?P<prompt>.+)"
+    found = [re.fullmatch(form, line) for line in lines]
+    known = [m for m in found if m and nfc(m["key"].strip("\"' ")) in names]
+    to_number = all(m and m["prompt"].isdigit() and not m["key"].isdigit() for m in found)
+    tabs = all("\t" in line for line in lines) and not all(numbered)
+    if not to_number and (2 * len(known) > len(lines) or tabs):
+        return *_parts(found, where), warn
+    coded = [f for f in folders if re.search(r"[\d_]", f) and " " not in f]  # class_10 p10
+    starts = "|".join(map(re.escape, sorted(coded, key=len, reverse=True)))
+    found = _split([nfc(line) for line in lines], nfc(starts)) if coded == folders else [None]
+    if all(found) and len({m["key"] for m in found}) == len(lines):
+        if len({m["prompt"] for m in found}) == len(lines):
+            return *_parts(found, where), warn
+    for behind in (False, True):
+        keys, prompts = _numbered(_split(lines, r"\d{1,5}", behind), folders, where, behind)
+        if keys:
+            return keys, prompts, refuse
+    every = list(known_prompts("imagenet"))
+    if len(lines) == len(every) > len(folders) and {*folders} <= {*every}:
         return every, lines, refuse
-    if all(map(str.isdecimal, folders)) and sorted(folders, key=int) != list(folders):
-        order = f"folders are sorted as text ({', '.join(folders[:4])}), not by number"
-        refuse(f"{where}: {order}; write folder, tab, prompt")
+    for n, (folder, other) in enumerate(zip(sorted(folders), sorted(folders, key=_natural)), 1):
+        if folder != other:  # 1, 10, 11, 2
+            order = f"in sorted order this is folder {folder!r}, by its number it is {other!r}"
+            refuse(f"{where}, line {n}: {order}; write folder, tab, prompt")
     return None, lines, refuse
 
 
-def _by_number(numbers, folders, every):
-    """Class folders by numbers from 0 or 1, in order of `folders` or of all of ImageNet."""
+def _natural(folder):
+    """Sorts class_2 before class_10."""
+    return [int(t) if i % 2 else t for i, t in enumerate(re.split(r"(\d+)", folder))]
+
+
+def _numbered(found, folders, where, behind):
+    """(class folders, prompts) of lines with numbers, (None, None) where they are of the prompts.
+
+    Where each folder holds one number, as class_10, a number names its folder; else classes are
+    numbered from 0 or 1, in order of `folders` or of all of ImageNet.
+    """
+    every, count = list(known_prompts("imagenet")), len(folders)
+    numbers, prompts = [int(m["key"]) for m in found if m], [m["prompt"] for m in found if m]
+    strong, most = all(m and m["strong"] for m in found), 1000 if folders[0] in every else count
     orders = [dict(enumerate(order, n)) for order in (folders, every) for n in (0, 1)]
-    names = orders[0 not in numbers]
-    for order in orders:
-        if {*folders} <= set(map(order.get, numbers)) <= {*order.values()}:
-            names = order
-    return [names.get(n, f"number {n}") for n in numbers]
+    decimal, inside = all(map(str.isdecimal, folders)), [re.findall(r"\d+", f) for f in folders]
+    own = {int(digits[0]): f for digits, f in zip(inside, folders) if len(digits) == 1}
+    is_own = len(own) == count and (decimal or bool({*own} & {*numbers}))
+    orders, valid = ([own], {*own}) if is_own else (orders, range(most + 1))
+    for names in orders if len({*numbers}) == len(found) else ():
+        keys = [names.get(n) for n in numbers]
+        if {*folders} <= {*keys} and None not in keys:
+            in_order = numbers == sorted(numbers) or is_own and (decimal or keys == [*folders])
+            if strong or in_order and 2 * len({*prompts}) > len(found):
+                return keys, prompts
+            if is_own and in_order:  # "digit 0", "digit 1"
+                return keys, [m[0] for m in found]
+    sure = [m for m in found if m and int(m["key"]) in valid and (m["strong"] or not behind)]
+    if strong or 2 * len(sure) > len(found):
+        _parts(found, where)
+        bad = [n for n, k in enumerate(numbers) if k in numbers[:n] or k not in valid]
+        bad = bad or [len(found) - 1]
+        each = f"each class needs one, from 0 to {count - 1} or from 1 to {count}"
+        each = "each class needs that of its folder's name" if is_own else each
+        refuse(f"{where}, line {bad[0] + 1}: number {numbers[bad[0]]}; {each}")
+    return None, None
 
 
 def _prompt(prompt, where):
@@ -142,8 +216,8 @@ def _prompt(prompt, where):
         refuse(f"{where}: has more than one tab, or some lines have a folder name and others none")
     if '"' in prompt or prompt[:1] == "'" or prompt[-1:] == "'":
         refuse(f"{where}: has a stray quote mark: {prompt}")
-    if not prompt or re.match(r"n\d{8}", prompt):
-        refuse(f"{where}: has no prompt {prompt}")
+    if not prompt:
+        refuse(f"{where}: has no prompt")
     return prompt if " " in prompt else prompt.replace("_", " ")
 
 
@@ -172,23 +246,44 @@ def _check_order(rows, folders, dataset, where, say):
     def letters(text):
         return re.sub(r"[\W_]+", "", nfc(text).casefold())
 
-    def owners_of(text):  # the whole text's, or those of its parts
-        parts = [owners.get(letters(part), set()) for part in (text, *text.split(","))]
-        return parts[0] or set().union(*parts)
+    def words(text):
+        return {*re.findall(r"[^\W\d_]{3,}", nfc(text).casefold())}
+
+    def spaced(text):
+        return " " + " ".join(re.findall(r"[^\W_]+", nfc(text).casefold())) + " "
 
     of_wnids = "imagenet" if all(map(WNID.match, folders)) else dataset
     ours, owners = known_prompts(dataset) or known_prompts(of_wnids), {}
     names = ours or {folder: folder.replace("_", " ") for folder in folders}
     for folder, prompt in names.items():
-        for part in (prompt, *prompt.split(",")):
-            owners.setdefault(letters(part), set()).add(folder)
-    fits = {folder: owners_of(prompt) for folder, (_, prompt) in zip(folders, rows)}
+        for name in {letters(part) for part in (prompt, *prompt.split(","))} - {""}:
+            owners.setdefault(name, set()).add(folder)
+    firsts = {}  # {the first name: its classes}
+    for folder in folders if ours else ():
+        firsts.setdefault(spaced(names[folder].split(",")[0]), set()).add(folder)
+    fits = {}  # {folder: the classes whose name its prompt is}
+    for folder, (_, prompt) in zip(folders, rows):
+        parts = [owners.get(letters(part), set()) for part in (prompt, *prompt.split(","))]
+        fits[folder] = parts[0] or set().union(*parts)
+        if not fits[folder] and not ours and not words(folder) & words(prompt):
+            fits[folder] = {f for f in folders if words(f) and words(f) <= words(prompt)}
+        text = spaced(prompt)  # a photo of a tench
+        others = firsts.get(max((name for name in firsts if name in text), key=len, default=""), ())
+        own = folder in others  # and "a corn" is no acorn
+        if not parts[0] and (own or ours and not fits[folder]):
+            own = own or any(spaced(part) in text for part in names[folder].split(","))
+            fits[folder] = {folder} if own else others if len(others) == 1 else set()
+    wrong = [folder for folder in folders if fits[folder] and folder not in fits[folder]]
+    is_most = len(wrong) > 1 and 2 * len(wrong) > sum(map(bool, fits.values()))
     for folder, (n, prompt) in zip(folders, rows):
         right, line = names.get(folder, prompt), f"{where}, line {n}"
         expected = f"expected {folder}'s {right!r}"
         if ours and letters(prompt) == letters(right) and " " in right and " " not in prompt:
             refuse(f"{line}: {prompt!r} has lost its spaces, {expected}")
-        if fits[folder] and folder not in fits[folder]:
+        if folder in wrong:
             other = min(fits[folder])
-            is_moved = other not in fits.get(other, {other})  # its own prompt is elsewhere
-            (say if is_moved else warn)(f"{line}: {prompt!r} is the prompt of {other}, {expected}")
+            is_moved = fits.get(other) and other not in fits[other]  # its own prompt is elsewhere
+            exact = letters(prompt) == letters(names[other])
+            (say if is_moved or is_most or exact else warn)(
+                f"{line}: {prompt!r} is the prompt of {other}, {expected}"
+            )

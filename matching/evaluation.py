@@ -14,7 +14,7 @@ from PIL import Image
 from distillation import datasets
 from matching import batches, ranks
 from matching.images import fits_gpu, in_threads
-from scripts.runtime import refuse, warn
+from scripts.runtime import Refusal, refuse, warn
 
 
 def add_test_flag(parser):
@@ -24,16 +24,29 @@ def add_test_flag(parser):
     parser.setting("--test_on_train", help=told, **how)
 
 
-def open_test(flag, root, dataset, folders, download=False):
-    """The test images of the classes `folders`, in that order."""
+def open_test(flag, root, dataset, folders, download=False, on_train=False):
+    """The test images of the classes `folders`, in that order.
+
+    on_train    --test_on_train: those of the training split where there are no others
+    """
     known = list(folders) if datasets.known_prompts(dataset) else None
-    split = datasets.open_split(dataset, root, "val", None, known, download=download, flag=flag)
+    opened = partial(datasets.open_split, dataset, root, download=download, flag=flag)
+    try:
+        split = opened("val", None, known)
+    except Refusal as error:
+        if not on_train:
+            raise
+        datasets.note(f"{error}; the test images are those of the training split")
+        split = opened("train", None, known)
     places = {datasets.nfc(folder): n for n, folder in enumerate(split.folders)}
     missing = [folder for folder in folders if datasets.nfc(folder) not in places]
     if missing:
         count = f"{len(missing)} of {len(folders)} missing; it has {', '.join(split.folders[:3])}"
         refuse(f"{flag} {root}: has no class {missing[0]} ({count})")
     where = [places[datasets.nfc(folder)] for folder in folders]
+    if other := [folder for n, folder in enumerate(split.folders) if n not in where]:
+        what = f"{len(other)} classes that training does not know are left out"
+        warn(f"{flag} {root}: {what}, first {other[0]}")
     names = ("folders", "prompts", "class_ids", "items")
     kept = {name: tuple(getattr(split, name)[i] for i in where) for name in names}
     split = dataclasses.replace(split, **kept)

@@ -7,6 +7,7 @@ They are an output of stage 2, or anybody's folder with one sub-folder per class
 """
 
 import re
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -68,7 +69,7 @@ def open_images(flag, root, dataset=None):
     root, where, manifest = Path(root), f"{flag} {root}", None
     if not root.is_dir() or (root / output.ARGS).exists() or output.is_complete(root):
         manifest = image_folder.read_images(flag, root)  # refuses one that is not finished
-    name, found, left = root.resolve().name, {}, []
+    name, found, left = root.resolve().name, {}, defaultdict(list)
     root = root if manifest else datasets.split_folder(flag, root, "train")
     for folder in datasets.class_folders(flag, root):
         paths = datasets.images_below(root / folder, left)

@@ -8,8 +8,11 @@ ResNets get a 3x3 stem without max-pool, as usual for CIFAR and Tiny-ImageNet.
 """
 
 import argparse
+import codecs
 import hashlib
 import re
+import types
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path, PosixPath
 
@@ -163,12 +166,28 @@ def parameters_of(build):
 
 
 # what training scripts save beside the weights: values, whose making runs no code of the file
-VALUES = [argparse.Namespace, PosixPath, np.dtype, np.ndarray]
+VALUES = [argparse.Namespace, types.SimpleNamespace, Path, PosixPath, datetime, timedelta]
+VALUES += [codecs.encode, np.dtype, np.ndarray]
 VALUES += [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
 for made_by in (np._core.multiarray.scalar, np._core.multiarray._reconstruct):  # of numpy 1 and 2
     VALUES += [(made_by, f"numpy.{c}.multiarray.{made_by.__name__}") for c in ("core", "_core")]
-# where they save the weights, if a file has several that may be, such as an average
+# where they save the weights: taken if a file has several that hold some, such as an average
 USUAL = {"state_dict", "model", "model_state_dict", "net", "network", "weights"}
+RENAMED = {r"\blinear\.": "fc.", r"\bshortcut\.": "downsample."}  # CIFAR's usual ResNets
+
+
+def _no_weights(path):
+    """What a file that does not load is, by its first bytes; "" where they do not tell."""
+    if not Path(path).is_file():
+        return ""
+    with open(path, "rb") as stream:
+        head = stream.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git-LFS pointer: fetch the file itself with git lfs pull"
+    if head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+        return "an HTML page: download the file again"
+    is_other = head[8:10] == b'{"' and Path(path).suffix != ".safetensors"
+    return "a safetensors file: rename it to .safetensors" if is_other else ""
 
 
 def read_state_dict(path, flag):
@@ -182,50 +201,69 @@ def read_state_dict(path, flag):
         with torch.serialization.safe_globals(VALUES):
             found = load(path)
     except Exception as error:  # torch.load raises whatever a damaged file makes it raise
+        if kind := _no_weights(path):
+            refuse(f"{flag} {path}: it is {kind}")
         text = one_line(error).split("WeightsUnpickler error: ")[-1].split(" Check the doc")[0]
+        alien = re.search(r"GLOBAL (\S+)|(TorchScript)", text)
         what = f"cannot be read as weights ({text or type(error).__name__:.200})"
-        if alien := re.search(r"GLOBAL (\S+)", text):
+        if alien:
+            load = f'x = torch.load("{path}", weights_only={False})'  # what others may run, not we
+            load = f'x = torch.jit.load("{path}")' if alien[2] else load
             save = 'torch.save(x.state_dict(), "weights.pth"), or x["state_dict"] if x is a dict'
-            what = f"holds {alien[1]}; where you trust it, load it as x, then {save}"
+            what = (
+                f"holds {alien[0].split()[-1]}; if you trust it, save its weights: {load}; {save}"
+            )
         refuse(f"{flag} {path}: {what}; only plain tensors are loaded")
-    inner = {"": found, **found} if isinstance(found, dict) else {}
-    states = {
-        name: {str(k): v for k, v in state.items() if torch.is_tensor(v)}
-        for name, state in inner.items()
-        if isinstance(state, dict) and any(str(k).endswith("weight") for k in state)
-    }
-    taken = {""} & states.keys() or (states if len(states) == 1 else USUAL & states.keys())
+    level = {"": found}
+    for _ in range(4):
+        level = {where: inner for where, inner in level.items() if isinstance(inner, dict)}
+        states = {w: {k: v for k, v in d.items() if torch.is_tensor(v)} for w, d in level.items()}
+        states = {w: d for w, d in states.items() if any(str(k).endswith("weight") for k in d)}
+        if states:
+            break
+        level = {str(key): inner for outer in level.values() for key, inner in outer.items()}
+    taken = states if len(states) == 1 else USUAL & states.keys()
     if len(taken) != 1:
-        held = ", ".join(map(str, states or [*inner][1:])) or f"a {type(found).__name__}"
+        held = ", ".join(map(str, states or (found if isinstance(found, dict) else [])))
+        held = held or f"a {type(found).__name__}"
         what = "several that may be the weights" if states else "no state dict (names with tensors)"
         refuse(f"{flag} {path}: {what}: it holds {held:.200}")
     [name] = taken
     if len(states) > 1:
         warn(f"{flag} {path}: taken are the weights called {name}, of {', '.join(states)}")
-    return states[name]
+    return {str(key): value for key, value in states[name].items()}
 
 
 def fitted(state, model, what):
-    """The tensors of `state` by their names in `model`, without the prefix that a wrapper adds:
-    "module.", "_orig_mod.", "model.backbone.", whatever it is."""
+    """The tensors of `state` by their names in `model`, without the prefixes that wrappers add:
+    "module.", "_orig_mod.", "model.backbone." (whose head may stand outside)."""
     names = [name for name in model.state_dict() if "num_batches" not in name]
-    renamed = {re.sub(r"\blinear\.", "fc.", key): value for key, value in state.items()}
-    renamed = {re.sub(r"\bshortcut\.", "downsample.", k): v for k, v in renamed.items()}
-    for known in (state, renamed):  # CIFAR's usual ResNets
-        prefixes = [key.removesuffix(names[0]) for key in known if key.endswith(names[0])]
-        fit = [prefix for prefix in prefixes if all(prefix + name in known for name in names)]
+    renamed = dict(state)
+    for pattern, ours in RENAMED.items():
+        renamed = {re.sub(pattern, ours, key): value for key, value in renamed.items()}
+    for known in (state, renamed):
+        ends = [key for key in known if f".{key}".endswith(f".{names[0]}")]
+        prefixes = [key.removesuffix(names[0]) for key in ends]
+        fit = [p for p in prefixes if all(p + n in known or n in known for n in names)]
         if len(fit) > 1 and "" not in fit:
             refuse(f"{what}: holds several networks: {', '.join(fit)}")
         if fit:
-            prefix = min(fit)
-            return {k.removeprefix(prefix): v for k, v in known.items() if k.startswith(prefix)}
-    return state
+            prefix = "" if "" in fit else fit[0]
+            own = {k.removeprefix(prefix): v for k, v in known.items() if k.startswith(prefix)}
+            return {n: known[n] for n in names if n not in own} | own
+    return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", key): v for key, v in state.items()}
 
 
 def load_state(model, state, what):
-    """A missing, unknown or misshapen tensor is one line."""
+    """A missing, unknown or misshapen tensor, or one of integers or with NaN, is one line."""
+    state, own = fitted(state, model, what), model.state_dict()
+    for name in filter(lambda name: name in state and own[name].is_floating_point(), own):
+        if not state[name].is_floating_point():
+            refuse(f"{what}: {name} is of {state[name].dtype}: quantised weights are not taken")
+        if not state[name].float().isfinite().all():
+            refuse(f"{what}: {name} holds NaN or infinite values")
     try:
-        model.load_state_dict(fitted(state, model, what))
+        model.load_state_dict(state)
     except RuntimeError as error:
         refuse(f"{what}: the weights of another architecture: {error!s:.300}")
 
@@ -258,6 +296,11 @@ def is_public(checkpoint):
     return checkpoint is None or str(checkpoint).split(":")[0] == PUBLIC
 
 
+def _is_file_name(path):
+    """teacher.pth, not convnet_mini_lr0.05"""
+    return Path(path).suffix[1:].isalpha()
+
+
 def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher_checkpoint"):
     """A frozen teacher in eval mode whose columns are the classes `folders`, in that order.
 
@@ -267,15 +310,15 @@ def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher
     Returns (model, facts): {"arch", "weights", "sha256", "classes", "columns", "arguments"}; the
     last are train_teacher's flags and images, else None.
     """
-    folders, path = [datasets.nfc(folder) for folder in folders], Path(checkpoint or "")
+    folders = [datasets.nfc(folder) for folder in folders]
     where, arguments, owned = f"{flag} {checkpoint}", None, None
     if is_public(checkpoint):
         chosen = str(checkpoint or "").partition(":")[2]
         state, weights, digest = _public_weights(name, dataset, image_size, chosen)
         where, owned = f"{flag} {weights}: {name}", list(datasets.known_prompts("imagenet"))
-    elif path.is_dir() or not (path.exists() or path.suffix[1:].isalpha()):  # not gone.pth
-        manifest = _teacher_manifest(name, path, dataset, image_size, flag)
-        state = read_state_dict(path / "model.safetensors", flag)
+    elif Path(checkpoint).is_dir() or not (Path(checkpoint).exists() or _is_file_name(checkpoint)):
+        manifest = _teacher_manifest(name, Path(checkpoint), dataset, image_size, flag)
+        state = read_state_dict(Path(checkpoint) / "model.safetensors", flag)
         weights, digest = "train_teacher", manifest["files"]["model.safetensors"]["sha256"]
         owned = [datasets.nfc(c["folder"]) for c in manifest["classes"]]
         arguments = manifest["arguments"] | manifest["inputs"]

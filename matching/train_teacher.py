@@ -177,7 +177,8 @@ def main(argv=None):
     train = datasets.open_split(args.dataset, args.data_dir, "train", None, *part)
     datasets.check_class_sizes(train, 1)
     root = ("--val_dir", args.val_dir) if args.val_dir else ("--data_dir", args.data_dir)
-    val = evaluation.open_test(*root, args.dataset, train.folders, args.download)
+    how = args.download, args.test_on_train
+    val = evaluation.open_test(*root, args.dataset, train.folders, *how)
     trained = train.items if train.arrays is None else [()] * len(train.items)
     evaluation.check_apart(*root, val, trained, [], args.test_on_train)
     inputs = {"train_images": train.count, "images_sha256": train.fingerprint()}

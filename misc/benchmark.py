@@ -165,14 +165,17 @@ class Bench:
         self.device, self.size, self.pictures, self.root = device, size, pictures, root
         self.profile, self.arch, self.rows, self.gpu = profile, arch, [], device.type == "cuda"
         self.process, self.folders = runtime.Process(0, 1, device), 0
-        with one_thread(device):
-            self.ceilings = ceilings(device, size["matrix"])
 
     def output(self, stage, settings):
         """A new output folder, as a stage writes to."""
         self.folders += 1
         where = ("--out", self.root, f"{stage}-{self.folders}", stage)
         return output.Output(*where, settings, {}, self.process)
+
+    @functools.cached_property
+    def ceilings(self):
+        with one_thread(self.device):
+            return ceilings(self.device, self.size["matrix"])
 
     @functools.cached_property
     def model(self):

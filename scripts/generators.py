@@ -35,10 +35,13 @@ SAMPLERS = """PNDM DDIM DDIMParallel DDPM DDPMParallel EulerDiscrete EulerAncest
     HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete DEISMultistep DPMSolverMultistep LMSDiscrete
     DPMSolverSinglestep UniPCMultistep SASolver"""
 NEVER = "thresholding use_flow_sigmas use_beta_sigmas use_exponential_sigmas use_lu_lambdas"
-SAMPLER = dict.fromkeys(NEVER.split(), (None, False)) | {
+SAMPLER = {
     "_class_name": tuple(f"{name}Scheduler" for name in SAMPLERS.split()),
     "prediction_type": ("epsilon", "v_prediction"),
+    "interpolation_type": ("linear",),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
     "skip_prk_steps": (True,),
+    **dict.fromkeys(NEVER.split(), (None, False)),
 }
 
 
@@ -105,6 +108,8 @@ def _single_file_source(path):
     kind = single.infer_diffusers_model_type(weights)
     if kind not in ("v1", "v2"):
         raise ValueError(f"its weights are those of {kind}; what works: Stable Diffusion v1, v2")
+    if "model.diffusion_model.input_blocks.0.0.weight" not in weights:
+        raise ValueError("it is no whole Stable Diffusion: its UNet is missing")
     return single.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
 
 
@@ -135,17 +140,17 @@ class StableDiffusion:
     # {part: {setting of its configuration: values that work, the default first}}
     WORKS = {
         "vae": {
-            "_class_name": ["AutoencoderKL"],
-            "latent_channels": [4],
-            "shift_factor": [None, 0],
+            "_class_name": ("AutoencoderKL",),
+            "latent_channels": (4,),
+            "shift_factor": (None, 0),
         },
-        "unet": {"_class_name": ["UNet2DConditionModel"], "in_channels": [4], "out_channels": [4]}
-        | {
-            "addition_embed_type": [None, "text"],
-            "class_embed_type": [None],
-            "num_class_embeds": [None],
+        "unet": {
+            "_class_name": ("UNet2DConditionModel",),
+            **dict.fromkeys(("in_channels", "out_channels"), (4,)),
+            "addition_embed_type": (None, "text"),
+            **dict.fromkeys(("class_embed_type", "num_class_embeds"), (None,)),
         },
-        "text_encoder": {"_class_name": ["CLIPTextModel"]},
+        "text_encoder": {"_class_name": ("CLIPTextModel",)},
         "scheduler": SAMPLER,
     }
 
@@ -185,8 +190,7 @@ class StableDiffusion:
         self.facts |= {f"{name}_sha256": weights_hash(p) for name, p in self.networks.items()}
         if part == "all":
             schedule = parts["scheduler"].config
-            if not schedule.get("skip_prk_steps", True):  # PNDM's default
-                raise ValueError("its scheduler has skip_prk_steps False; what works: True")
+            _check_settings("scheduler", schedule, SAMPLER)  # with its defaults
             self.most_steps = schedule.num_train_timesteps
             if schedule.get("original_inference_steps"):  # LCM, TCD
                 self.most_steps = min(self.most_steps, schedule.original_inference_steps)
@@ -299,18 +303,26 @@ def _read_configs(source, revision, index, table):
     for part, settings in table.items():
         reader = PNDMScheduler if part == "scheduler" else AutoencoderKL  # for the file's name
         found[part] = reader.load_config(source, subfolder=part, revision=revision)
-        values = [(name, found[part].get(name, works[0])) for name, works in settings.items()]
-        for name, value in [("_class_name", index.get(part, [None])[-1] or values[0][1]), *values]:
-            if value not in settings[name]:
-                what = "is" if name == "_class_name" else f"has {name}"
-                works = ", ".join(map(str, settings[name]))
-                raise ValueError(f"its {part} {what} {value}; what works: {works}")
+        _check_settings(part, found[part], settings)
+        if part in index:
+            _check_settings(part, {**found[part], "_class_name": index[part][-1]}, settings)
     return found
+
+
+def _check_settings(part, config, settings):
+    """Raises ValueError for a setting with a value that is not in the table."""
+    for name, works in settings.items():
+        value = config.get(name, works[0])
+        if value not in works:
+            what = "is" if name == "_class_name" else f"has {name}"
+            works = ", ".join(map(str, works))
+            raise ValueError(f"its {part} {what} {value}; what works: {works}")
 
 
 def _native_size(unet, vae):
     """Pixels of the images that a UNet was trained with, by the two raw configurations."""
     size = unet.get("sample_size")
+    size = size[0] if isinstance(size, list) else size
     if size and size < 64 and re.match(r"0\.[0-8]\.", unet.get("_diffusers_version", "")):
         size = 64  # as diffusers: that of its first versions is wrong
     return size and size * 2 ** (len(vae["block_out_channels"]) - 1)
@@ -331,30 +343,51 @@ def _pipeline(checkpoint, networks, absent, how):
     if Path(checkpoint).is_file():
         config = how.get("single_file_config")
         return cls.from_single_file(checkpoint, config=config, **precision, **others)
-    form = {"use_safetensors": True, "output_loading_info": True, **where, **precision}
+    form = {"use_safetensors": True, "output_loading_info": True}
+    variants = _variants(checkpoint, networks, _names(checkpoint, **where), how.get("variant"))
     for name, network in networks.items():
-        others[name] = _network(checkpoint, name, network, how.get("variant"), form)
+        options = {"subfolder": name, "variant": variants[name], **where, **precision, **form}
+        others[name], report = network.from_pretrained(checkpoint, **options)
+        _check_whole(name, report["missing_keys"])
     return cls.from_pretrained(checkpoint, **where, **others)
 
 
-def _network(checkpoint, name, network, variant, form):
-    """A network of a checkpoint; where it has no plain weights those called fp16, or vice versa."""
-    failed = []
-    for one in {None: (None, "fp16"), "fp16": ("fp16", None)}.get(variant, [variant]):
+CONVERT = "python -c \"from diffusers import DiffusionPipeline as P; P.from_pretrained('%s', "
+CONVERT += "use_safetensors=False).save_pretrained('NEW')\""
+
+
+def _names(checkpoint, revision):
+    """The names of a checkpoint's files, "vae/config.json", ...: of a folder, or a hub id."""
+    import huggingface_hub as hub
+
+    if not Path(checkpoint).exists():
         try:
-            found, report = network.from_pretrained(checkpoint, variant=one, subfolder=name, **form)
-        except OSError as error:
-            failed.append(error)
-            continue
-        if failed:
-            taken = f"takes the {one or 'plain'} weights of its {name}"
-            warn(f"{checkpoint}: {taken}: there are no {variant or 'plain'} ones")
-        _check_whole(name, report["missing_keys"])
-        return found
-    if list(Path(checkpoint).glob(f"{name}/*.bin")):
-        safe = "DiffusionPipeline.from_pretrained(DIR, use_safetensors=False).save_pretrained(NEW)"
-        raise ValueError(f"its {name} is .bin, which may hold code; where you trust it: {safe}")
-    raise failed[0]
+            return hub.list_repo_files(checkpoint, revision=revision)
+        except Exception:  # no internet: what was downloaded before
+            checkpoint = hub.snapshot_download(checkpoint, revision=revision, local_files_only=True)
+    return [path.relative_to(checkpoint).as_posix() for path in Path(checkpoint).glob("*/*")]
+
+
+def _variants(checkpoint, parts, names, wanted):
+    """{part: variant of its weights}: the one `wanted`, or the only one if just a precision."""
+    chosen = {}
+    for part in parts:
+        form = rf"{part}/(?:diffusion_pytorch_)?model(?:\.([a-z]\w*))?(?:-\d.*)?\.safetensors"
+        found = {m[1] for m in map(re.compile(form).fullmatch, names) if m}
+        chosen[part] = wanted
+        if wanted not in found and len(found) == 1 and {wanted, *found} <= {None, "fp16", "bf16"}:
+            [chosen[part]] = found
+        if chosen[part] not in found:
+            held = ", ".join(f"--variant {v}" if v else "plain ones" for v in found) or "none"
+            if not found and any(re.match(rf"{part}/.*\.bin$", name) for name in names):
+                held = f"only .bin, which may hold code; where you trust it: {CONVERT % checkpoint}"
+            what = f"{wanted or 'plain'} .safetensors weights of its {part}"
+            raise ValueError(f"no {what}, there are {held}")
+    taken = {part: variant for part, variant in chosen.items() if variant != wanted}
+    if taken:
+        which = ", ".join(f"{part} ({variant or 'plain'})" for part, variant in taken.items())
+        warn(f"{checkpoint}: takes the only weights that are there: {which}")
+    return chosen
 
 
 def _check_whole(name, missing):

@@ -58,7 +58,7 @@ def test_its_tables_say_what_the_json_says(result):
 
 
 def bench(tmp_path):
-    size = {"turns": 2, "matrix": 64}
+    size = {"turns": 2}
     return benchmark.Bench(torch.device("cpu"), size, [], tmp_path, False, "convnet_mini")
 
 

@@ -142,6 +142,19 @@ def test_a_flat_imagenet_val_with_each_of_its_ground_truth_files(tmp_path, refus
         path.unlink()
 
 
+def test_kaggles_imagenet_from_its_top_and_from_its_images(tmp_path, refused):
+    wnids, root = list(known_prompts("imagenette")), tmp_path / "kag/ILSVRC/Data/CLS-LOC"
+    rows = [f"ILSVRC2012_val_{i:08d},{wnid} 1 2 3 4 " for i, wnid in enumerate(wnids, 1)]
+    for i, wnid in enumerate(wnids, 1):
+        one_pixel(root / "train" / wnid / "0.JPEG")
+        one_pixel(root / "val" / f"ILSVRC2012_val_{i:08d}.JPEG")
+        (tmp_path / "kag/ILSVRC/Annotations/CLS-LOC/train" / wnid).mkdir(parents=True)
+    (tmp_path / "kag" / KAGGLE).write_text("\n".join(["ImageId,PredictionString", *rows]))
+    assert open_split("imagenette", root, "val").items[9][0].stem[-2:] == "10"
+    for split in ("train", "val"):
+        refused(opened, ["imagenette", tmp_path / "kag", split], f"--data_dir {root})")
+
+
 DAMAGED = [
     (KAGGLE, b"ImageId,Label\na,b\n"),
     (LINES, b"\xff\xfe\x00"),
@@ -207,19 +220,18 @@ def test_hidden_files_thumbnails_and_other_formats_are_left_out_and_said(tmp_pat
     cat = picture_folder(tmp_path, ["cat"]) / "train/cat"
     for name in ("._0.png", "._0.gif", "notes.txt", "Thumbs.db", "a.gif", "b.jfif", "c"):
         (cat / name).write_bytes(b"x")
-    for name in ("@eaDir", ".ipynb_checkpoints", "../../__MACOSX", "../@eaDir"):
+    for name in ("@eaDir", ".ipynb_checkpoints", "Thumbnails", "../../__MACOSX", "../@eaDir"):
         one_pixel(cat / name / "0.png")
     items = open_split("imagefolder", tmp_path).items[0]
     assert [path.name for path in items] == ["0.png", "1.png", "2.png"]
-    [line] = capsys.readouterr().err.splitlines()
-    for kind in ("1 @eaDir", "1 .ipynb_checkpoints", "1 .gif", "1 .jfif", "1 c", "first /"):
-        assert kind in line
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "3 hidden or thumbnail folders" in lines[0]
+    assert "3 files of other formats are left out, first" in lines[1] and "/cat/" in lines[1]
 
 
 def test_a_folder_that_may_not_be_read_is_named(tmp_path, refused, monkeypatch):
     """Root may read everything, so the error is made here."""
-    root, scandir = picture_folder(tmp_path, ["cat", "cat/more", "dog"]), os.scandir
-    more = root / "train/cat/more"
+    more, scandir = picture_folder(tmp_path, ["cat", "cat/more"]) / "train/cat/more", os.scandir
 
     def denied(path):
         if str(path) == str(more):
@@ -240,22 +252,23 @@ SPLITS = [
     ({"train": CATS, "valid": CATS, "test": CATS}, {"val": "valid"}, "valid, not test"),
     ({"training_set": CATS, "test_set": CATS}, {"train": "training_set", "val": "test_set"}, ""),
     ({"mine/train": CATS, "mine/val": CATS, "__MACOSX": ()}, {"val": "mine/val"}, "only folder"),
-    ({"train/train": CATS, "val": CATS}, {"train": "train/train", "val": "val"}, ""),
+    ({"train/train": CATS, "val": CATS}, {"train": "train/train", "val": "val"}, "only folder"),
     ({"train": CATS}, {"val": "holds train; expected one folder of val images"}, ""),
     ({"train": CATS, "Train": CATS}, {"train": "holds Train, train"}, ""),
     ({"train": CATS, "": CATS}, {"train": "holds cat, dog, train"}, ""),
-    (
-        {"seg_train": CATS, "seg_test": CATS, "": ("seg_pred",)},
-        {"train": "seg_train, and class"},
-        "",
-    ),
-    ({"train/a/images": CATS}, {"train": "holds a, and class folders below"}, ""),
+    ({"seg_train": CATS, "seg_test": CATS, "": ("seg_pred",)}, {"train": "seg_pred, seg_t"}, ""),
+    ({"train/a/images": CATS}, {"train": "one class, a/images, of 2 folders, first cat"}, ""),
     ({"": ("cat", "train", "val")}, {"train": "", "val": ""}, ""),  # CIFAR-100 has a class train
     ({"": ("cat", "zoo"), "train_station": CATS}, {"train": ""}, ""),
     ({"cat": LONE, "train": LONE, "zoo": LONE}, {"train": "holds cat, train, zoo; expected"}, ""),
     ({"train": CATS, "val": CATS, "samples": ("cat",)}, {"train": "train", "val": "val"}, ""),
     ({"": ("train", "val")}, {"train": "no class folders in"}, ""),
-    ({"cat": LONE}, {"train": "holds cat, and class folders below them"}, ""),
+    ({"cat": LONE}, {"train": ""}, ""),
+    ({"data": ("Train", "val"), "": ("previews",)}, {"train": "data would be a class, but"}, ""),
+    ({"train/cat": ("train",), "train": ("dog",)}, {"train": "train"}, ""),
+    ({"": ("bullet_train", "freight_train", "cat")}, {"train": ""}, ""),
+    ({"train": ("train_station", "test_tube")}, {"train": "train"}, ""),
+    ({"ILSVRC2012_img_train": CATS, "val2017": CATS}, {"val": "val2017"}, ""),
 ]
 
 
@@ -273,7 +286,10 @@ def test_the_usual_names_of_splits_are_found(folders, expected, said, tmp_path, 
 
 
 def test_the_splits_of_known_data_sets_are_found(tmp_path, refused):
-    for dataset, names in (("cifar10", ("TRAIN", "Test")), ("imagenette", ("train", "valid"))):
+    for dataset, names in (
+        ("cifar10", ("TRAIN", "Test")),
+        ("imagenette", ("img_train", "img_val")),
+    ):
         root, known = tmp_path / "above" / dataset, list(known_prompts(dataset))
         for folder in names:
             for name in known:
@@ -319,12 +335,12 @@ MALFORMED = {
     b"\xef\xbb\xbf" + lines(end="\r\n"): None,
     lines([f'  "{prompt}" ' for prompt in DIGITS]): None,
     b"".join(keyed("0123456789").splitlines(True)[::-1]): None,
-    changed(4, ""): "line 4: has no prompt",
+    changed(4, ""): "has 9 prompts",
     changed(3, 'two"'): "line 3: has a stray quote mark",
     changed(2, "1\tone\tuno"): "line 2: has more than one tab",
     keyed("0123446789"): "line 6: the folder 4 stands twice",
     changed(3, "2\ttwo"): "some lines have a folder name",
-    keyed("012345678x"): "line 10: some lines have a folder name or number, this has none",
+    keyed("012345678x"): "line 10: there is no class folder 'x'",
     keyed("012345678"): "no line for 1 class folders, first 9",
     lines(DIGITS[:9]): "has 9 prompts, there are 10 classes",
     changed(8, "sev\x00en"): "line 8: holds the control character",
@@ -345,7 +361,7 @@ def test_a_malformed_label_file_is_normalised_or_refused_with_its_line(content, 
 @pytest.mark.parametrize(
     "dataset, change, words",
     [
-        ("cifar100", lambda p: ["beaver", *p[:3], *p[4:]], "'apple' is the prompt of apple"),
+        ("cifar100", lambda p: ["beaver", *p[:3], *p[4:]], "'beaver' is the prompt of beaver"),
         ("imagenet", lambda p: p[:134] + [p[517]] + p[135:517] + [p[134]] + p[518:], "line 135"),
         ("tiny_imagenet", lambda p: [x.replace(" ", "") for x in p], "lost its spaces"),
     ],

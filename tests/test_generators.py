@@ -244,7 +244,7 @@ def test_a_single_file_gives_the_same_networks_and_picture(other, tmp_path, refu
     xl = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
     wrong = {"inpainting": {**weights, conv: torch.zeros(8, 9, 3, 3)}}
     wrong |= {"xl_base": {**weights, xl: torch.zeros(1)}}
-    wrong["appear to be missing"] = {"lora_unet.lora_up.weight": torch.zeros(2, 2)}
+    wrong["UNet is missing"] = {"lora_unet.lora_up.weight": torch.zeros(2, 2)}
     for words, tensors in wrong.items():
         save_file(tensors, path)
         encoder = {"single_file_config": config, "part": "encoder"}
@@ -315,16 +315,21 @@ def rename(folder, end, parts=("vae", "unet", "text_encoder")):
 def test_weights_of_one_precision_are_found(other, whole, capsys, refused):
     rename(other, ".fp16.safetensors")
     assert load(other).facts == {**whole.facts, "model": "other"}
-    said = capsys.readouterr().err
-    for name in ("vae", "unet", "text_encoder"):
-        assert f"takes the fp16 weights of its {name}: there are no plain ones" in said
+    words = "the only weights that are there: vae (fp16), unet (fp16), text_encoder (fp16)"
+    assert words in capsys.readouterr().err
     rename(other, ".safetensors", ["vae"])
     assert load(other, variant="fp16").facts["vae_sha256"] == whole.facts["vae_sha256"]
-    assert "takes the plain weights of its vae: there are no fp16 ones" in capsys.readouterr().err
+    assert "that are there: vae (plain)" in capsys.readouterr().err
     rename(other, ".non_ema.safetensors", ["unet"])
-    refused(lambda argv: load(*argv), [other], "no file named diffusion_pytorch_model.safetensors")
+    words = ["no plain .safetensors weights of its unet", "there are --variant non_ema"]
+    refused(lambda argv: load(*argv), [other], *words)
     rename(other, ".bin", ["vae"])
-    words = ["its vae is .bin, which may hold code", "save_pretrained"]
+    words = [
+        "no plain .safetensors weights of its vae",
+        "only .bin",
+        "python -c",
+        "save_pretrained",
+    ]
     refused(lambda argv: load(*argv, part="encoder"), [other], *words)
 
 
@@ -343,7 +348,7 @@ def test_a_hub_id_that_was_downloaded_before(name, tiny_sd, tmp_path, monkeypatc
 def test_the_native_size(other, whole):
     """By the UNet's configuration; diffusers' first versions wrote 32 for Stable Diffusion's 64."""
     assert whole.native_size == 32 == load(other, part="encoder").native_size
-    for size, version, right in ((24, "0.40.0", 96), (32, "0.6.0", 256)):
+    for size, version, right in ((24, "0.40.0", 96), ([24, 24], "0.40.0", 96), (32, "0.6.0", 256)):
         change(other, "unet/config.json", sample_size=size, _diffusers_version=version)
         assert load(other, part="encoder").native_size == right
     change(other, "unet/config.json", sample_size=None)

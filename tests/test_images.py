@@ -140,7 +140,8 @@ def test_what_is_no_image_of_a_foreign_folder_is_said(tmp_path, capsys, refused)
         path for path, _ in ImageFolder(root).imgs
     ]
     said = capsys.readouterr().err
-    assert "not taken as images: 1 @eaDir, 1 .jfif; first" in said
+    assert "1 hidden or thumbnail folders are left out, first" in said
+    assert "1 files of other formats are left out, first" in said and "bee/0.jfif" in said
     (root / "bee/2.png").symlink_to("gone")
     refused(lambda argv: open_images("--data", root), [], "bee/2.png: not a file")
 

@@ -35,7 +35,7 @@ SEPARATORS = (
     "{} - {}",
     "{};{}",
 )
-BEFORE = (*SEPARATORS, "{}. {}", "{}.{}", "{}) {}", "[{}] {}", '"{}": "{}",', " {}: '{}',")
+BEFORE = (*SEPARATORS, "{}. {}", "{}) {}", "[{}] {}", '"{}": "{}",', " {}: '{}',")
 
 
 @pytest.mark.parametrize("separator", BEFORE)
@@ -65,6 +65,7 @@ def test_files_of_all_of_imagenet_serve_a_part_of_it(tmp_path):
     every = list(enumerate(EVERY.items()))
     numbers = [(i, row) for i, row in every if row[0] in NETTE]
     assert read(tmp_path, lines("{prompt}", every)) == PROMPTS
+    assert read(tmp_path, lines("{wnid} {j} {prompt}", every[::-1])) == PROMPTS  # map_clsloc.txt
     assert read(tmp_path, lines("{i} {prompt}", numbers)) == PROMPTS
     assert read(tmp_path, lines("{i}\t{wnid}\t{prompt}")) == PROMPTS
 
@@ -97,18 +98,59 @@ def test_a_folders_name_before_its_prompt(tmp_path):
     assert read(tmp_path, text, numbers, "imagefolder") == [f"thing{i}s" for i in numbers]
 
 
+ELEVEN = sorted(map(str, range(11)))  # 0, 1, 10, 2, ...
+CLASSES = [f"class_{i}" for i in ELEVEN]
+NUMBERED = ("{} p{}x", "{}. p{}x", "{}) p{}x", "{} - p{}x", "{}, p{}x", "{}: p{}x", "class {} p{}x")
+
+
+@pytest.mark.parametrize("folders", [ELEVEN, CLASSES], ids=["numbers", "class_"])
+@pytest.mark.parametrize("form", [*NUMBERED, "p{}x {}", "p{}x\t{}", "class_{} p{}x"])
+def test_a_number_names_the_folder_that_holds_it(form, folders, tmp_path):
+    text = "\n".join(form.format(i, i) for i in range(11))
+    assert read(tmp_path, text, folders, "imagefolder") == [f"p{i}x" for i in ELEVEN]
+
+
+MORE = {
+    "a YAML list": lines("- {prompt}"),
+    "an en dash": lines("{i} – {prompt}"),
+    "a word before": lines("class {i}: {prompt}"),
+    "a word and _": lines("class_{i}: {prompt}"),
+    "capitals": lines("{wnid} {prompt}").replace("n0", "N0"),
+    "a header": "index,name\n" + lines("{i},{prompt}"),
+    "a comment": "# ours\n" + lines("{prompt}"),
+    "blank lines": "\n" + lines("{wnid} {prompt}\n"),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_more_forms(name, tmp_path, capsys):
+    assert read(tmp_path, MORE[name]) == PROMPTS
+    is_less = name in ("a header", "a comment", "blank lines")
+    assert ("left out and not counted" in capsys.readouterr().err) == is_less
+
+
+@pytest.mark.parametrize("dataset", ["imagenet", "tiny_imagenet", "cifar100", "digits"])
+@pytest.mark.parametrize("form", ["a photo of a {}", "{} in the wild", "a {}, high quality"])
+def test_sentences_with_the_names_of_the_classes(form, dataset, tmp_path, refused, capsys):
+    known = label_files.known_prompts(dataset)
+    prompts = [form.format(prompt.split(",")[0]) for prompt in known.values()]
+    assert read(tmp_path, "\n".join(prompts), known, dataset) == prompts
+    assert "is the prompt of" not in capsys.readouterr().err
+    moved = "\n".join(prompts[1:] + prompts[:1])
+    refused(lambda argv: read(tmp_path, moved, known, dataset), [], "line 1: ", "is the prompt of")
+
+
 REFUSED = {
     lines("{prompt}", [ROWS[i] for i in IN_OTHER_ORDER]): "line 1: 'cassette player' is the prompt",
     "\n".join([SHORT[1], SHORT[0], *SHORT[2:]]): "line 1: 'English springer' is the prompt of n021",
     lines("{i}: {prompt}", [(n, ROWS[i][1]) for n, i in enumerate(IN_OTHER_ORDER)]): "line 1: 'cas",
-    lines("{i}: {prompt}").replace("4:", "3:"): "line 5: the folder n03000684 stands twice",
-    lines("{i}: {prompt}").replace("9:", "10:"): "line 10: there is no class folder 'number 10'",
+    lines("{i}: {prompt}").replace("4:", "3:"): "line 5: number 3",
+    lines("{i}: {prompt}").replace("9:", "10:"): "line 10: number 10",
     lines("{i}: {prompt}").replace("6: ", ""): "line 7: some lines have a folder name or number",
-    "index,name\n" + lines("{i},{prompt}"): "line 1: some lines have a folder name or number",
+    lines("a photo of a {prompt}", ROWS[1:] + ROWS[:1]): "line 1: 'a photo of a English springer",
     lines("{wnid} {prompt}").replace("n03028079", "church:"): "line 5: some lines have a folder",
     "{0: 'tench',\n 1: golf ball}": "line 2: not {0: 'tench', ...}: invalid syntax",
-    lines("{wnid} {j} {prompt}"): "line 1: has no prompt n01440764 1 tench",  # map_clsloc.txt
-    "\n".join(NETTE): "line 1: has no prompt n01440764",
+    json.dumps({"id2label": dict(enumerate(PROMPTS))}): "line 1: not {0: 'tench', ...}",
 }
 
 
@@ -125,7 +167,8 @@ def test_prompts_that_fit_other_folders(tmp_path, refused, capsys):
         refused(lambda argv: read(tmp_path, text, folders, "imagefolder"), [], *words)
 
     check(["tench", "English springer", "cassette player"], "line 1: 'tench'", "cassette's")
-    prompts = ["springer", "springer", "fish"]
+    check(["a photo of a springer", "a tench", "a cassette"], "line 1: 'a photo", "of springer")
+    prompts = ["held by a springer", "springer", "fish"]
     assert read(tmp_path, "\n".join(prompts), folders, "imagefolder") == prompts
     assert "warning: --label_file_path" in capsys.readouterr().err
     keyed = "\n".join(f"{f}\t{p}" for f, p in zip(folders, folders[::-1]))  # as one wants
@@ -133,8 +176,13 @@ def test_prompts_that_fit_other_folders(tmp_path, refused, capsys):
     assert "line 1: 'tench' is the prompt of tench" in capsys.readouterr().err
     bare = "\n".join(f"thing{i}s" for i in range(12))
     numbers = sorted(map(str, range(12)))
-    words = "folders are sorted as text (0, 1, 10, 11), not by number"
+    words = "line 3: in sorted order this is folder '10', by its number it is '2'"
     refused(lambda argv: read(tmp_path, bare, numbers, "imagefolder"), [], words)
+    classes, words = [f"class_{i}" for i in numbers], "line 3: in sorted order this is folder 'cl"
+    refused(lambda argv: read(tmp_path, bare, classes, "imagefolder"), [], words)
+    one = lines("a {prompt}").replace("a tench, Tinca tinca", "a golf ball on grass")
+    assert read(tmp_path, one)[0] == "a golf ball on grass"
+    assert "line 1: 'a golf ball on grass' is the prompt of n0344" in capsys.readouterr().err
 
 
 def test_the_public_class_lists_that_name_one_class_twice(tmp_path, capsys):

@@ -92,8 +92,8 @@ def test_a_subset_takes_the_right_columns(network, checkpoint):
 def test_weights_in_every_wrapping(tmp_path, network, checkpoint, capsys):
     state, x = network.state_dict(), torch.randn(1, 3, 64, 64)
 
-    def below(prefix):
-        return {prefix + name: value for name, value in state.items()}
+    def below(prefix, but="nothing"):
+        return {("" if k.startswith(but) else prefix) + k: v for k, v in state.items()}
 
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9).state_dict()
     average, count = {"n_averaged": torch.tensor(3)}, np.int64(3)
@@ -107,7 +107,8 @@ def test_weights_in_every_wrapping(tmp_path, network, checkpoint, capsys):
         {"model": state, "model_ema": below("module.") | average},
         below("module.") | average,
         {"state_dict": below("model.") | {"criterion.weight": torch.ones(3)}},  # Lightning's
-        {"weights": {**state, "note": "half"}},
+        below("backbone.", but="classifier."),
+        {"run": {"best": {"weights": {**state, "note": "half"}}}},
     ]
     save_file(state, tmp_path / "0.safetensors")
     for n, content in enumerate(wrapped):
@@ -157,9 +158,11 @@ def test_bad_files_are_one_line(tmp_path, network, checkpoint, refused):
         "less": ({k: v for k, v in whole.items() if k != first}, [first, "another architecture"]),
         "more": (whole | {"extra": torch.zeros(1)}, ["extra"]),
         "evil": ({"state_dict": Boom()}, ["holds io.open", "only plain tensors"]),
-        "whole": (models.create_model("convnet_mini", 2, 32), ["Sequential; where you trust it"]),
+        "whole": (models.create_model("convnet_mini", 2, 32), ["Sequential; if you trust it, sav"]),
         "two": ({"teacher": whole, "student": whole}, ["it holds teacher, student"]),
         "both": ({f"{n}.{k}": v for k, v in whole.items() for n in "ab"}, ["networks: a., b."]),
+        "int8": (whole | {first: torch.zeros(32, 3, 3, 3).char()}, [f"{first} is of torch.int8"]),
+        "nan": (whole | {first: whole[first] / 0}, [f"{first} holds NaN or infinite"]),
         "none": ({"optimizer": {"state": {0: {"step": torch.ones(1)}}}}, ["it holds optimizer"]),
     }
     for name, (state, words) in cases.items():
@@ -169,6 +172,12 @@ def test_bad_files_are_one_line(tmp_path, network, checkpoint, refused):
     line = refused(call(load, tmp_path / "whole.pt"), [], "torch.save(x.state_dict()")
     assert "\x1b" not in line
     refused(call(load, tmp_path / "gone.pt"), [], "gone.pt", "No such file")
+    save_file(whole, tmp_path / "a.pth")
+    (tmp_path / "c.pth").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "d.pth").write_text("\n<!DOCTYPE html><html>")
+    kinds = {"a": "a safetensors file", "c": "a Git-LFS pointer", "d": "an HTML page"}
+    for name, kind in kinds.items():
+        refused(call(load, tmp_path / f"{name}.pth"), [], f"{name}.pth: it is {kind}")
     refused(call(load, checkpoint, name="resnet18"), [], "fc.bias", "resnet18")
 
 

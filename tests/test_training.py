@@ -194,12 +194,17 @@ def test_test_images_are_cropped_as_torchvision_does():
         assert np.array_equal(evaluation.centre_crop(image, 224, 224), tight(image))
 
 
-def test_test_images_are_those_of_the_training_classes_in_their_order(tmp_path, refused):
+def test_test_images_are_those_of_the_training_classes_in_their_order(tmp_path, refused, capsys):
     picture_folder(tmp_path, ["ant", "cat", "dog"], split="val")
     split = evaluation.open_test("--val_dir", tmp_path, "imagefolder", ["dog", "ant"])
     assert [items[0].parent.name for items in split.items] == ["dog", "ant"] and split.count == 6
+    assert "classes that training does not know are left out, first cat" in capsys.readouterr().err
     lacking = partial(evaluation.open_test, "--val_dir", tmp_path, "imagefolder", ["ant", "elk"])
     refused(lambda argv: lacking(), [], "--val_dir", "no class elk", "1 of 2")
+    picture_folder(tmp_path / "b", ["ant"])
+    one = partial(evaluation.open_test, "--val_dir", tmp_path / "b", "imagefolder", ["ant"])
+    refused(lambda argv: one(), [], "expected one folder of val images")
+    assert one(on_train=True).name == "train"
 
 
 def test_top_5_over_batches_of_several_lengths():

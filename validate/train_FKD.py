@@ -175,7 +175,8 @@ def main(argv=None):
     settings["bn_batch"] = chunk
     training.check_warmup(args.warmup_epochs, settings["epochs"])
     check_resize(args.test_resize, settings["input_size"])
-    test = evaluation.open_test("--val_dir", args.val_dir, images.dataset, images.folders)
+    where, on_train = ("--val_dir", args.val_dir), args.test_on_train
+    test = evaluation.open_test(*where, images.dataset, images.folders, on_train=on_train)
     check_apart(args.val_dir, test, images, lessons.facts, args.test_on_train)
     if 1 in (chunk, lessons.count):
         what = f"--bn_batch {chunk}: {settings['model']}"

@@ -130,8 +130,9 @@ class Feed(torch.utils.data.Dataset):
         # forked, not spawned: the images are shared, not copied, and torch is not imported again
         fork = workers and "fork" in torch.multiprocessing.get_all_start_methods()
         pinned, how = self.device.type == "cuda", "fork" if fork else None
-        loader = read_ahead(self, keys, workers, multiprocessing_context=how, pin_memory=pinned)
-        for item, key in zip(loader, keys):
+        how = {"multiprocessing_context": how, "pin_memory": pinned}
+        # not in a variable: a traceback would keep it, and its processes, alive
+        for item, key in zip(read_ahead(self, keys, workers, **how), keys):
             if isinstance(item, LabelError):
                 refuse(item)
             if keep:

@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,8 +41,9 @@ BESIDE = set(".txt .json .jsonl .csv .tsv .xml .md .html .db .ini .yaml .yml .lo
 ASIDE = {"@eadir", "@__thumb", "thumbs", "thumbnails", "__macosx", "lost+found"}
 ASIDE |= {"@recycle", "#recycle", "$recycle.bin", "system volume information"}
 # the usual names of splits, in any case; the first group that is there is taken
-SPLITS = {"train": [["train", "training"]]}
-SPLITS["val"] = [["val", "valid", "validation", "dev", "eval", "evaluation"], ["test", "testing"]]
+SPLITS = {"train": [["train", "training", "trn"]]}
+SPLITS["val"] = [["val", "valid", "validation", "dev", "eval", "evaluation"]]
+SPLITS["val"] += [["test", "testing", "tst"]]
 EVERY_SPLIT = {name for groups in SPLITS.values() for group in groups for name in group}
 
 note = lru_cache(warn)  # once per run
@@ -244,13 +246,20 @@ def _unwrapped(flag, root, split, known):
 
 
 def _refuse_splits_below(flag, root, known):
-    """Refuse classes that hold splits: data/{train,val}/ beside previews/."""
-    for name in class_folders(flag, root):
-        below = os.scandir(root / name) if name in known or not known else []
-        inner = sorted(e.name for e in below if e.name.lower() in EVERY_SPLIT and e.is_dir())
+    """Refuse classes that hold splits: data/{train,val}/ beside previews/. Warn of classes that all
+    hold the same folders, as fold1/ and fold2/ do."""
+    names, held = class_folders(flag, root), set()
+    for name in names:
+        below = [*os.scandir(root / name)] if name in known or not known else []
+        folders = sorted(e.name for e in below if e.is_dir() and not _is_aside(e.name))
+        inner = [folder for folder in folders if folder.lower() in EVERY_SPLIT]
         if inner:
             what = f"{name} would be a class, but holds {', '.join(inner)}"
             refuse(f"{flag} {root}: {what}; if these are the splits: {flag} {root / name}")
+        held.add(tuple(folders))
+    if len(names) > 1 and len(held) == 1 and len(*held) > 1:
+        what = f"classes are {', '.join(names[:3])}, which all hold {', '.join(folders[:3])}"
+        note(f"{flag} {root}: {what}; if these are the classes: {flag} {root / names[0]}")
 
 
 def _deeper(base, known):
@@ -398,13 +407,12 @@ def in_cifar(dataset, root, split, flag, download=False):
 
 def in_scikit_learn(dataset, root, split, flag, download=False):
     """1,797 scans of handwritten digits, 8 x 8; every fourth of a class is a test image."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    gray = (data.images * (255 / 16)).round().astype(np.uint8)
+    home = Path(find_spec("sklearn").origin).parent  # to import it takes a second, for one file
+    table = np.loadtxt(home / "datasets/data/digits.csv.gz", delimiter=",")
+    gray = (table[:, :64].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
     by_class = {}
     for c in range(10):
-        rows = np.flatnonzero(data.target == c)
+        rows = np.flatnonzero(table[:, 64] == c)
         is_test = np.arange(len(rows)) % 4 == 3
         by_class[str(c)] = rows[is_test if split == "val" else ~is_test].tolist()
     return by_class, np.repeat(gray[..., None], 3, axis=3)  # (N, 8, 8, 3)
@@ -485,6 +493,12 @@ def name(text):
     return text.replace("-", "_")
 
 
+def usual_root(dataset):
+    """Where the launchers look for the real images; None for those that come with scikit-learn."""
+    folder = {"imagenet100": "imagenet", "tiny_imagenet": "tiny-imagenet-200"}
+    return Path("data", folder.get(dataset, dataset)) if ALL[dataset].needs else None
+
+
 def default(fact):
     """The default of a flag that depends on the data set: its `fact`, such as "image_size"."""
     return lambda args: getattr(ALL[args.dataset], fact)
@@ -530,7 +544,7 @@ def open_split(
     same = files.colliding_names(folders)
     if same:
         refuse(f"{where}: class folders {same[0]!r} and {same[1]!r} are one on some file systems")
-    prompts = list(known.values()) or [re.sub(r"[_\s]+", " ", f).strip() for f in folders]
+    prompts = list(known.values()) or folder_prompts(folders)
     if label_file:
         prompts = read_label_file(label_file, folders, dataset)
     chosen, most = class_positions(classes, folders), max_per_class or None
@@ -540,6 +554,16 @@ def open_split(
         refuse(f"{where}: {count}, first {missing[0]}; expected {facts.needs}")
     rows = [(folders[c], prompts[c], c, tuple(by_class[folders[c]][:most])) for c in chosen]
     return Split(dataset, split, *zip(*rows), arrays)
+
+
+def folder_prompts(folders):
+    """Prompts from the names of folders, without the number or wnid that each begins with."""
+    names = [re.sub(r"[_\s]+", " ", folder).strip() for folder in folders]
+    bare = [re.sub(r"^(?:\d+\.|n\d{8}[ .-])\s*", "", name) for name in names]
+    if not all(name and name != whole for name, whole in zip(bare, names)):
+        return names
+    note(f"prompts are the folders' names without number or wnid: {names[0]!r} is {bare[0]!r}")
+    return bare
 
 
 def of_all(dataset, count):

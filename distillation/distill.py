@@ -27,17 +27,17 @@ def main(argv=None):
     if args.num_prototypes != args.ipc:
         refuse(f"--num_prototypes {args.num_prototypes}: distill makes --ipc {args.ipc} prototypes")
     stage_1 = args.settings.only(first)
-    stage_2 = gen_syn_image.of_arm(args.settings.only(second), "d4m")
     kmeans_device = gen_prototype.resolve_kmeans_device(args.kmeans_device, process.device)
     files_of = (args.data_dir, args.label_file_path, args.download)
     split = gen_prototype.open_images(stage_1, *files_of, quiet=not process.is_main)
     how = {name: getattr(args, name) for name in generators.FLAGS}
     model = generators.load(args.diffusion_checkpoints_path, process.device, **how)
-    gen_syn_image.check_steps(stage_2, ["d4m"], model.most_steps)
+    stage_2 = gen_syn_image.fitted(args.settings.only(second), ["d4m"], model)
+    stage_2 = gen_syn_image.of_arm(stage_2, "d4m")
     stage_1 = gen_prototype.with_size(stage_1, model)
     if process.is_main:
         classes = datasets.class_table(split)
-        gen_syn_image.warn_of_long_prompts(model, classes, args.negative_prompt)
+        gen_syn_image.warn_of_long_prompts(model, classes, stage_2["negative_prompt"])
 
     def stream(positions, out):
         """Prototypes of the classes that are still needed, made as synthesis gets to them."""

@@ -166,8 +166,9 @@ def declare(parser):
     setting("--km_expand", type=count, default=10, help="k-means buffers: km_expand * ipc latents")
     setting("--size", type=count, short="size", help="VAE pixels [the checkpoint's own: 512, ...]")
     setting("--seed", type=number(int, 0), default=0, short="seed", help="of all that is drawn")
-    kmeans = {"choices": ["minibatch", "full", "none"], "default": "minibatch", "short": "kmeans"}
-    setting("--kmeans", **kmeans, help="the paper's, Lloyd's, or --ipc random images as they are")
+    kinds = ["minibatch", "full", "gmm", "none"]
+    what = "the paper's, Lloyd's, a Gaussian mixture's means, or --ipc random images as they are"
+    setting("--kmeans", choices=kinds, default="minibatch", short="kmeans", help=what)
     devices = ["auto", "cpu", "cuda"]
     parser.flag("--kmeans_device", choices=devices, default="auto", help="auto: the GPU, if any")
     small, bad = ["error", "repeat"], ["error", "skip"]
@@ -242,12 +243,14 @@ def main(argv=None):
     split = open_images(args.settings, *files_of, quiet=not process.is_main)
     how = {name: getattr(args, name) for name in generators.FLAGS if name in args}
     model = generators.load(args.diffusion_checkpoints_path, process.device, part="encoder", **how)
+    classes = datasets.class_table(split)
+    prototype_files.class_conditions(args.dataset, classes, model)  # refuses what it does not know
     settings = with_size(args.settings, model)
     shape, form = model.latent_shape(settings["size"]), args.prototype_format
     stem = f"{args.dataset}-ipc{args.ipc}-kmexpand{args.km_expand}"
     name = output.folder_name(stem, *settings.parts())
     where = ("--save_prototype_path", args.save_prototype_path, name, "prototypes")
-    inputs, classes = inputs_of(split, model, settings), datasets.class_table(split)
+    inputs = inputs_of(split, model, settings)
     with output.Output(*where, settings, inputs, process, resumable=("batch_size",)) as out:
         names = [prototype_files.class_file(n, f, form) for n, f in enumerate(split.folders)]
         bytes_each = args.ipc * math.prod(shape) * (7 if form == "json" else 2)
@@ -266,7 +269,10 @@ def main(argv=None):
             out.later(write_class, *unit)  # k-means runs beside the encoding of the next class
         facts = {name: settings[name] for name in ("dataset", "ipc", "km_expand")}
         facts |= {"classes": classes, "latent_shape": shape, "parts": parts_of(settings)}
-        out.finish(facts, words="classes")
+        then = ["distillation.gen_syn_image", "--dataset", args.dataset, "--ipc", args.ipc]
+        then += ["--km_expand", args.km_expand, "--prototype_path", out.folder]
+        then += ["--diffusion_checkpoints_path", args.diffusion_checkpoints_path]
+        out.finish(facts, None, "classes", then)
     return out.folder
 
 

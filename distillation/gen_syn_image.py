@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from distillation import datasets, image_folder, label_files, prototype_files
-from scripts import generators, output, runtime
+from scripts import generators, output, runtime, samplers
 from scripts.runtime import Parser, entry_point, number, refuse, warn
 
 ARMS = ("d4m", "decoded", "noise", "text")
@@ -46,6 +46,10 @@ class Synthesizer:
 
     def __init__(self, model, settings):
         self.model, self.settings, self.limit = model, settings, runtime.MemoryLimit(sys.maxsize)
+        self.start = None  # of denoising
+        if settings["arm"] != "decoded":
+            names = ("strength", "num_inference_steps", "noise_level")
+            self.start = model.start(*(settings[name] for name in names))
 
     def draw(self, jobs, prototypes):
         """(B, c, h, w) -> (B, H, W, 3) uint8, and how often each was redrawn: a flat picture gets
@@ -69,12 +73,17 @@ class Synthesizer:
     @torch.no_grad()
     def _pictures(self, jobs, prototypes, attempt):
         """(B, H, W, 3) uint8; what is not finite is made again in fp32."""
-        if self.settings["arm"] not in image_folder.FROM_PROTOTYPES:
-            prototypes = self._noise(jobs, prototypes.shape[1:], attempt)
-        images = self._images(jobs, prototypes, attempt)  # (B, 3, H, W)
+        latents, modes = prototypes, None
+        guided = self.settings["guide"] == "mode"
+        if guided or self.settings["arm"] not in image_folder.FROM_PROTOTYPES:
+            latents = self._noise(jobs, prototypes.shape[1:], attempt)
+        if guided:
+            modes = prototypes
+        images = self._images(jobs, latents, attempt, modes)  # (B, 3, H, W)
 
         def again(n):
-            return self._images([jobs[n]], prototypes[n : n + 1], attempt)
+            mode = modes[n : n + 1] if guided else None
+            return self._images([jobs[n]], latents[n : n + 1], attempt, mode)
 
         generators.mend(self.model, images, again, [job.file for job in jobs])
         return (images.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu().numpy()
@@ -84,21 +93,23 @@ class Synthesizer:
 
         sqrt(a) x + sqrt(1 - a) e of two independent unit Gaussians is one again, for every t: so
         the stock pipeline starts from pure noise, "noise" at t = strength * T, "text" at T.
+        With flow matching it starts from what data of variance 1 would be at that level.
         """
         keys = [(self.settings["seed"], runtime.START, j.class_id, j.i, attempt) for j in jobs]
         draws = [torch.randn(shape, generator=runtime.generator(*key)) for key in keys]
         return torch.stack(draws).to(torch.float16)
 
-    def _images(self, jobs, latents, attempt):
-        """(B, 3, H, W) in [0, 1]"""
+    def _images(self, jobs, latents, attempt, modes=None):
+        """(B, 3, H, W) in [0, 1].   modes: of --guide mode, the prototypes"""
         s, model = self.settings, self.model
         if s["arm"] == "decoded":
             return model.decode(latents, check=False)
-        conditions = [model.condition(job.prompt) for job in jobs]
+        conditions = [model.condition(job.condition) for job in jobs]
         negative = model.condition(s["negative_prompt"])
         rngs = [runtime.generator(*image_key(s["seed"], job, attempt)) for job in jobs]
-        how = (s["strength"], s["guidance_scale"], s["num_inference_steps"])
-        return model.decode(model.denoise(latents, conditions, negative, rngs, *how))
+        how = (self.start.strength, s["guidance_scale"], s["num_inference_steps"])
+        more = {} if modes is None else {"modes": modes}
+        return model.decode(model.denoise(latents, conditions, negative, rngs, *how, **more))
 
 
 def cut(jobs, batch_size):
@@ -134,6 +145,8 @@ def image_row(settings, job, attempt, cluster_size):
     seed = runtime.seed_of(*image_key(settings["seed"], job, attempt))
     row = {"file_name": job.file, "seed": seed, "attempt": attempt}
     row |= {name: settings[name] for name in ("strength", "guidance_scale")}
+    if job.condition != job.prompt:
+        row["condition"] = job.condition
     if settings["arm"] in image_folder.FROM_PROTOTYPES:
         row |= {"prototype": job.prototype, "cluster_size": cluster_size}
     return row
@@ -151,14 +164,22 @@ def synthesize(model, settings, classes, stream, inputs, parts, root, process, w
     seed = (inputs["prototype_arguments"] or {}).get("seed")
     name = image_folder.folder_name(settings, parts, seed)
     where, resumable = ("--save_init_image_path", root, name, "images"), ("batch_size",)
-    jobs = image_folder.list_jobs(classes, settings["ipc"], settings["num_prototypes"])
+    conditions = prototype_files.class_conditions(settings["dataset"], classes, model)
+    numbers = (settings["ipc"], settings["num_prototypes"])
+    jobs = image_folder.list_jobs(classes, *numbers, conditions)
+    synthesizer, facts = Synthesizer(model, settings), {}
+    if start := synthesizer.start:
+        facts["start"] = {**start._asdict(), "noise_level": settings["noise_level"]}
+        if process.is_main:
+            print(f"{settings['arm']}: {start}", file=sys.stderr)
     with output.Output(*where, settings, inputs, process, resumable) as out:
         batches = cut(jobs, out.settings["batch_size"])
         bytes_each = len(batches[0]) * settings["image_size"] ** 2 * 2
         todo = out.todo(batches, lambda batch: [job.file for job in batch], bytes_each, blocks=True)
-        make_images(out, todo, Synthesizer(model, out.settings), stream)
+        make_images(out, todo, synthesizer, stream)
         rows = functools.cache(lambda: image_folder.logged_rows(out.folder, jobs))
-        image_folder.finish_images(out, jobs, classes, lambda job: rows()[job.file], words)
+        what = (out, jobs, classes, lambda job: rows()[job.file], words)
+        image_folder.finish_images(*what, **facts)
     return out.folder
 
 
@@ -181,10 +202,21 @@ def declare(parser):
     share, factor, ipc = number(float, above=0, most=1), number(float, 1), attrgetter("ipc")
     parser.heading("synthesis")
     # differs from the release: its script's default is 0.75, its launcher and its paper say 0.7
-    setting("--strength", "-s", type=share, default=0.7, short="s", help="of the noise, up to 1")
+    strength = {"default": lambda args: 1.0 if args.guide == "mode" else 0.7, "short": "s"}
+    noise = "of the noise, up to 1 [0.7; 1 with --guide mode]"
+    setting("--strength", "-s", type=share, **strength, help=noise)
     setting("--guidance_scale", "-g", type=factor, default=8.0, short="g", help="1 turns it off")
+    level = "what --strength is a share of: this model's schedule, or the noise level that the "
+    level += "paper's sampler has there [schedule for Stable Diffusion 1 and 2, paper for others]"
+    setting("--noise_level", choices=samplers.LEVELS, short="noise", help=level)
     steps = "of the whole schedule; 50 at strength 0.7 is 36 calls"
     setting("--num_inference_steps", type=count, default=50, short="steps", help=steps)
+    sampler = {"choices": ["own", *samplers.NAMES], "default": "own", "short": "scheduler"}
+    setting("--scheduler", **sampler, help="the checkpoint's own, or another of diffusers'")
+    guide = {"choices": ["none", "mode"], "default": "none", "short": "guide"}
+    setting("--guide", **guide, help="mode: from noise, by DDPM drawn to the prototype (MGD3)")
+    weight = {"type": number(float, above=0), "default": 0.1, "short": "guideweight"}
+    setting("--guide_weight", **weight, help="lambda of --guide mode")
     setting("--num_prototypes", type=count, default=ipc, short="protos", help="per class [ipc]")
     setting("--negative_prompt", default="cartoon, anime, painting", short="neg")
     image_folder.add_size_flags(parser)
@@ -223,15 +255,31 @@ def of_arm(settings, arm):
     return runtime.Settings(changed, settings.defaults, settings.shorts)
 
 
-def check_steps(settings, arms, most):
-    """Refuse a schedule of which nothing is left, or longer than the `most` of the training."""
-    steps, strength = settings["num_inference_steps"], settings["strength"]
+def fitted(settings, arms, model):
+    """The settings with what the generator decides; refuses what does not fit it."""
+    steps, strength, most = settings["num_inference_steps"], settings["strength"], model.most_steps
     if settings["num_prototypes"] > settings["ipc"]:
         refuse(f"--num_prototypes {settings['num_prototypes']}: more than --ipc {settings['ipc']}")
     if steps > most:
         refuse(f"--num_inference_steps {steps}: this checkpoint was trained with {most}")
-    if int(steps * strength) < 1 and set(arms) - {"decoded", "text"}:
+    if settings["guide"] == "mode":
+        if strength != 1:
+            refuse(f"--strength {strength:g}: --guide mode starts from noise alone")
+        if set(arms) != {"d4m"}:
+            refuse(f"--guide mode: only for --arm d4m, not for {', '.join(arms)}")
+    elif settings["guide_weight"] != settings.defaults["guide_weight"]:
+        refuse(f"--guide_weight {settings['guide_weight']:g}: there is no --guide")
+    level = settings["noise_level"] or model.NOISE_LEVEL
+    if set(arms) - {"decoded", "text"} and not model.start(strength, steps, level):
         refuse(f"--num_inference_steps {steps}: at --strength {strength:g} no step is left")
+    if model.CONDITION != "prompt":
+        for name in ("negative_prompt", "release_prompts"):
+            if settings.get(name) != settings.defaults.get(name):
+                refuse(f"--{name}: a {model.TITLE} reads no prompts")
+        none = {"negative_prompt": None}
+        defaults = {**settings.defaults, **none}
+        settings = runtime.Settings({**settings, **none}, defaults, settings.shorts)
+    return settings.filled(noise_level=model.NOISE_LEVEL)
 
 
 @entry_point
@@ -252,8 +300,10 @@ def main(argv=None):
         prompts = [c["prompt"] for c in classes] if keys or label_file else None
     how = {name: getattr(args, name) for name in generators.FLAGS}
     model = generators.load(args.diffusion_checkpoints_path, process.device, **how)
-    check_steps(args.settings, args.arm, model.most_steps)
-    arms = [of_arm(args.settings, arm) for arm in args.arm]
+    settings = fitted(args.settings, args.arm, model)
+    if label_file and model.CONDITION != "prompt":
+        refuse(f"--label_file_path {label_file}: a {model.TITLE} reads no prompts")
+    arms = [of_arm(settings, arm) for arm in args.arm]
     if waits_for:
         count = len(datasets.known_prompts(args.dataset)) * args.ipc
         for settings in arms:
@@ -262,7 +312,7 @@ def main(argv=None):
         return []
     prototype_files.check_model(path, source, model)
     if process.is_main and set(args.arm) - {"decoded"}:
-        warn_of_long_prompts(model, classes, args.negative_prompt)
+        warn_of_long_prompts(model, classes, settings["negative_prompt"])
     inputs = {"generator": model.facts, "prototypes": source.content, "prompts": prompts}
     inputs |= {"prototype_arguments": source.settings, "images": source.images}
     inputs["real_images"] = source.real_images

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from distillation import datasets
-from scripts import output
+from scripts import files, output
 from scripts.runtime import number, refuse, warn
 
 FROM_PROTOTYPES = ("d4m", "decoded")  # arms
@@ -24,17 +24,22 @@ class Job(NamedTuple):
     prompt: str
     i: int
     prototype: int
+    condition: str | int  # what the generator takes for the class: its prompt, as a rule
 
     @property
     def file(self):
         return f"{self.folder}/{self.folder}_{self.i:04d}.png"
 
 
-def list_jobs(classes, ipc, num_prototypes):
-    """Every image, class by class; where prototypes are fewer, each gives several images."""
+def list_jobs(classes, ipc, num_prototypes, conditions=None):
+    """Every image, class by class; where prototypes are fewer, each gives several images.
+
+    conditions   what the generator takes for each class [its prompt]
+    """
+    conditions = conditions or [c["prompt"] for c in classes]
     return [
-        Job(position, c["index"], c["folder"], c["prompt"], i, i % num_prototypes)
-        for position, c in enumerate(classes)
+        Job(position, c["index"], c["folder"], c["prompt"], i, i % num_prototypes, condition)
+        for position, (c, condition) in enumerate(zip(classes, conditions))
         for i in range(ipc)
     ]
 
@@ -59,7 +64,8 @@ def folder_name(settings, parts, prototype_seed):
     s, arm, from_prototypes = settings, settings["arm"], settings["arm"] in FROM_PROTOTYPES
     method = f"s{s['strength']:g}_g{s['guidance_scale']:g}_kmexpand{s['km_expand']}"
     stem = f"{s['dataset']}_ipc{s['ipc']}_{method if arm == 'd4m' else arm}"
-    silent = {"noise": (), "text": ("strength",)}.get(arm, ("strength", "guidance_scale"))
+    silent = {"noise": (), "text": ("strength", "noise_level")}
+    silent = silent.get(arm, ("strength", "guidance_scale"))
     words = s.only([name for name in s if name not in silent]).parts()
     if arm == "decoded" and parts and s["km_expand"] != 1:
         words.append(f"kmexpand{s['km_expand']}")
@@ -120,10 +126,11 @@ def finish_images(out, jobs, classes, row_of, words="images", **facts):
     """Write images.jsonl, the data card and the manifest, once every PNG is there.
 
     row_of    job -> what images.jsonl says of it beside its class
-    facts     dataset, arm, ipc and image_size, where they are not among the settings
+    facts     what else the manifest says: dataset, arm, ipc and image_size, where they are not
+              among the settings
     """
     names, known = ("dataset", "arm", "ipc", "image_size"), {**out.settings, **facts}
-    facts = {name: known[name] for name in names} | {"count": len(jobs), "classes": classes}
+    facts |= {name: known[name] for name in names} | {"count": len(jobs), "classes": classes}
 
     def line(job):
         row = {"file_name": job.file, "class_index": job.class_id, "folder": job.folder}
@@ -131,8 +138,9 @@ def finish_images(out, jobs, classes, row_of, words="images", **facts):
 
     # not metadata.jsonl: under that name Hugging Face's imagefolder drops the folder labels
     derived = {"images.jsonl": lambda: "".join(map(line, jobs))}
-    derived["README.md"] = lambda: data_card(facts, out.settings, out.inputs.get("generator"))
-    out.finish(facts, derived, words)
+    made = facts, out.settings, out.inputs
+    derived["README.md"] = lambda: data_card(*made, map(json.loads, map(line, jobs)))
+    out.finish(facts, derived, words, _next_stage(out.folder, facts["dataset"]))
     if words_of_loaders := misread([c["folder"] for c in classes]):
         print(f"{out.folder}: {words_of_loaders}")
 
@@ -149,24 +157,47 @@ def misread(folders):
     return ""
 
 
+def _next_stage(folder, dataset):
+    """The command of stage 3; where it needs a teacher that is not there, of that."""
+    if datasets.ALL[dataset].teacher == datasets.IMAGENET_TEACHER and dataset != "imagefolder":
+        return ["matching.generate_soft_label", "--data", folder, "--arch", "resnet18"]
+    teachers = sorted((folder.parent.parent / "teachers").glob(f"{dataset}_*/{output.MANIFEST}"))
+    if not teachers:
+        root = datasets.usual_root(dataset)
+        words = ["matching.train_teacher", "--dataset", dataset]
+        return [*words, "--data_dir", root] if root else words
+    arch = ["--arch", files.read_json(teachers[0])["arch"]]
+    words = ["matching.generate_soft_label", "--data", folder, *arch]
+    return [*words, "--teacher_checkpoint", teachers[0].parent]
+
+
 MADE_AS = {
     "d4m": "prototypes noised, denoised under the class prompt and decoded (D4M, arXiv 2407.15138)",
     "decoded": "prototypes decoded without diffusion",
     "noise": "noise denoised from t = strength * T, no prototypes",
     "text": "text-to-image, no prototypes",
     "random": "real images chosen at random",
+    "candidates": "of several images per prototype, one chosen by a classifier (CaO2, 2506.22637)",
     "stm": "images optimised further against a classifier's BatchNorm statistics (SRe2L's recover)",
 }
 
 
-def data_card(facts, settings, generator=None):
-    """README.md of the image folder: a Hugging Face data card."""
+def data_card(facts, settings, inputs, rows):
+    """README.md of the image folder: a Hugging Face data card.   rows: of images.jsonl"""
     arm, taken = facts["arm"].removesuffix("-g"), facts["arm"].endswith("-g")
     how = MADE_AS[arm] + "; classes taken out of a larger distilled data set" * taken
-    names = ("model", "strength", "guidance_scale", "num_inference_steps", "seed")
-    details = {**settings, **(generator or {})}
-    listed = "".join(f"- {name}: {details[name]}\n" for name in names if name in details)
-    warning = misread([c["folder"] for c in facts["classes"]])
+    if settings.get("guide") == "mode":
+        how = "noise denoised under the class prompt, drawn to prototypes (MGD3, 2505.18963)"
+    if settings.get("negative_prompt", "") is None:  # of a family without prompts
+        how = how.replace("class prompt", "class")
+    names = ("model", "licence", "strength", "noise_level", "guidance_scale")
+    names += ("scheduler", "num_inference_steps", "guide", "seed")
+    details, usual = {**settings, **(inputs.get("generator") or {})}, ("schedule", "own", "none")
+    names = [name for name in names if details.get(name, "own") not in usual]
+    listed = "".join(f"- {name}: {details[name]}\n" for name in names)
+    warning, sizes = misread([c["folder"] for c in facts["classes"]]), cluster_sizes(inputs, rows)
+    single = f" {list(sizes.values()).count(1)} of {len(sizes)} prototypes stand for a single"
+    single = f"{single} photograph, which their images may show." if sizes else ""
     return f"""---
 task_categories: [image-classification]
 tags: [dataset-distillation]
@@ -181,7 +212,7 @@ configs:
 
 {listed}
 `images.jsonl` has one line per image; `manifest.json` has every argument and the sha256 of every
-file. The licences of the model and of the real images apply.
+file. The licences of the model and of the real images apply.{single}
 
 `datasets.load_dataset(DIR)` (Hugging Face) and `torchvision.datasets.ImageFolder(DIR)` load it.
 {warning}
@@ -201,6 +232,19 @@ def read_images(flag, folder):
     if manifest["dataset"] not in datasets.ALL:
         refuse(f"{where} names an unknown data set {manifest['dataset']!r}")
     return manifest
+
+
+def cluster_sizes(inputs, rows):
+    """{(class folder, prototype): how many photographs its cluster holds}; {} where nobody knows.
+
+    That is without prototypes, with the release's file, or after the log of the images was lost.
+    inputs   of the manifest;   rows: of images.jsonl
+    """
+    while "source_manifest" in inputs:
+        inputs = inputs["source_manifest"]["inputs"]
+    rows = list(rows)
+    known = inputs.get("prototype_arguments") and all("cluster_size" in row for row in rows)
+    return {(r["folder"], r["prototype"]): r["cluster_size"] for r in rows} if known else {}
 
 
 def origin(manifest):

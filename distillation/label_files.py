@@ -11,6 +11,8 @@ from scripts.runtime import refuse, warn
 
 FOLDER = Path(__file__).parent / "label-prompt"
 nfc = partial(unicodedata.normalize, "NFC")  # a Mac writes an accent as a letter of its own
+STRONG = r"\s*(?:[:：=|;\t]|->|→)\s*"  # between a key and its prompt; few prompts hold it
+PROMPT_KEYS = ("name", "class_name", "label", "prompt", "text", "caption")  # in JSON of others
 WNID = re.compile(r"n\d{8}$")
 
 
@@ -67,18 +69,22 @@ def with_prompts(classes, path, dataset):
 def _lines(text, where):
     """The lines of a label file; the entries of a Python or JSON literal as `key: prompt`."""
     lines = text.split("\n")
+    if len(lines) > 1 and all(re.fullmatch(r"\s*\{.*\}\s*", line) for line in lines):  # JSON lines
+        text = f"[{','.join(lines)}]"
     if text.lstrip().startswith(("{", "[")):
         try:
             found = ast.literal_eval(text.strip())
             rows = found.items() if isinstance(found, dict) else found
             lines = [": ".join(_words(row)) for row in rows] or [""]
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-            if text.lstrip()[0] == "{":  # a prompt may start with a bracket
+            if re.match(r"\s*(\[\s*)?\{", text):  # a prompt may start with a bracket
                 line = getattr(error, "lineno", 1)
                 reason = getattr(error, "msg", "expected texts and numbers")
                 refuse(f"{where}, line {line}: not {{0: 'tench', ...}}: {reason}")
     for n, line in enumerate(lines, 1):
-        control = re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]", line)
+        control = re.search(
+            r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u2060\ufeff]", line
+        )
         if control:
             refuse(f"{where}, line {n}: holds the control character {control[0]!r}")
     bullets = all(line.lstrip().startswith("- ") for line in lines)  # a YAML list
@@ -102,7 +108,15 @@ def _content(lines, folders, where):
 
 
 def _words(value):
-    """The texts and numbers in nested lists."""
+    """The texts and numbers in nested lists; of {"name": "tench", "id": 0} the name comes last."""
+    if isinstance(value, dict):
+        [prompt] = [key for key in value if key in PROMPT_KEYS and isinstance(value[key], str)]
+        others = [v for key, v in value.items() if key != prompt]
+        if len(others) > 1:
+            wnids = [v for v in others if WNID.match(str(v))]
+            others = wnids or [v for v in others if isinstance(v, int)]
+            [_] = others
+        value = [*others, value[prompt]]
     if isinstance(value, (list, tuple)):
         return [word for part in value for word in _words(part)]
     if isinstance(value, (str, int)):
@@ -112,9 +126,9 @@ def _words(value):
 
 def _split(lines, key, behind=False):
     """Per line a match with its "key", "prompt", and "strong" separator, or None: no key."""
-    between = r"(?:(?P<strong>\s*(?:[:=|;\t]|->)\s*)|\s*,\s*|\s+[-–—]\s+|\s+)"
+    between = rf"(?:(?P<strong>{STRONG})|\s*,\s*|\s+[-–—]\s+|\s+)"
     mark = rf"[\"'(\[#]*(?i:class[ _-]?)?(?P<key>{key})[\"')\]]*"
-    first = rf"{mark}(?!:\d)\.?{between}(?P<prompt>.+)"  # 0. tench, not 16:9 screen
+    first = rf"{mark}(?!:\d)(?:\.0)?\.?{between}(?P<prompt>.+)"  # 0. tench, not 16:9 screen
     form = rf"(?P<prompt>.+?){between}{mark}" if behind else first
     return [re.fullmatch(form, line) for line in lines]
 
@@ -124,7 +138,12 @@ def _parts(found, where):
     for n, match in enumerate(found, 1):
         if not match:
             refuse(f"{where}, line {n}: some lines have a folder name or number, this has none")
-    return [m["key"].strip("\"' ") for m in found], [m["prompt"] for m in found]
+    return [m["key"] for m in found], [m["prompt"] for m in found]
+
+
+def _name(key):
+    """A folder as it is compared: train/Dog/ is dog."""
+    return nfc(re.split(r"[/\\]", key.strip("\"' /\\"))[-1]).casefold()
 
 
 def _keys(lines, folders, where):
@@ -136,7 +155,7 @@ def _keys(lines, folders, where):
     numbered = _split(lines, r"\d+")
     rests = [m["prompt"] for m in numbered] if all(numbered) else lines  # 0: n01440764: tench
     for behind in (False, True):
-        found = _split(rests, r"[nN]\d{8}", behind)
+        found = _split(rests, r"(?:\S*[/\\])?[nN]\d{8}", behind)  # or train/n01440764
         if any(found):
             keys, prompts = _parts(found, where)
             keys = [key.lower() for key in keys]
@@ -144,9 +163,12 @@ def _keys(lines, folders, where):
             if all(numbers) and len({m["key"] for m in numbers}) == len(lines):
                 prompts = [m["prompt"] for m in numbers]
             return keys, prompts, warn
-    names, form = {*map(nfc, folders)}, r"(?P<key>.+?)(?:\s*[:=|;\t]\s*|,(?=\S))(?P<prompt>.+)"
+    names, form = (
+        {*map(_name, folders)},
+        rf"(?P<key>.+?)(?:{STRONG}|,(?=\S)|\s{{2,}})(?P<prompt>.+)",
+    )
     found = [re.fullmatch(form, line) for line in lines]
-    known = [m for m in found if m and nfc(m["key"].strip("\"' ")) in names]
+    known = [m for m in found if m and _name(m["key"]) in names]
     to_number = all(m and m["prompt"].isdigit() and not m["key"].isdigit() for m in found)
     tabs = all("\t" in line for line in lines) and not all(numbered)
     if not to_number and (2 * len(known) > len(lines) or tabs):
@@ -154,9 +176,8 @@ def _keys(lines, folders, where):
     coded = [f for f in folders if re.search(r"[\d_]", f) and " " not in f]  # class_10 p10
     starts = "|".join(map(re.escape, sorted(coded, key=len, reverse=True)))
     found = _split([nfc(line) for line in lines], nfc(starts)) if coded == folders else [None]
-    if all(found) and len({m["key"] for m in found}) == len(lines):
-        if len({m["prompt"] for m in found}) == len(lines):
-            return *_parts(found, where), warn
+    if all(found) and all(len({m[k] for m in found}) == len(lines) for k in ("key", "prompt")):
+        return *_parts(found, where), warn
     for behind in (False, True):
         keys, prompts = _numbered(_split(lines, r"\d{1,5}", behind), folders, where, behind)
         if keys:
@@ -211,10 +232,13 @@ def _numbered(found, folders, where, behind):
 
 def _prompt(prompt, where):
     """One prompt without its spaces and quotes."""
-    prompt = re.sub(r"""^(["'])(.*)\1,?$""", r"\2", prompt.strip()).strip()
+    prompt = prompt.strip().rstrip(",;").strip()
+    if outer := re.fullmatch(r"""(["'])(.*)\1""", prompt):
+        prompt = outer[2].replace(outer[1] * 2, outer[1]).strip()  # as CSV doubles them
     if "\t" in prompt:
         refuse(f"{where}: has more than one tab, or some lines have a folder name and others none")
-    if '"' in prompt or prompt[:1] == "'" or prompt[-1:] == "'":
+    plain = re.sub(r'(?<!\S)"[^"]+"(?![^\s,.;)])', "", prompt)  # a so-called "cat"
+    if '"' in plain or prompt[:1] == "'" or prompt[-1:] == "'":
         refuse(f"{where}: has a stray quote mark: {prompt}")
     if not prompt:
         refuse(f"{where}: has no prompt")
@@ -223,9 +247,9 @@ def _prompt(prompt, where):
 
 def _by_folder(pairs, folders, where):
     """(folder, row) pairs -> the rows of `folders`; other ImageNet classes may have rows too."""
-    rows, own = {}, {nfc(folder): folder for folder in folders}
+    rows, own = {}, {_name(folder): folder for folder in folders}
     for key, row in pairs:
-        folder = own.get(nfc(key), key)
+        folder = own.get(_name(key), key)
         if folder in rows:
             refuse(f"{where}, line {row[0]}: the folder {folder} stands twice")
         if folder not in folders and not (WNID.match(folder) and WNID.match(folders[0])):
@@ -243,14 +267,14 @@ def _check_order(rows, folders, dataset, where, say):
     rows   [(line, prompt)] of `folders`;   say: refuse, or warn where the file names the folders
     """
 
-    def letters(text):
-        return re.sub(r"[\W_]+", "", nfc(text).casefold())
-
-    def words(text):
-        return {*re.findall(r"[^\W\d_]{3,}", nfc(text).casefold())}
-
     def spaced(text):
         return " " + " ".join(re.findall(r"[^\W_]+", nfc(text).casefold())) + " "
+
+    def letters(text):
+        return spaced(text).replace(" ", "")
+
+    def words(text):
+        return {*re.findall(r"[^\W\d_]{3,}", spaced(text))}
 
     of_wnids = "imagenet" if all(map(WNID.match, folders)) else dataset
     ours, owners = known_prompts(dataset) or known_prompts(of_wnids), {}

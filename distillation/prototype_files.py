@@ -177,14 +177,32 @@ def check_settings(path, source, settings):
             refuse(f"--{name} {settings[name]}: --prototype_path {path} was made with {value}")
 
 
+def class_conditions(dataset, classes, model):
+    """What the generator takes for each class: its prompt, or its place among ImageNet-1K's.
+
+    classes   [{"index", "folder", "prompt"}];   refuses classes that the generator does not know
+    """
+    if model.CONDITION == "prompt":
+        return [c["prompt"] for c in classes]
+    places = {wnid: place for place, wnid in enumerate(sorted(datasets.known_prompts("imagenet")))}
+    for c in classes:
+        if c["folder"] not in places:
+            knows = f"a {model.TITLE} knows only the 1000 classes of ImageNet-1K, by their wnids"
+            refuse(f"--dataset {dataset}: {knows}; {c['folder']} is none of them")
+    return [places[c["folder"]] for c in classes]
+
+
 def check_model(path, source, model):
-    """Refuse prototypes of another VAE or number of channels than the generator's."""
+    """Refuse prototypes of another VAE, number of channels or size than the generator's."""
     where, ours, theirs = f"--prototype_path {path}", model.facts["vae_sha256"], source.vae_sha256
     if theirs not in (None, ours):
         refuse(f"{where}: made with the VAE {theirs[:12]}, this checkpoint's is {ours[:12]}")
     channels = source.latent_shape[0]
     if channels != model.channels:
         refuse(f"{where}: latents of {channels} channels, the model's have {model.channels}")
+    if model.ONE_SIZE and source.latent_shape != model.latent_shape(model.native_size):
+        made = "x".join(map(str, source.latent_shape[1:]))
+        refuse(f"{where}: latents of {made}, this checkpoint makes only {model.native_size} px")
 
 
 @entry_point

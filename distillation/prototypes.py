@@ -11,7 +11,8 @@ class Prototypes(NamedTuple):
     """The prototypes of one class.
 
     latents    (k, c, h, w) float16 numpy array, already times the VAE's scaling factor
-    sizes      (k,) how many of the class's images are nearest to each
+    sizes      (k,) how many of the class's images belong to each: are nearest to it, or, with
+               "gmm", most likely of it
     """
 
     latents: np.ndarray
@@ -22,13 +23,15 @@ def class_prototypes(latents, k, buffer_size, method="minibatch", device="cpu") 
     """K-means centres of one class's latents: (N, c, h, w) -> (k, c, h, w), (k,) sizes.   N >= k
 
     method   "minibatch" (the paper) is fed in buffers of `buffer_size` >= k rows; "full" is Lloyd's
-             algorithm on all rows; "none" takes the first k rows as they are
+             algorithm on all rows; "gmm" is `gaussian_mixture`; "none" takes the first k rows
     Works in float64, as scikit-learn does when the release hands it fp16 latents; the result is
     rounded to fp16, the precision that synthesis uses.
     """
-    rows = np.ascontiguousarray(latents.reshape(len(latents), -1), dtype=np.float64)
+    rows, nearest = np.ascontiguousarray(latents.reshape(len(latents), -1), dtype=np.float64), None
     if method == "none":
         centres = rows[:k]
+    elif method == "gmm":
+        centres, nearest = gaussian_mixture(rows, k)
     elif method == "full":
         from sklearn.cluster import KMeans
 
@@ -39,9 +42,27 @@ def class_prototypes(latents, k, buffer_size, method="minibatch", device="cpu") 
             centres = minibatch_torch(rows, k, buffer_size, device)
     else:
         centres = minibatch_sklearn(rows, k, buffer_size)
-    nearest = _nearest(torch.from_numpy(rows), torch.from_numpy(centres)).numpy()
+    if nearest is None:
+        nearest = _nearest(torch.from_numpy(rows), torch.from_numpy(centres)).numpy()
     shape = (k, *latents.shape[1:])
     return Prototypes(centres.reshape(shape).astype(np.float16), np.bincount(nearest, minlength=k))
+
+
+def gaussian_mixture(rows, k):
+    """Means of a Gaussian mixture, and the component of each row: (n, d) -> (k, d), (n,)
+
+    After the "GMM" of MGD3's comparison of prototypes (arXiv 2505.18963); which kind that was is
+    not known here. One variance per component: a handful of images cannot tell the 16,384 of
+    "diag". In so many dimensions a row belongs to one component nearly surely, so that the means
+    come close to `full`'s centres.
+    """
+    from sklearn.mixture import GaussianMixture
+
+    if len(rows) == k:  # it refuses a single row
+        return rows, np.arange(k)
+    how = {"covariance_type": "spherical", "init_params": "k-means++", "random_state": 0}
+    found = GaussianMixture(k, max_iter=1000, **how).fit(rows)
+    return found.means_, found.predict(rows)
 
 
 @lru_cache

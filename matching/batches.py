@@ -11,6 +11,7 @@ calling `mix`: the same bits, and less memory moved.
 
 import math
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,8 @@ def add_batch_flags(parser, stored=False):
     setting("--mixup", 0.8, "alpha of mixup's Beta(alpha, alpha)", **alpha)
     setting("--cutmix", 1.0, "alpha of CutMix's Beta(alpha, alpha)", **alpha)
     setting("--fkd_seed", 42, "seed of every draw", type=number(int, 0), short="seed")
+    order = "of an epoch's images: our own; or what the release's reader of labels draws again"
+    setting("--order", "own", order, choices=("own", "release"), short="order")
 
 
 _parser = Parser("", "")
@@ -92,11 +95,25 @@ def batches_of(count, batch_size):
     return len(cuts(count, batch_size)) - 1
 
 
+def release_orders(count, seed):
+    """The image indices of one epoch after the other, endlessly: (count,) int64.
+
+    As the release's RandomSampler draws them. Ours are drawn from (seed, epoch) alone.
+    """
+    g = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randperm(count, generator=g)
+        torch.randperm(count, generator=g)  # it draws a second, and takes none of it
+
+
 @lru_cache(maxsize=2)
-def epoch_batches(seed, epoch, count, batch_size):
+def epoch_batches(seed, epoch, count, batch_size, order="own"):
     """Image indices of each batch of an epoch: a permutation, cut; the last batch is shorter."""
-    order = torch.randperm(count, generator=generator(seed, ORDER, epoch))
-    return order.tensor_split(cuts(count, batch_size)[1:-1])
+    if order == "release":
+        index = next(islice(release_orders(count, seed), epoch, None))
+    else:
+        index = torch.randperm(count, generator=generator(seed, ORDER, epoch))
+    return index.tensor_split(cuts(count, batch_size)[1:-1])
 
 
 def draw_batch(protocol, epoch, nth, index, sizes):

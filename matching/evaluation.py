@@ -120,10 +120,11 @@ def centre_crop(image, size, resize=None):
 
 
 @torch.no_grad()
-def evaluate(model, pixels, targets, forward, mean, std, world=1, rows=256):
+def evaluate(model, pixels, targets, forward, mean, std, world=1, rows=None):
     """{"top1", "top5"} in percent over all processes.   pixels (n, S, S, 3) uint8, targets (n,)"""
     model.eval()
     device = forward.device
+    rows = rows or (64 if device.type == "cpu" else 256)  # 64 stay in the cache: twice as fast
     correct = torch.zeros(3, dtype=torch.int64, device=device)  # top-1, top-5, images
     correct[2] = len(targets)
     for part, target in zip(pixels.split(rows), targets.split(rows)):

@@ -32,7 +32,8 @@ class Item(NamedTuple):
     partners: torch.Tensor  # (n,) where in `cropped` the partners are
     patches: torch.Tensor | None  # (m, 2, factor) their order in height and width, if shuffled
     pixels: torch.Tensor | None  # (m, S, S, 3) uint8; None: the device crops
-    logits: torch.Tensor | None  # (B, classes), of stored labels
+    logits: torch.Tensor | None  # (B, classes), of stored labels; with --label_top_k (B, K + 1)
+    top: torch.Tensor | None  # and (B, K) the classes of the first K
 
 
 class Feed(torch.utils.data.Dataset):
@@ -85,7 +86,7 @@ class Feed(torch.utils.data.Dataset):
             stored = self._replayed(epoch, number) if self.labels else None
         except LabelError as error:
             return error  # raised in a worker process it would come with a traceback
-        batch, logits = stored or (self._drawn(epoch, number, seed), None)
+        batch, logits, top = stored or (self._drawn(epoch, number, seed), None, None)
         every, rows = torch.arange(len(batch.index)), self.rows_of(len(batch.index))
         others = torch.isin(every, batch.partner[rows]) & ~torch.isin(every, rows)
         cropped = torch.cat([rows, every[others]])
@@ -103,11 +104,12 @@ class Feed(torch.utils.data.Dataset):
                 arrays = [crops.shuffled(*pair)[0].numpy() for pair in pairs]
             pixels = crops.crop_on_cpu(arrays, range(len(arrays)), crop, flip, self.size)
         draws = batch, rows, cropped, partners, patches
-        return Item(epoch, number, seed, *draws, pixels, logits)
+        return Item(epoch, number, seed, *draws, pixels, logits, top)
 
     def _drawn(self, epoch, number, seed):
         protocol, batch_size = {**self.protocol, "fkd_seed": seed}, self.protocol["batch_size"]
-        index = batches.epoch_batches(seed, epoch, len(self.sizes), batch_size)[number]
+        which = len(self.sizes), batch_size, protocol["order"]
+        index = batches.epoch_batches(seed, epoch, *which)[number]
         return batches.draw_batch(protocol, epoch, number, index, self.sizes[index])
 
     def _replayed(self, epoch, number):
@@ -117,7 +119,8 @@ class Feed(torch.utils.data.Dataset):
             # who reads batch 0 answers for the file: the loader keeps the order, so what is wrong
             # is met before anything else of that epoch
             if number == 0 and epoch not in self.checked:
-                opened.check(self.sizes, self.classes, self.size, digests.get(opened.path.name))
+                made = digests.get(opened.path.name), self.protocol.get("temperature")
+                opened.check(self.sizes, self.classes, self.size, *made)
                 self.checked.add(epoch)
             self.opened = epoch, opened
         return self.opened[1].batch(number)

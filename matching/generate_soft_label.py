@@ -38,7 +38,7 @@ def add_teacher_flags(parser, default_arch):
     """The flags that say which teacher; stage 4 has the same for --online."""
     parser.heading("teacher")
     name = {"nargs": "+", "type": models.model_name, "default": default_arch}
-    several = "teachers by name, see matching/models.py; the logits of several are averaged (EDC)"
+    several = f"teachers, whose logits are averaged (EDC): {models.known_names()}"
     parser.setting("-a", "--arch", **name, help=several)
     weights = "one per --arch: a folder of train_teacher, a file, or torchvision:IMAGENET1K_V1"
     weights += " [torchvision's pinned ones]"
@@ -106,6 +106,7 @@ def make_labels(images, settings, checkpoints, root, process, num_workers):
     facts, settings = datasets.ALL[images.dataset], settings.filled(input_size=images.pixels)
     which = images.dataset, images.folders, settings["input_size"], process.device
     archs, layout = settings["arch"], settings["channels_last"]
+    labels.check_top_k(settings, len(images.folders))
     teachers, known = load_teachers(archs, checkpoints, *which, layout)
     arrays, images = image_sets.load_pixels("--data", images, num_workers)
     inputs = {"dataset": images.dataset, "images": images.content}
@@ -121,10 +122,15 @@ def make_labels(images, settings, checkpoints, root, process, num_workers):
             for epoch in out.steps(todo):
                 with runtime.memory_for("in labelling", "use --amp bf16, or fewer teachers"):
                     drawn, logits = label_epoch(feed, items, steps, teachers, settings, bar)
-                out.later(labels.write_epoch, out, epoch, drawn, logits)  # beside the next one
+                top_k = settings["label_top_k"], settings["temperature"]
+                out.later(labels.write_epoch, out, epoch, drawn, logits, *top_k)  # beside the next
         made_of = {"dataset": images.dataset, "images": images.facts(), "teacher": known}
         made_of["classes"] = [{"index": c, "folder": f} for c, f in enumerate(images.folders)]
-        out.finish({**made_of, "mean": facts.mean, "std": facts.std}, words="epochs")
+        then = ["validate.train_FKD", "--train_dir", images.root, "--fkd_path", out.folder]
+        root = datasets.usual_root(images.dataset)
+        then += ["--model", archs[0], "--cos", "-T", settings["temperature"] or 20]
+        then += ["--val_dir", root] if root else []
+        out.finish({**made_of, "mean": facts.mean, "std": facts.std}, None, "epochs", then)
     return out.folder
 
 
@@ -140,6 +146,7 @@ def get_args(argv=None):
     parser.flag("--mode", choices=("fkd_save",), default="fkd_save", help="a flag of the release")
     batches.add_batch_flags(parser)
     add_teacher_flags(parser, ["resnet18"])
+    labels.add_top_k_flags(parser)
     parser.heading("speed (changes the labels' last digits)")
     precision = "precision of the teacher's convolutions"
     parser.setting("--amp", choices=AMP, default="none", short="amp", help=precision)
@@ -155,6 +162,7 @@ def plan_labels(data, dataset, settings, root, waits_for):
     """--dry_run where the images or the teacher have yet to be made."""
     name, size, classes, count = image_sets.outlook("--data", data, dataset)
     settings = settings.filled(input_size=size)
+    labels.check_top_k(settings, classes)
     folder = Path(root) / labels.labels_name(name, settings["arch"], settings)
     needed = labels.label_bytes(count, classes, settings) * settings["epochs"] * bool(count)
     output.plan(folder, 0, settings["epochs"], needed, waits_for)

@@ -6,8 +6,9 @@
 They are an output of stage 2, or anybody's folder with one sub-folder per class.
 """
 
+import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -103,8 +104,11 @@ def _made(where, folders, paths, manifest, dataset):
         refuse(f"{where}: its manifest lists the classes in another order than ImageFolder")
     digests = {path: manifest["files"][path]["sha256"] for path in paths}
     about = {n: manifest[n] for n in ("dataset", "image_size", "content", "arm", "ipc")}
-    flags = {**(manifest["inputs"].get("prototype_arguments") or {}), **manifest["arguments"]}
-    about["source"] = (manifest["inputs"].get("images"), flags.get("max_images_per_class"))
+    made = manifest
+    while "source_manifest" in made["inputs"]:  # optimised, chosen or taken from other images
+        made = made["inputs"]["source_manifest"]
+    flags = {**(made["inputs"].get("prototype_arguments") or {}), **made["arguments"]}
+    about["source"] = (made["inputs"].get("images"), flags.get("max_images_per_class"))
     return {**about, "folders": tuple(folders), "digests": digests, **image_folder.origin(manifest)}
 
 
@@ -181,6 +185,36 @@ def load_pixels(flag, images, num_workers=0):
         content = output.content_digest(dict(zip(images.files, entries)))
         images = images._replace(content=content)
     return list(arrays), images
+
+
+def read_rows(flag, root, manifest):
+    """{image: its row of images.jsonl} of a finished image folder."""
+    output.check_file(flag, root, "images.jsonl", manifest)
+    lines = (Path(root) / "images.jsonl").read_text(encoding="utf-8").strip().split("\n")
+    return {row["file_name"]: row for row in map(json.loads, lines)}
+
+
+def cluster_weights(flag, images):
+    """What an image counts in the loss by the size of its cluster: (N,) float32, mean 1 per class
+
+    DDOQ (arXiv 2501.07681): the prototypes quantise the data, and each stands for as many images as
+    its cluster holds. w_i = n_i * ipc / (sum of n over the class); where a prototype gives several
+    images, each has its part of n. Refuses images whose cluster sizes are not known.
+    """
+    where = f"{flag} {images.root}"
+    if images.foreign:
+        refuse(f"--loss_weights cluster: {where} has no manifest, so no cluster sizes")
+    manifest = image_folder.read_images(flag, images.root)
+    rows = read_rows(flag, images.root, manifest)
+    sizes = image_folder.cluster_sizes(manifest["inputs"], rows.values())
+    if not sizes:
+        what = f"made as {images.arm}; only images of prototypes of our stage 1 have them"
+        refuse(f"--loss_weights cluster: {where} has no cluster sizes ({what})")
+    owners = [(rows[file]["folder"], rows[file]["prototype"]) for file in images.files]
+    shares = Counter(owners)
+    n = torch.tensor([sizes[owner] / shares[owner] for owner in owners])
+    mean = torch.zeros(len(images.folders)).index_add(0, images.targets, n) / images.ipc
+    return n / mean[images.targets]
 
 
 def outlook(flag, path, dataset=None):

@@ -21,14 +21,6 @@ from scripts import files, output, runtime
 from scripts.runtime import Parser, entry_point, refuse, warn
 
 
-def epoch_orders(count, seed):
-    """The image indices of one epoch after the other, endlessly: (count,) int64."""
-    g = torch.Generator().manual_seed(seed)
-    while True:
-        yield torch.randperm(count, generator=g)
-        torch.randperm(count, generator=g)  # RandomSampler draws a second, and takes none of it
-
-
 def read_parts(path):
     """(mix type, {name: tensor}, lambda, box) of a batch file: nothing in it is checked yet."""
     try:
@@ -155,12 +147,13 @@ def main(argv=None):
     named = runtime.Settings({**usual, **said}, usual.defaults, usual.shorts)
     name = f"{labels.labels_name(images.name, args.arch, named)}_imported"
     used = {name: usual[name] for name in ("input_size", "fkd_seed")}
+    used["order"] = "release"
     settings = {**args.settings, **said, **used, "amp": None, "channels_last": None}
 
     arrays, images = image_sets.load_pixels("--data", images, args.num_workers)
     sizes = torch.tensor([array.shape[:2] for array in arrays])
     count, classes, facts = len(arrays), len(images.folders), datasets.ALL[images.dataset]
-    order = next(epoch_orders(count, settings["fkd_seed"]))
+    order = next(batches.release_orders(count, settings["fkd_seed"]))
     first = read_epoch(root / "epoch_0", order, sizes, classes, settings)
     check_order(root, *first, images.targets)
     if facts.mean != datasets.ALL["imagenet"].mean:
@@ -172,7 +165,7 @@ def main(argv=None):
     where = ("--fkd_path", args.fkd_path, name, "soft_labels", settings, inputs, process)
     with output.Output(*where) as out:
         todo = out.todo(range(settings["epochs"]), lambda e: [labels.label_file(e)], size)
-        orders = zip(range(settings["epochs"]), epoch_orders(count, settings["fkd_seed"]))
+        orders = zip(range(settings["epochs"]), batches.release_orders(count, settings["fkd_seed"]))
         with out.progress(total=len(todo) * count, desc="labels", unit="image") as bar:
             for epoch, order in out.steps(pair for pair in orders if pair[0] in todo):
                 which = (root / f"epoch_{epoch}", order, sizes, classes, settings)

@@ -1,10 +1,11 @@
 """Soft labels on disk: one file per epoch, and the check that they are labels of these images.
 
     folder, manifest = open_labels("output/labels", images, {"mix_type": "cutmix"})
-    batch, logits = EpochLabels(folder, epoch, len(images.files), batch_size).batch(0)
+    batch, logits, _ = EpochLabels(folder, epoch, len(images.files), batch_size).batch(0)
 
-A file states every draw of every batch of its epoch, and the teacher's logits. What does not fit
-the images or the command line is refused before the first step; the release takes it in silence.
+A file states every draw of every batch of its epoch, and the teacher's logits; with --label_top_k
+the largest of them, and how much the rest weigh. What does not fit the images or the command line
+is refused before the first step; the release takes it in silence.
 """
 
 import re
@@ -18,7 +19,7 @@ import torch
 from distillation import datasets
 from matching import batches
 from scripts import files, output
-from scripts.runtime import refuse
+from scripts.runtime import number, refuse
 
 
 def labels_name(images, archs, settings):
@@ -36,6 +37,8 @@ def labels_name(images, archs, settings):
 # the tensors beside the logits; batch b is rows start[b]:start[b + 1]
 FORM = {"epoch": torch.int64, "start": torch.int64, "index": torch.int32, "crop": torch.int32}
 FORM |= {"flip": torch.bool, "partner": torch.int32, "box": torch.int32, "lam": torch.float64}
+# only with --label_top_k: the classes of the logits, the rest of `top_and_rest`, its temperature
+FORM |= {"top": torch.int16, "rest": torch.float32, "temperature": torch.float64}
 
 
 class LabelError(ValueError):
@@ -49,12 +52,49 @@ def label_file(epoch):
 def label_bytes(count, classes, settings):
     """Bytes of one epoch's file, of `count` images."""
     steps = batches.batches_of(count, settings["batch_size"])
-    width = 2 if settings["use_fp16"] else 4
-    return count * (25 + width * classes) + 32 * steps + 1500
+    width, kept = 2 if settings["use_fp16"] else 4, settings.get("label_top_k")
+    row = (width + 2) * kept + 4 if kept else width * classes
+    return count * (25 + row) + 32 * steps + 1500
 
 
-def write_epoch(out, epoch, drawn, logits):
-    """[Batch] of an epoch and its logits (N, classes), in the same order, as one file."""
+def add_top_k_flags(parser):
+    parser.heading("smaller files, for students with the KL loss")
+    kept = {"type": number(int, 1), "metavar": "K", "short": "top"}
+    fewer = "store the K largest logits, and what the others weigh at -T"
+    parser.setting("--label_top_k", **kept, help=fewer)
+    above = {"type": number(float, above=0), "short": "T"}
+    parser.setting("-T", "--temperature", **above, help="the students', only with --label_top_k")
+
+
+def check_top_k(settings, classes):
+    """Refuse a --label_top_k without its temperature, or that leaves no class out.
+
+    classes   0: not known yet
+    """
+    kept = settings["label_top_k"]
+    if (kept is None) != (settings["temperature"] is None):
+        refuse("--label_top_k, --temperature: one needs the other: the student's -T")
+    if kept and classes and kept >= classes:
+        refuse(f"--label_top_k {kept}: the images have {classes} classes, at most {classes - 1}")
+
+
+def top_and_rest(logits, top, temperature):
+    """The logits of the classes `top`, and one logit for all others together, which has their
+    probability at this temperature.   (n, classes), (n, K) int64 -> (n, K + 1)
+
+    LPQLD (arXiv 2604.18135) keeps the K largest logits too, and renormalises them or spreads what
+    is left evenly. Here the rest is one event with its own weight, and the KL over K + 1 events is
+    exact; at another temperature the rest would weigh something else.
+    """
+    rest = logits.scatter(1, top, -torch.inf).div(temperature).logsumexp(1, keepdim=True)
+    return torch.cat([logits.gather(1, top), temperature * rest], 1)
+
+
+def write_epoch(out, epoch, drawn, logits, top_k=None, temperature=None):
+    """[Batch] of an epoch and its logits (N, classes), in the same order, as one file.
+
+    top_k   keep this many logits of each row, and what the rest weigh at `temperature`
+    """
     if not _finite(logits):
         hint = "; --no_use_fp16 keeps numbers above 65,504" if logits.dtype == torch.half else ""
         archs = " ".join(out.settings["arch"])
@@ -65,6 +105,11 @@ def write_epoch(out, epoch, drawn, logits):
         tensors[name] = torch.cat([getattr(batch, name) for batch in drawn])
     tensors["box"] = torch.stack([batch.box for batch in drawn])
     tensors["lam"] = torch.tensor([batch.lam for batch in drawn], dtype=torch.float64)
+    if top_k:
+        top = logits.float().topk(top_k, 1).indices
+        rest = top_and_rest(logits.float(), top, temperature)[:, -1] / temperature
+        logits, at = logits.gather(1, top), torch.tensor([temperature], dtype=torch.float64)
+        tensors |= {"top": top, "rest": rest, "temperature": at}
     tensors = {name: tensor.to(FORM[name]) for name, tensor in tensors.items()}
     data = safetensors.torch.save({**tensors, "logits": logits.contiguous()})
     out.write(label_file(epoch), data)
@@ -83,25 +128,30 @@ class EpochLabels:
         self.start = batches.cuts(count, batch_size)
         try:
             self.file = safetensors.safe_open(self.path, framework="pt")
-            names = set(self.file.keys()) - {"logits"}
-            self.draws = {name: self.file.get_tensor(name) for name in names}
-            self.logits = self.file.get_slice("logits")
+            names = set(self.file.keys())
+            self.large = {name: self.file.get_slice(name) for name in names & {"logits", "top"}}
+            self.draws = {name: self.file.get_tensor(name) for name in names - {*self.large}}
+            self.logits, self.top = self.large["logits"], self.large.get("top")
         except Exception as error:  # safetensors has its own errors for damaged headers
             raise LabelError(f"{self.path}: not a label file: {str(error)[:200]}") from None
 
     def batch(self, nth):
-        """(Batch, logits (B, classes)) of the epoch's nth batch."""
+        """(Batch, logits (B, classes), None) of the epoch's nth batch; with --label_top_k
+        (Batch, logits (B, K + 1) as from `top_and_rest`, their classes (B, K))."""
         rows = slice(self.start[nth], self.start[nth + 1])
         index, crop, partner = (self.draws[n][rows].long() for n in ("index", "crop", "partner"))
         box, lam = self.draws["box"][nth].long(), float(self.draws["lam"][nth])
         batch = batches.Batch(index, crop, self.draws["flip"][rows], partner, box, lam)
-        return batch, self.logits[rows]
+        if self.top is None:
+            return batch, self.logits[rows], None
+        rest = self.draws["rest"][rows, None] * self.draws["temperature"].float()
+        return batch, torch.cat([self.logits[rows].float(), rest], 1), self.top[rows].long()
 
-    def check(self, sizes, classes, input_size, digest=None):
+    def check(self, sizes, classes, input_size, digest=None, temperature=None):
         """Hash and check the whole file, once: that takes several times longer than reading it.
 
         sizes    (N, 2) int64: height and width of the images;   classes: columns of the logits
-        digest   the manifest's sha256 of the file
+        digest   the manifest's sha256 of the file;   temperature: of a student on top-K logits
         """
         if digest and files.sha256(self.path) != digest:
             raise LabelError(f"{self.path}: not what its manifest says: changed since it was made")
@@ -124,6 +174,10 @@ class EpochLabels:
             "box": ([steps, 4], lambda t: ((t >= 0) & (t <= input_size)).all(), "boxes outside"),
             "lam": ([steps], lambda t: ((t >= 0) & (t <= 1)).all(), "lambdas outside 0 to 1"),
         }
+        if self.top is not None:
+            made_at = f"the rest at another temperature than {temperature}"
+            questions["rest"] = ([count], _finite, "rests that are not finite")
+            questions["temperature"] = ([1], lambda t: t == temperature, made_at)
         for name, (shape, right, words) in questions.items():
             tensor = self.draws.get(name)
             found = None if tensor is None else (tensor.dtype, list(tensor.shape))
@@ -132,12 +186,21 @@ class EpochLabels:
                 raise LabelError(f"{self.path}: holds {name} of {found}, {expected}")
             if not right(tensor):
                 raise LabelError(f"{self.path}: holds {words}")
-        found = self.logits.get_dtype(), self.logits.get_shape()
-        if found not in [(kind, [count, classes]) for kind in ("F16", "F32")]:
-            raise LabelError(f"{self.path}: holds logits of {found}, expected {[count, classes]}")
+        kept = classes
+        if self.top is not None:  # at least one class is in the rest
+            kept = min((self.logits.get_shape() or [0])[-1], classes - 1)
+        for name, part in self.large.items():
+            found, kinds = (part.get_dtype(), part.get_shape()), {"top": ["I16"]}
+            if found not in [(kind, [count, kept]) for kind in kinds.get(name, ["F16", "F32"])]:
+                raise LabelError(f"{self.path}: holds {name} of {found}, expected {[count, kept]}")
         for rows in map(slice, start, start[1:]):
             if not _finite(self.logits[rows]):
                 raise LabelError(f"{self.path}: holds logits that are not finite, in {rows}")
+            if self.top is not None:
+                top = self.top[rows].sort(1).values
+                if top.min() < 0 or top.max() >= classes or (top.diff(dim=1) < 1).any():
+                    what = f"top that is not {kept} of {classes} classes"
+                    raise LabelError(f"{self.path}: holds {what}, in {rows}")
 
 
 # ---- do they belong to these images?
@@ -191,10 +254,12 @@ def mismatches(folder, manifest, images, given):
     paths = [path / "model.safetensors" if path.is_dir() else path for path in checkpoints]
     hashes = [teacher["sha256"] or "unknown" for teacher in manifest["teacher"]]
     weights = [f"sha256:{digest[:12]}" for digest in hashes]
-    made = {**made, "teacher_checkpoint": weights}
+    only = "kl" if made.get("label_top_k") else None
+    made = {**made, "teacher_checkpoint": weights, "loss": only}
     given = {**given, "teacher_checkpoint": [f"sha256:{files.sha256(p)[:12]}" for p in paths]}
-    for name in (*batches.PROTOCOL, "arch", "use_fp16", "teacher_checkpoint"):
-        value, theirs = given.get(name), made[name]
+    asked = ("arch", "use_fp16", "teacher_checkpoint", "loss", "temperature")
+    for name in (*batches.PROTOCOL, *asked):
+        value, theirs = given.get(name), made.get(name)
         # imported labels do not say everything: what is None cannot be compared
         if value in (None, [], theirs) or theirs is None or (name == "epochs" and value < theirs):
             continue

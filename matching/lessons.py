@@ -36,10 +36,14 @@ class Lessons:
     stem      name of the labels, stored or not, which names the result
     facts     of each teacher;   made: {"amp", "channels_last"} of its labels; None: hard labels
     content   digest of stored labels;   labelled: their epochs
+    weights   (N,) with --loss_weights: what each image counts in the loss
     """
 
     def __init__(self, images, settings, process, num_workers):
         self.arrays, self.process, self.num_workers = None, process, num_workers
+        self.weights = None
+        if settings["loss_weights"]:
+            self.weights = image_sets.cluster_weights("--train_dir", images)
         if images.foreign:  # its content is known only from its pixels
             self.arrays, images = image_sets.load_pixels("--train_dir", images, num_workers)
         self.images, self.settings = images, settings.filled(dataset=images.dataset)
@@ -57,7 +61,8 @@ class Lessons:
         self.settings, self.stem = self.settings.filled(**fixed), folder.resolve().name
         self.stored = folder, {name: entry["sha256"] for name, entry in manifest["files"].items()}
         self.content, self.labelled = manifest["content"], made["epochs"]
-        self.made = {name: made[name] for name in ("amp", "channels_last")}
+        known = ["amp", "channels_last", *["label_top_k"] * bool(made.get("label_top_k"))]
+        self.made = {name: made[name] for name in known}
 
     def draw(self, checkpoints):
         """Draw the batches now, for teachers that label them (--online) or for the classes."""
@@ -101,7 +106,7 @@ class Lessons:
     def part(self, item):
         """The training.Part of an item of the feed."""
         s, count, device = self.settings, len(item.batch.index), self.process.device
-        own, logits, change = self.own(count), item.logits, None
+        own, logits, top, change = self.own(count), item.logits, item.top, None
         if s["color_jitter"] or s["lighting"]:
             g = generator(item.seed, JITTER, item.epoch, item.number)
             strength = s["color_jitter"], s["lighting"]
@@ -114,9 +119,14 @@ class Lessons:
                 x, logits = x[where], logits[where]
         elif logits is not None:
             logits = batches.sent(logits if len(own) == count else logits[own], device)
-        targets = self.images.targets[item.batch.index]
-        classes = (batches.sent(targets[i], device) for i in (own, item.batch.partner[own]))
-        return training.Part(count, x, training.Goal(logits, *classes, item.batch.lam))
+            top = None if top is None else batches.sent(top[own], device)
+        lam, weights = item.batch.lam, None
+        both = item.batch.index[own], item.batch.index[item.batch.partner[own]]
+        classes = (batches.sent(self.images.targets[i], device) for i in both)
+        if self.weights is not None:
+            image, partner = (self.weights[i] for i in both)
+            weights = batches.sent(lam * image + (1 - lam) * partner, device)
+        return training.Part(count, x, training.Goal(logits, *classes, lam, top, weights))
 
 
 GRAY = (0.299, 0.587, 0.114)

@@ -123,11 +123,16 @@ MODELS = {
 }
 
 
+def known_names():
+    """All of MODELS, for messages and --help."""
+    return f"{', '.join(MODELS)}, or timm:NAME"
+
+
 def model_name(text):
     """argparse type: a name in MODELS, where `-` and `_` are equal, or `timm:NAME`."""
     name = text if text.startswith("timm:") else text.replace("-", "_")
     if name not in MODELS and not name.startswith("timm:"):
-        refuse(f"--model/--arch {text}: expected one of {', '.join(MODELS)}, or timm:NAME")
+        refuse(f"--model/--arch {text}: expected one of {known_names()}")
     return name
 
 
@@ -173,13 +178,12 @@ for made_by in (np._core.multiarray.scalar, np._core.multiarray._reconstruct):  
     VALUES += [(made_by, f"numpy.{c}.multiarray.{made_by.__name__}") for c in ("core", "_core")]
 # where they save the weights: taken if a file has several that hold some, such as an average
 USUAL = {"state_dict", "model", "model_state_dict", "net", "network", "weights"}
-RENAMED = {r"\blinear\.": "fc.", r"\bshortcut\.": "downsample."}  # CIFAR's usual ResNets
+# CIFAR's usual ResNets; FSDP and activation checkpoints
+RENAMED = {r"\blinear\.": "fc.", r"\bshortcut\.": "downsample.", r"\b_\w+_wrapped_module\.": ""}
 
 
 def _no_weights(path):
     """What a file that does not load is, by its first bytes; "" where they do not tell."""
-    if not Path(path).is_file():
-        return ""
     with open(path, "rb") as stream:
         head = stream.read(64)
     if head.startswith(b"version https://git-lfs"):
@@ -195,6 +199,8 @@ def read_state_dict(path, flag):
 
     A plain state dict, or one in the wrappings of training scripts: {"net": ..., "epoch": 9}.
     """
+    if not Path(path).is_file():
+        refuse(f"{flag} {path}: no such file")
     unpickled = partial(torch.load, map_location="cpu", weights_only=True)
     load = safetensors.torch.load_file if Path(path).suffix == ".safetensors" else unpickled
     try:
@@ -258,9 +264,12 @@ def load_state(model, state, what):
     """A missing, unknown or misshapen tensor, or one of integers or with NaN, is one line."""
     state, own = fitted(state, model, what), model.state_dict()
     for name in filter(lambda name: name in state and own[name].is_floating_point(), own):
-        if not state[name].is_floating_point():
-            refuse(f"{what}: {name} is of {state[name].dtype}: quantised weights are not taken")
-        if not state[name].float().isfinite().all():
+        value = state[name]
+        if not value.is_floating_point() or value.element_size() < 2:
+            refuse(f"{what}: {name} is of {value.dtype}: quantised weights are not taken")
+        if value.layout != torch.strided or value.is_meta:
+            refuse(f"{what}: {name} is sparse, or without values")
+        if not value.float().isfinite().all():
             refuse(f"{what}: {name} holds NaN or infinite values")
     try:
         model.load_state_dict(state)
@@ -296,11 +305,6 @@ def is_public(checkpoint):
     return checkpoint is None or str(checkpoint).split(":")[0] == PUBLIC
 
 
-def _is_file_name(path):
-    """teacher.pth, not convnet_mini_lr0.05"""
-    return Path(path).suffix[1:].isalpha()
-
-
 def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher_checkpoint"):
     """A frozen teacher in eval mode whose columns are the classes `folders`, in that order.
 
@@ -312,11 +316,12 @@ def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher
     """
     folders = [datasets.nfc(folder) for folder in folders]
     where, arguments, owned = f"{flag} {checkpoint}", None, None
+    is_file_name = Path(str(checkpoint)).suffix[1:].isalpha()  # teacher.pth, not convnet_lr0.05
     if is_public(checkpoint):
         chosen = str(checkpoint or "").partition(":")[2]
         state, weights, digest = _public_weights(name, dataset, image_size, chosen)
         where, owned = f"{flag} {weights}: {name}", list(datasets.known_prompts("imagenet"))
-    elif Path(checkpoint).is_dir() or not (Path(checkpoint).exists() or _is_file_name(checkpoint)):
+    elif Path(checkpoint).is_dir() or not (Path(checkpoint).exists() or is_file_name):
         manifest = _teacher_manifest(name, Path(checkpoint), dataset, image_size, flag)
         state = read_state_dict(Path(checkpoint) / "model.safetensors", flag)
         weights, digest = "train_teacher", manifest["files"]["model.safetensors"]["sha256"]

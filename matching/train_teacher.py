@@ -150,7 +150,7 @@ def get_args(argv=None):
     parser.flag("--val_dir", help="real test images [--data_dir]")
     evaluation.add_test_flag(parser)
     parser.heading("teacher")
-    network = {"default": "resnet18", "help": "see matching/models.py"}
+    network = {"default": "resnet18", "help": models.known_names()}
     setting("-a", "--arch", type=models.model_name, **network)
     setting("--seed", type=natural, default=0, short="seed", help="of weights and batches")
     parser.flag("--output_dir", default="output/teachers", help="the folder is made below this one")

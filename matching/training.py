@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from matching import batches, models, ranks
+from matching import batches, labels, models, ranks
 from scripts import files
 from scripts.runtime import DROPOUT, WEIGHTS, memory_for, number, refuse, seed_of
 
@@ -37,8 +37,8 @@ def add_training_flags(parser):
     fast("--channels_last", help="memory layout for tensor cores")
     fast("--compile", help="torch.compile the network")
     fast("--fused", help="the optimiser's fused kernel")
-    tests = "epochs between two tests, from epoch 0 on; the last is tested too"
-    parser.setting("--eval_every", type=count, default=50, help=tests)
+    tests = "epochs between two tests, from epoch 0 on; 0: none; the last is tested too"
+    parser.setting("--eval_every", type=number(int, 0), default=50, help=tests)
     parser.flag("--checkpoint_every", type=count, default=10, help="epochs between checkpoints")
 
 
@@ -94,34 +94,46 @@ class Goal(NamedTuple):
     targets: torch.Tensor  # (n,) class of each image
     partners: torch.Tensor  # (n,) class of the image mixed in
     lam: float = 1.0  # share of the image itself
+    top: torch.Tensor | None = None  # (n, K) with --label_top_k: the classes of K of K + 1 logits
+    weights: torch.Tensor | None = None  # (n,) with --loss_weights: what an image counts
 
     def of(self, rows):
-        logits = None if self.logits is None else self.logits[rows]
-        return Goal(logits, self.targets[rows], self.partners[rows], self.lam)
+        return Goal(*(v[rows] if isinstance(v, torch.Tensor) else v for v in self))
+
+    def total(self, loss, *args, **options):
+        """One of PyTorch's losses, summed over the rows; with weights, each row's times its weight.
+        A step divides either by the images of the whole batch, however that is cut.
+        """
+        if self.weights is None:
+            return loss(*args, reduction="sum", **options)
+        losses = loss(*args, reduction="none", **options)  # (n,) or (n, classes)
+        return (self.weights * losses.reshape(len(losses), -1).sum(1)).sum()
 
 
 def kl_loss(outputs, goal, temperature, **_):
     """KL(teacher || student), both at temperature T and without T^2, as the release."""
+    if goal.top is not None:
+        outputs = labels.top_and_rest(outputs, goal.top, temperature)
     log_p = F.log_softmax(outputs / temperature, 1)
     q = F.softmax(goal.logits.to(outputs.dtype) / temperature, 1)
-    return F.kl_div(log_p, q, reduction="sum")
+    return goal.total(F.kl_div, log_p, q)
 
 
 def hard_loss(outputs, goal, label_smoothing=0.0, **_):
     """Cross-entropy on class indices, mixed by lambda."""
-    entropy = partial(F.cross_entropy, reduction="sum", label_smoothing=label_smoothing)
-    loss = entropy(outputs, goal.targets)
+    entropy = partial(goal.total, F.cross_entropy, outputs, label_smoothing=label_smoothing)
+    loss = entropy(goal.targets)
     if goal.lam == 1:
         return loss
-    return goal.lam * loss + (1 - goal.lam) * entropy(outputs, goal.partners)
+    return goal.lam * loss + (1 - goal.lam) * entropy(goal.partners)
 
 
 def mse_ce_loss(outputs, goal, ce_weight, **_):
     """EDC: squared error of the logits (mean over classes) + ce_weight x cross-entropy with the
     image's own class, whatever is mixed into it.
     """
-    mse = F.mse_loss(outputs, goal.logits.to(outputs.dtype), reduction="sum") / outputs.shape[1]
-    return mse + ce_weight * F.cross_entropy(outputs, goal.targets, reduction="sum")
+    mse = goal.total(F.mse_loss, outputs, goal.logits.to(outputs.dtype)) / outputs.shape[1]
+    return mse + ce_weight * goal.total(F.cross_entropy, outputs, goal.targets)
 
 
 LOSSES = {"kl": kl_loss, "mse_ce": mse_ce_loss}  # {--loss: function}
@@ -350,7 +362,8 @@ def train(out, seeds, lessons, forward, make_tester, checkpoint_every, track=Non
             for done in range(len(learner.rows) + 1, epochs + 1):
                 # one iterator serves all epochs and seeds: an epoch takes its share of it
                 row = learner.train_epoch(islice(items, len(numbers)), out.process, bar)
-                if row["epoch"] % settings["eval_every"] == 0 or done == epochs:
+                every = settings["eval_every"]
+                if done == epochs or every and row["epoch"] % every == 0:
                     row |= test(learner.tested)
                     bar.set_postfix(seed=seed, top1=f"{row['top1']:.2f}")
                 learner.rows.append(row)

@@ -410,7 +410,7 @@ def stage_2(bench):
             image.resize((224, 224)).save(folder / f"{n}.png")
         return np.stack([datasets.read_rgb(folder / f"{n}.png") for n in range(few)])
 
-    def ours():
+    def ours(model=model, settings=settings):
         def stream(positions, _):
             return ((p, Prototypes(rows[p], np.ones(10))) for p in positions)
 
@@ -428,6 +428,17 @@ def stage_2(bench):
     ways, facts = {"release": release, "ours": ours}, {"device": bench.device}
     facts |= {"target": 6 * bench.gpu, "precision": model.facts["precision"]}
     bench.race(2, "prototypes to PNGs", "image", ways, (few, many), same, **facts)
+
+    fewer = {"num_inference_steps": max(2, int(steps) * 2 // 5), "noise_level": "paper"}
+    fewer = runtime.Settings({**settings, **fewer}, settings.defaults, settings.shorts)
+    folder = str(generator_folder(bench.root, bench.size, bench.gpu))
+    other = generators.load(folder, bench.device, scheduler="dpmpp")
+    taken = fewer["num_inference_steps"]
+    ways = {"release": ours, f"DPM++, {taken} steps": partial(ours, other, fewer)}
+    note = f"against our own way with PNDM, {steps} steps, from the same noise level"
+    facts = {"device": bench.device, "note": note}
+    words = lambda *_: ("another sampler's images", True)  # noqa: E731
+    bench.race(2, "prototypes to PNGs", "image", ways, (many, many), words, **facts)
 
 
 # ---- stages 3 and 4

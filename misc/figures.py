@@ -57,9 +57,9 @@ def short(prompt, length=20):
 # ---- figures 4 and 5: grids of images
 
 
-def open_sets(folders, names):
+def open_sets(folders, names, dataset=None):
     """The methods to compare: (ImageSets, names); the arm's name where none is given."""
-    sets = [open_images("--images", folder) for folder in folders]
+    sets = [open_images("--images", folder, dataset) for folder in folders]
     names = names or [ARMS.get(s.arm, (s.name,))[0] for s in sets]
     if len(names) != len(sets):
         refuse(f"--names: {len(names)} names for {len(sets)} image folders")
@@ -119,8 +119,8 @@ def draw_grid(rows, names, titles, side=PAGE / 10):
     return figure
 
 
-def grid(images, names, classes, count, image):
-    sets, names = open_sets(images, names)
+def grid(images, names, dataset, classes, count, image):
+    sets, names = open_sets(images, names, dataset)
     folders = choose_classes(classes, sets[0].folders, count)
     rows = [[files_of(found, folder) for folder in folders] for found in sets]
     for few in (paths for row in rows for paths in row if image >= len(paths)):
@@ -451,6 +451,8 @@ def get_args(argv=None):
         sub.flag("--dataset", type=datasets.name, default="imagenet")
         sub.flag("--arms", nargs="+", default=["d4m", "random"], help="image arms that are drawn")
         sub.flag("--paper", nargs="*", default=["D4M", "SRe2L"], help="methods of its tables")
+    known = "the data set of the images [what their manifest, or their classes' names, say]"
+    subs["grid"].flag("--dataset", type=datasets.name, metavar="NAME", help=known)
     subs["grid"].flag("--image", type=number(int, 0), default=0, help="which image of each class")
     subs["row"].flag("--class_folder", help="folder or index of the class [the first]")
     sub = subs["tsne"]

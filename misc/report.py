@@ -1,124 +1,641 @@
-"""What a folder of outputs amounts to: accuracy by training set, time by stage, and a picture.
+"""Everything below a folder of outputs on one page: results, curves, pictures, times, commands.
 
-    python -m misc.report --output_root output/demo --dataset digits --ipc 10
+    python -m misc.report output/demo                        # also half-way through a run
+    python -m misc.report output --data_dir data/imagenet    # with the accuracy of every class
 
-Prints markdown; writes report.md and grid.png (one row per class) into --output_root.
+Writes report.html (one file; no network, no script) and results.csv (one line per student) there,
+and prints the results as markdown. A setting is named by what differs from the others of its table,
+as the manifests say; draws and seeds are told apart.
 """
 
+import base64
+import contextlib
+import csv
+import io
+import json
+import os
+import platform
+import re
+import shlex
+import urllib.parse
+from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
-from distillation import datasets
+import numpy as np
+import torch
+
+from distillation import datasets, prototype_files
+from matching import evaluation, models, training
+from matching import images as image_sets
 from misc import figures
-from scripts import files, output
-from scripts.runtime import Parser, entry_point, number, refuse
+from scripts import files, generators, output
+from scripts.runtime import Parser, Refusal, entry_point, refuse, this_process
 from validate import paper_tables
 
-STAGES = {
-    "teachers": "teacher, on real images",
-    "prototypes": "1 prototypes",
-    "images": "2 synthesis, all sets",
-    "labels": "3 soft labels, all sets",
-    "students": "4 students, all sets and seeds",
+STAGES = {  # of a manifest: (title, folder of its outputs, what to say where nothing used one)
+    "teacher": ("teachers, on real images", "teachers", ""),
+    "prototypes": ("1 prototypes", "prototypes", "no images of these prototypes yet"),
+    "images": ("2 images", "images", "no labels or student of these images yet"),
+    "soft_labels": ("3 soft labels", "labels", "no student of these labels yet"),
+    "student": ("4 students", "students", ""),
 }
-GRID_ARMS = {"random": "real", "decoded": "prototypes", "d4m": "synthetic"}
+KINDS, WHICH = ("soft", "hard"), ("last", "best")  # labels; epoch
+NOT_RUN = {"soft": None, "hard": None, "paper": None, "why": [], "absent": "not run"}  # a row
+NO_EFFECT = ("loss", "temperature", "ce_weight", "use_fp16")  # with hard labels
+REAL_ARMS = ("random", "decoded")  # above MANY classes, shown of SOME only
+MANY, SOME = 100, 10
+PER_CLASS, PER_PAGE = 10, 12_000  # thumbnails at most
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888")
+DASHES = ("", "5 2", "1.5 1.5", "6 2 1.5 2")
+DAMAGE = (Refusal, OSError, KeyError, TypeError, AttributeError, ValueError, IndexError)
 
 
-def row_name(result, results):
-    """Its arm; its image folder where that is another method's or the arm has several; and how many
-    classes, if some are missing."""
-    arm = result["arm"]
-    name = figures.ARMS.get(arm, (arm, arm))[1]
-    if arm == "foreign" or len({r["images"] for r in results if r["arm"] == arm}) > 1:
-        name = f"{name}: {result['images']}"
-    part = datasets.of_all(result["dataset"], result["classes"])
-    return name + f" ({part})" * bool(part)
+# ---- what is there
 
 
-def accuracy_table(root, dataset, ipc):
-    """Markdown: one row per training set; top-1 of the last epoch, ± over initial weights."""
-    every = [r for r in paper_tables.find_results(root) if r["dataset"] == dataset]
-    results = [r for r in every if r["ipc"] == ipc]
-    uneven = sorted({r["images"] for r in every if r["ipc"] is None})
-    if not results:
-        refuse(f"--output_root {root}: no results of stage 4 for --dataset {dataset} --ipc {ipc}")
-    lines = []
-    for student in dict.fromkeys(r["student"] for r in results):
-        mine = [r for r in results if r["student"] == student]
-        counts = " or ".join(map(str, sorted({r["last"]["n"] for r in mine})))
-        what = f"{dataset}, {ipc} images per class, student {student}: top-1 of the last epoch, %"
-        lines += [f"{what}, n = {counts} seeds, mean ± sample std over initial weights", ""]
-        lines += ["| trained on | soft labels | hard labels |", "|---|---:|---:|"]
-        order = [*figures.ARMS, *sorted({r["arm"] for r in mine} - set(figures.ARMS))]
-        rows = {r["path"]: row_name(r, results) for r in mine}
-        mine.sort(key=lambda r: order.index(r["arm"]))
-        for name in dict.fromkeys(rows[r["path"]] for r in mine):
-            cells = []
-            for kind in ("soft", "hard"):
-                found = [r for r in mine if (rows[r["path"]], r["labels"]) == (name, kind)]
-                cells.append(" / ".join(map(paper_tables.scores, found)) or "not run")
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        for (name, arch), teacher in paper_tables.find_teachers(root).items():
-            if name == dataset:
-                who = f"full data: the teacher, {arch} (n = {teacher['last']['n']})"
-                lines.append(f"| {who} | | {paper_tables.scores(teacher)} |")
-        lines.append("")
-    if uneven:
-        lines += [f"Not shown: {', '.join(uneven)}: classes of different numbers of images", ""]
-    return lines
+class Run(NamedTuple):
+    """One folder of a stage."""
+
+    folder: Path
+    name: str  # below OUTPUT
+    stage: str
+    given: dict  # args.json
+    results: dict
+    timing: dict
+    log: list
+    manifest: dict | None  # None: not finished, or damaged
+    trouble: str
 
 
-def time_table(root):
-    """Markdown: seconds of each stage from its timing.json files."""
-    lines, total = ["| stage | seconds |", "|---|---:|"], 0
-    for folder, title in STAGES.items():
-        paths = sorted((root / folder).glob(f"*/{output.TIMING}"))
-        seconds = [files.read_json(path)["seconds"] for path in paths]
-        if seconds:
-            total += sum(seconds)
-            lines.append(f"| {title} ({len(seconds)} runs) | {sum(seconds):.0f} |")
-    return [*lines, f"| together, without the start of Python | {total:.0f} |", ""]
-
-
-def find_images(root, dataset, ipc):
-    """{title: finished image folder} of GRID_ARMS, the first folder of each arm."""
-    found = {}
-    for folder in sorted((root / "images").glob(f"{dataset}_ipc{ipc}_*")):
+def open_run(folder, root):
+    stage = next((s for s, facts in STAGES.items() if facts[1] == folder.parent.name), "other")
+    found, log = [{}, {}, {}], output.log_rows(folder)
+    manifest, trouble = None, ""
+    try:
+        for n, name in enumerate((output.ARGS, "results.json", output.TIMING)):
+            if (folder / name).exists():
+                found[n] = dict(files.read_json(folder / name))
+        found[2] = {k: v for k, v in found[2].items() if isinstance(v, (int, float))}
         if output.is_complete(folder):
-            arm = output.read_manifest("--output_root", folder, "images")["arm"]
-            found.setdefault(arm, folder)
-    return {title: found[arm] for arm, title in GRID_ARMS.items() if arm in found}
+            stage = files.read_json(folder / output.MANIFEST)["stage"]
+            manifest = output.read_manifest("", folder, stage)
+        elif found[0]:
+            count = sum(path.is_file() for path in folder.rglob("[!.]*"))
+            trouble = f"not finished: {count} files so far"
+            when = log[-1]["time"][:16].replace("T", " ") if log else ""
+            trouble += f", last sign of life {when} UTC" * bool(log)
+            for path in sorted(folder.glob("seed*.json")):
+                last = files.read_json(path)["rows"][-1]
+                trouble += f"; {path.stem} is finished with {last['top1']:.1f} %"
+    except DAMAGE as error:
+        trouble = reason(error, folder)
+    return Run(folder, folder.relative_to(root).as_posix(), stage, *found, log, manifest, trouble)
 
 
-def draw_sets(folders, most_rows=20, per_class=6):
-    """{title: image folder} -> figure: one block per folder, one row per class."""
-    first = next(iter(folders.values()))
-    classes = sorted(path.name for path in first.iterdir() if path.is_dir())[:most_rows]
-    paths = [[sorted((f / name).glob("*.png")) for f in folders.values()] for name in classes]
-    count = min(per_class, *(len(found) for row in paths for found in row))
-    rows = [[path for found in row for path in (*found[:count], None)][:-1] for row in paths]
-    titles = [title if n == count // 2 else "" for title in folders for n in range(count + 1)]
-    return figures.draw_grid(rows, classes, titles[:-1], side=0.5)
+def reason(error, folder):
+    if not isinstance(error, Refusal):
+        return f"damaged, or not as its stage writes it: {type(error).__name__} {error}"
+    return str(error).replace(f"{folder}: ", "").replace(f"{folder}/", "").strip()
+
+
+def find_runs(root):
+    """(every Run below `root`, stage by stage; {name: path} of the other folders)."""
+    runs, others = [], {}
+    for where, below, names in os.walk(root):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        if {output.ARGS, output.MANIFEST, "results.json"} & {*names}:
+            runs.append(open_run(Path(where), root))
+            below.clear()
+        else:
+            others[os.path.basename(where)] = Path(where)
+    order = [*STAGES, *(run.stage for run in runs)]
+    return sorted(runs, key=lambda run: order.index(run.stage)), others
+
+
+def lacking(runs):
+    """[(Run, what is not there yet)] of the folders that are damaged, unfinished or not used."""
+    used, found = json.dumps([run.given.get("inputs") for run in runs]), []
+    for run in runs:
+        unused = STAGES.get(run.stage, ("", "", ""))[2]
+        if run.trouble:
+            found.append((run, run.trouble))
+        elif unused and run.manifest and run.manifest["content"] not in used:
+            found.append((run, unused))
+    return found
+
+
+def each(runs, function, trouble):
+    """Iterator of function(run); what a damaged folder raises goes to the list `trouble`."""
+    for run in runs:
+        try:
+            yield function(run)
+        except DAMAGE as error:
+            trouble.append((run, reason(error, run.folder)))
+
+
+# ---- settings, named by what differs
+
+
+def flat(value, name=""):
+    """{"prototype size": 32, ...}: nested settings by their path, without hashes."""
+    if not isinstance(value, dict):
+        return {} if re.search("[0-9a-f]{64}", str(value)) else {name: value}
+    found = {}
+    for key, part in value.items():
+        key = re.sub("_?(arguments|inputs|manifest)$", "", key)
+        found |= flat(part, f"{name} {key}".strip())
+    return found
+
+
+def differing(settings, draws=False):
+    """The names whose values are not the same in all dicts, each thing once; seeds if `draws`."""
+    names = dict.fromkeys(name for given in settings for name in given)
+    values = {name: [json.dumps(given.get(name)) for given in settings] for name in names}
+    twice = {n for n in names if " " in n and values.get(n.split()[-1]) == values[n]}
+    differ = [n for n in names if len({*values[n]}) > 1 and n not in twice]
+    seeds = [n for n in differ if n.endswith(("seed", "seeds"))]
+    return [n for n in differ if n not in seeds] + seeds * draws
+
+
+def in_words(settings, names):
+    """["guidance_scale 8", "no sgd"] of the settings called `names`."""
+    words = []
+    for name in names:
+        value = settings.get(name)
+        if isinstance(value, bool):
+            words.append(name if value else f"no {name}")
+        elif value is not None:
+            value = "+".join(map(str, value)) if isinstance(value, list) else value
+            words.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+    return words
+
+
+def title_of(arm):
+    return figures.ARMS.get(arm, (arm, arm))[1]
+
+
+def made_by(manifest):
+    """The settings of stages 1 and 2 behind an image folder."""
+    return flat({"arguments": manifest["arguments"], "inputs": manifest["inputs"]})
+
+
+def read_results(runs, trouble):
+    """Every student's result, as paper_tables reads it, with the settings on the way to it."""
+    finished = [run for run in runs if run.results and not run.trouble]
+    images = [run.manifest for run in runs if run.manifest and run.stage == "images"]
+    made = {manifest["content"]: made_by(manifest) for manifest in images}
+
+    def read(run):
+        found = paper_tables.find_results(run.folder)  # none in a teacher's
+        for r in found:
+            teachers = {f"teacher {n or ''}": t for n, t in enumerate(run.results["teacher"])}
+            how = flat({"": r["arguments"], **teachers, "labels": run.results["labels"]})
+            idle = NO_EFFECT if r["labels"] == "hard" else ()
+            r["trained"] = {name: value for name, value in how.items() if name not in idle}
+            r["made"] = made.get(r["arguments"].get("images"), {})
+            every = {**r["made"], **r["trained"]}
+            r["draw"] = {name: value for name, value in every.items() if name.endswith("seed")}
+            values = [[float(value) for value in r[which]["values"]] for which in WHICH]
+            r |= dict(zip(WHICH, map(evaluation.summary, values))) | {"run": run}
+            r["students"] = list(zip(r["arguments"]["seeds"], *values, strict=True))
+            seeds = [one["rows"] for one in run.results["seeds"]]
+            columns = ("epoch", "top1", "loss")
+            r["curves"] = [[[row.get(c) for c in columns] for row in rows] for rows in seeds]
+        return found
+
+    return sum(each(finished, read, trouble), [])
+
+
+def name_settings(results):
+    """Give the results of a table their `name`: the images, and what differs from the others."""
+    how, groups = {}, defaultdict(list)
+    for kind in KINDS:
+        how |= dict.fromkeys(differing([r["trained"] for r in results if r["labels"] == kind]))
+    for r in results:
+        same = [other for other in results if other["arm"] == r["arm"]]
+        words = in_words(r["made"], differing([o["made"] for o in same if o["made"]]))
+        words += in_words(r["trained"], how)
+        several = not r["made"] and len({other["images"] for other in same}) > 1
+        part = datasets.of_all(r["dataset"], r["classes"])
+        name = title_of(r["arm"]) + f": {r['images']}" * (several or r["arm"] == "foreign")
+        r["name"] = ", ".join([name + f" ({part})" * bool(part), *words])
+        groups[r["name"], r["labels"], json.dumps(r["draw"])].append(r)
+    for same in groups.values():
+        seeds = [seed for r in same for seed, *_ in r["students"]]
+        if len(set(seeds)) < len(seeds):  # no setting differs: another model, or another machine
+            for r in same:
+                r["name"] += f" [{r['run'].folder.name}]"
+
+
+def counted(numbers, word):
+    """[3, 5], "seed" -> "3 or 5 seeds"."""
+    return " or ".join(map(str, numbers)) + f" {word}" + "s" * (numbers != [1])
+
+
+def cell(results):
+    """The mean and ± of one setting, last and best; `over` what ± is, `within` a draw, `draws`.
+
+    One draw: ± is over its students. Several: over the means of the draws. No results: None.
+    """
+    if not results:
+        return None
+    groups = defaultdict(list)
+    for r in results:
+        groups[json.dumps(r["draw"])].append(r)
+    counts = sorted({sum(r["last"]["n"] for r in group) for group in groups.values()})
+    over = counted(counts, "seed")
+    over = f"{len(groups)} draws of {over}" if len(groups) > 1 else over
+    varied = any(r["arguments"].get("vary_draws") for r in results)
+    found = {"over": over + ", each its own draws" * varied, "within": None}
+    for which in reversed(WHICH):
+        values = [[v for r in group for v in r[which]["values"]] for group in groups.values()]
+        drawn = [evaluation.summary(group) for group in values]
+        found[which] = drawn[0]
+        if len(groups) > 1:
+            found[which] = evaluation.summary([one["mean"] for one in drawn])
+            spreads = [one["std"] ** 2 for one in drawn if one["std"] is not None]
+            found["within"] = float(np.mean(spreads) ** 0.5) if spreads else None
+    draws = [r["draw"] for r in results]
+    listed = {n: dict.fromkeys(str(draw.get(n)) for draw in draws) for n in differing(draws, True)}
+    return found | {"draws": "; ".join(f"{n} {', '.join(v)}" for n, v in listed.items())}
+
+
+def make_tables(results, root, notes):
+    """One table per data set, images per class and student; notes: what could not be looked up."""
+    teachers, cells, why, tables = {}, {}, {}, []
+    try:
+        teachers = paper_tables.find_teachers(root)
+        if any(r["dataset"] in paper_tables.DATASET_TITLES for r in results):
+            rows, others = paper_tables.measured(root, generators.DEFAULT_CHECKPOINT)
+            filled = [row for row in reversed(rows) if "path" in (row.get("result") or {})]
+            cells = {row["result"]["path"]: row for row in filled}
+            why = {other["path"]: other["why"] for other in others}
+    except Refusal as error:
+        notes.append(f"The teachers and the paper's numbers could not be looked up: {error}")
+    groups = defaultdict(list)
+    for r in results:
+        groups[r["dataset"], r["ipc"] or 0, r["student"]].append(r)
+    for (dataset, ipc, student), own in sorted(groups.items()):
+        name_settings(own)
+        own.sort(key=place)
+        rows = defaultdict(lambda: {**NOT_RUN, "soft": [], "hard": []})
+        for r in own:
+            row = rows[r["name"]]
+            row[r["labels"]].append(r)
+            row["paper"] = cells.get(r["path"], row["paper"])
+            if (r["arm"], r["labels"]) == ("d4m", "soft"):
+                row["why"] = why.get(r["path"], row["why"])
+        for row in rows.values():
+            row |= {kind: cell(row[kind]) for kind in KINDS}
+        overs = [row[kind]["over"] for row in rows.values() for kind in KINDS if row[kind]]
+        for arch in (arch for name, arch in teachers if name == dataset):
+            teacher = teachers[dataset, arch]
+            found = {**teacher, "over": counted([teacher["last"]["n"]], "seed"), "draws": ""}
+            rows[f"full data: the teacher, {arch}"] = {**NOT_RUN, "hard": found, "absent": ""}
+        many = f"{ipc} images" if ipc else "different numbers of images"
+        table = {"title": f"{dataset}, {many} per class, student {student}", "rows": rows}
+        table |= {"dataset": dataset, "over": max(overs, key=overs.count), "results": own}
+        table["tested"] = sorted({r["arguments"].get("test_images") or 0 for r in own})
+        titles = paper_tables.DATASET_TITLES.get(dataset), paper_tables.MODEL_TITLES.get(student)
+        lines = [row for row in paper_tables.PAPER_ROWS if paper_tables.table_of(row) < 3]
+        lines = [row for row in lines if (row["dataset"], row.get("student")) == titles]
+        lines = [row for row in lines if row.get("ipc", ipc) == ipc]
+        scores = [paper_tables.number(row["top1"], row.get("std")) for row in lines]
+        table["published"] = [f"{row['method']} {score}" for row, score in zip(lines, scores)]
+        tables.append(table)
+    return tables
+
+
+def place(result):
+    """Where a result stands in its table: by arm, then by name with numbers in their order."""
+    order = [*figures.ARMS, result["arm"]]
+    name = re.sub(r"\d+", lambda number: number[0].zfill(9), result["name"])
+    return order.index(result["arm"]), name
+
+
+# ---- drawings
+
+
+@contextlib.contextmanager
+def drawing():
+    """matplotlib.pyplot for SVG in a page: words stay words, and a prompt is no formula."""
+    plt = figures.pyplot()
+    words = {"svg.fonttype": "none", "svg.hashsalt": "d4m", "text.parse_math": False}
+    with plt.rc_context(words | {"font.size": 9, "axes.labelsize": 9, "savefig.bbox": None}):
+        yield plt
+
+
+def svg(figure):
+    """A figure as SVG for the page: what is black takes the colour of the text; no dates."""
+    text, undated = io.StringIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(text, format="svg", transparent=True, metadata=undated)
+    figures.pyplot().close(figure)
+    text = re.sub(r'<g id="[a-z0-9]+_\d+">', "<g>", text.getvalue())
+    return re.sub("#000000|#b0b0b0", "currentColor", text[text.index("<svg") :])
+
+
+def draw_curves(results):
+    """[{"kind", "legend", "drawn": {title: SVG}}]: a line per student, a colour per setting."""
+    found, styles = [], {}
+    for n, name in enumerate(dict.fromkeys(r["name"] for r in results)):
+        styles[name] = COLOURS[n % len(COLOURS)], DASHES[n // len(COLOURS) % len(DASHES)]
+    for kind in KINDS:
+        own, drawn = [r for r in results if r["labels"] == kind], {}
+        for column, title in enumerate(("test accuracy, %", "training loss"), 1):
+            with drawing() as plt:
+                figure, axes = plt.subplots(figsize=(4.4, 2.6), layout="constrained")
+                for name, rows in [(r["name"], rows) for r in own for rows in r["curves"]]:
+                    colour, dashes = styles[name]
+                    dashes = (0, [float(n) for n in dashes.split()]) if dashes else "-"
+                    points = [(row[0] + 1, row[column]) for row in rows if row[column] is not None]
+                    style = {"color": colour, "ls": dashes, "lw": 1, "ms": 2.5, "alpha": 0.8}
+                    axes.plot(*zip(*points), marker="o" * (len(points) < 12), **style)
+                axes.set(xlabel="epoch", ylabel=title)
+                axes.grid(True, alpha=0.3)
+                if column == 2 and 0 < axes.dataLim.y0 < np.inf:
+                    axes.set_yscale("log")
+                    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+                    axes.yaxis.set_minor_formatter(lambda *_: "")
+                drawn[title] = svg(figure)
+        legend = {r["name"]: styles[r["name"]] for r in own}
+        found += [{"kind": kind, "legend": legend, "drawn": drawn}] if own else []
+    return found
+
+
+def draw_latents(run, others):
+    """{"name", "legend", "drawn": {caption: SVG}} of a prototype folder."""
+    from sklearn.decomposition import PCA
+
+    source, drawn = prototype_files.PrototypeFolder(run.folder, ""), {}
+    folders = [c["folder"] for c in source.classes]
+    chosen = [folders.index(name) for name in figures.choose_classes(None, folders, SOME)]
+    found, colours = [source[position] for position in chosen], figures.class_colours(len(chosen))
+    rows = np.concatenate([p.latents.reshape(len(p.latents), -1) for p in found]).astype(float)
+    sizes = np.concatenate([p.sizes for p in found])
+    colour = colours.repeat(source.per_class, 0)
+    with drawing() as plt:
+        if len(rows) > 2:
+            figure, axes = plt.subplots(figsize=(4.4, 3.3), layout="constrained")
+            pca, area = PCA(2, random_state=0).fit(rows), 12 + 90 * sizes / sizes.max()
+            figures.scatter(axes, pca.transform(rows), colour, s=area, alpha=0.75)
+            first, second = 100 * pca.explained_variance_ratio_
+            axes.set(xlabel=f"PC 1 ({first:.0f} %)", ylabel=f"PC 2 ({second:.0f} %)")
+            drawn[f"Prototypes of {len(chosen)} classes; area: size of the cluster"] = svg(figure)
+        for name, path in others.items():
+            if name.startswith(f"{source.dataset}-latents-"):
+                with contextlib.suppress(*DAMAGE):  # those of another size
+                    figure = figures.latents(path, run.folder, None, None, 6)
+                    drawn["Latents, in the colour of the nearest prototype (star)"] = svg(figure)
+    prompts = [figures.short(source.classes[position]["prompt"]) for position in chosen]
+    hexes = ["#" + bytes((255 * colour[:3]).round().astype("u1")).hex() for colour in colours]
+    legend = {prompt: (colour, "") for prompt, colour in zip(prompts, hexes)}
+    return {"name": run.name, "legend": legend, "drawn": drawn}
+
+
+# ---- accuracy by class
+
+
+def by_class(result, data_dir, process, test_sets):
+    """{class folder: top-1 in percent}, mean over a result's saved students."""
+    run, given, facts = result["run"], result["arguments"], datasets.ALL[result["dataset"]]
+    if not run.manifest:
+        refuse("no weights beside results.json")
+    folders, size = [c["folder"] for c in run.manifest["classes"]], given["input_size"]
+    key = result["dataset"], *folders, size, given["test_resize"], given["test_on_train"]
+    if key not in test_sets:
+        where = "--data_dir", data_dir, result["dataset"], folders
+        split = evaluation.open_test(*where, on_train=given["test_on_train"])
+        how = size, process, 4, given["test_resize"], "--data_dir"
+        test_sets[key] = evaluation.validation_pixels(split, *how)
+    (pixels, targets), forward, scores = test_sets[key], training.Forward(process.device), []
+    for seed in given["seeds"]:
+        path = run.folder / f"student_seed{seed}.safetensors"
+        model = models.create_model(result["student"], len(folders), size)
+        models.load_state(model, models.read_state_dict(path, ""), str(path))
+        model = forward.place(model)
+        for c in range(len(folders)):
+            part = pixels[targets == c], targets[targets == c]
+            found = evaluation.evaluate(model, *part, forward, facts.mean, facts.std)
+            scores.append(found["top1"])
+    means = np.reshape(scores, (-1, len(folders))).mean(0)
+    return dict(zip(folders, means.tolist()))
+
+
+def add_classes(table, data_dir, process, test_sets):
+    """`classes` of a table: (settings, rows of the worst classes first), or why there is none."""
+    soft, columns = any(r["labels"] == "soft" for r in table["results"]), {}
+    for r in table["results"]:
+        if r["name"] not in columns and (r["labels"] == "soft") == soft:
+            try:
+                columns[r["name"]] = by_class(r, data_dir, process, test_sets)
+            except DAMAGE as error:
+                table["classes"] = reason(error, r["run"].folder)
+                return
+    first, prompts = next(iter(columns.values())), datasets.known_prompts(table["dataset"])
+    rows = [[prompts.get(name, name), name] for name in sorted(first, key=first.get)]
+    rows = [row + [scores.get(row[1]) for scores in columns.values()] for row in rows]
+    table["classes"] = list(columns), rows
+
+
+# ---- gallery
+
+
+def thumbnail(path, side):
+    """A data: address of an image, at most `side` pixels wide and high; None if it is damaged."""
+    try:
+        image = datasets.read_rgb(path)
+    except datasets.BadImage:
+        return None
+    form, how = ("png", {}) if max(image.size) <= 48 else ("webp", {"quality": 60, "method": 0})
+    image.thumbnail((side, side), reducing_gap=2)
+    data = io.BytesIO()
+    image.save(data, form, **how)
+    return f"data:image/{form};base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def open_sets(runs, others, results, trouble):
+    """{data set: [{"arm", "title", "prompts", "paths" by class, "rows" by path}]}, real first."""
+    own, found = [run for run in runs if run.manifest and run.stage == "images"], defaultdict(list)
+
+    def read(run):
+        arm, paths, rows = run.manifest["arm"], defaultdict(list), {}
+        same = [made_by(r.manifest) for r in own if r.manifest["arm"] == arm]
+        words = in_words(made_by(run.manifest), differing(same, draws=True))
+        for name in filter(lambda name: "/" in name, sorted(run.manifest["files"])):
+            paths[name.split("/")[0]].append(run.folder / name)
+        for line in (run.folder / "images.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            rows[run.folder / row["file_name"]] = row
+        prompts = {c["folder"]: c["prompt"] for c in run.manifest["classes"]}
+        title = ", ".join([title_of(arm), *words])
+        item = {"arm": arm, "title": title, "prompts": prompts, "paths": paths, "rows": rows}
+        found[run.manifest["dataset"]].append(item)
+
+    list(each(own, read, trouble))
+    foreign = {(r["images"], r["dataset"]) for r in results if r["arm"] == "foreign"}
+    for name, dataset in sorted(foreign):
+        with contextlib.suppress(*DAMAGE), contextlib.redirect_stderr(io.StringIO()):
+            opened = image_sets.open_images("", others[name], dataset)
+            known = datasets.known_prompts(dataset)
+            item = {"prompts": {f: known.get(f, f) for f in opened.folders}, "rows": {}}
+            item["paths"] = dict(zip(opened.folders, opened.paths()))
+            found[dataset].append({"arm": "foreign", "title": f"foreign: {name}", **item})
+    order = [*REAL_ARMS, *figures.ARMS, "foreign"]
+    for sets in found.values():
+        sets.sort(key=lambda s: order.index(s["arm"]) if s["arm"] in order else len(order))
+    return found
+
+
+def make_gallery(found, root):
+    """[{"dataset", "classes", "most", "some"}] of `open_sets`, with thumbnails."""
+    galleries, jobs = [], []
+    for dataset, sets in found.items():
+        prompts = {f: p for s in sets for f, p in s["prompts"].items()}
+        few = SOME if len(prompts) > MANY else len(prompts)
+        some = set(figures.choose_classes(None, list(prompts), few))
+        count = sum(len(some if s["arm"] in REAL_ARMS else prompts) for s in sets)
+        most = max(1, min(PER_CLASS, PER_PAGE // len(found) // max(1, count)))
+        side, classes = 128 if count * most <= 2000 else 96, []
+        for folder, prompt in prompts.items():
+            shown = []
+            for s in sets:
+                paths = s["paths"].get(folder, [])
+                if not paths or (s["arm"] in REAL_ARMS and folder not in some):
+                    continue
+                pictures = []
+                for path in paths[:most]:
+                    link = urllib.parse.quote(path.relative_to(root).as_posix())
+                    pictures.append({"link": link, "name": path.name, **s["rows"].get(path, {})})
+                    jobs.append((pictures[-1], path, side))
+                item = {"title": s["title"], "prompt": pictures[0].get("prompt")}
+                shown.append({**item, "count": len(paths), "pictures": pictures})
+            asked = {item["prompt"] for item in shown if item["prompt"]}
+            item = {"title": figures.short(prompt, 40), "folder": folder, "prompts": asked}
+            classes.append({**item, "sets": shown})
+        item = {"dataset": dataset, "classes": classes, "most": most}
+        galleries.append(item | {"some": few if few < len(prompts) else None})
+
+    def draw(job):
+        picture, path, side = job
+        picture["src"] = thumbnail(path, side)
+
+    if jobs:
+        image_sets.in_threads(draw, jobs, os.cpu_count() or 1, "thumbnails")
+    return galleries
+
+
+# ---- the page
+
+
+def costs(runs):
+    """{title of a stage: (its Runs, the sums and largest values of their timing.json)}"""
+    found = {}
+    for stage in dict.fromkeys(run.stage for run in runs if run.timing):
+        own, total = [run for run in runs if run.stage == stage and run.timing], {}
+        for name in ("seconds", "process_seconds", "host_mib", "cuda_mib"):
+            values = [run.timing.get(name, 0) for run in own]
+            total[name] = sum(values) if "seconds" in name else max(values)
+        found[STAGES.get(stage, (stage,))[0]] = own, total
+    return found
+
+
+def commands(runs):
+    """The words, quoted, of what was run, in its order, each once; what the logs know of."""
+    rows = [row for run in runs for row in run.log if isinstance(row.get("command"), list)]
+    rows.sort(key=lambda row: str(row.get("time")))
+    words = [("python", *map(shlex.quote, map(str, row["command"]))) for row in rows]
+    return list(dict.fromkeys(words))
+
+
+def versions(runs):
+    """{title: {library: version}}: of this process, and what the folders were made with."""
+    here, found = output.library_versions() | {"system": platform.platform()}, defaultdict(list)
+    if torch.cuda.is_available():
+        here |= {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name()}
+    for run in (run for run in runs if run.manifest):
+        found[json.dumps(run.manifest.get("versions"))].append(run.name)
+    made = {f"made with ({len(v)} folders, first {v[0]})": json.loads(k) for k, v in found.items()}
+    return {"report written with": here, **made}
+
+
+def markdown(tables, stages):
+    """The short tables that are printed."""
+    texts, of_stages = [], []
+    for table in tables:
+        lines = []
+        for name, row in table["rows"].items():
+            line = {"trained on": name}
+            for kind in KINDS:
+                last = row[kind]["last"] if row[kind] else {}
+                words = paper_tables.number(last["mean"], last["std"]) if last else row["absent"]
+                differs = last and row[kind]["over"] != table["over"]
+                line[kind] = words + (f" ({row[kind]['over']})" if differs else "")
+            lines.append(line)
+        note = f"Top-1 of the last epoch, in percent; ± over {table['over']}."
+        texts.append(paper_tables.markdown(table["title"], note, "trained on, soft, hard", lines))
+    for title, (runs, total) in stages.items():
+        line = {"stage": title, "folders": str(len(runs)), "seconds": f"{total['seconds']:.0f}"}
+        of_stages.append(line)
+    if of_stages:
+        form = "Without the start of Python.", "stage, folders, seconds"
+        texts.append(paper_tables.markdown("Time", *form, of_stages))
+    return "\n".join(texts)
+
+
+def csv_text(tables):
+    """One line per student; a column for each setting that has several values."""
+    results = [r for table in tables for r in table["results"]]
+    settings, head = [{**r["made"], **r["trained"]} for r in results], ["dataset", "ipc", "student"]
+    head += ["name", "labels", "student_seed", "top1", "best_top1", "folder"]
+    values = {n: {json.dumps(g[n]) for g in settings if n in g} for n in differing(settings, True)}
+    names, text = [n for n in values if len(values[n]) > 1 and n not in head], io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head + names)
+    for r, given in zip(results, settings):
+        own = [r["run"].name, *(given.get(name) for name in names)]
+        writer.writerows([*(r[name] for name in head[:5]), *one, *own] for one in r["students"])
+    return text.getvalue()
 
 
 def get_args(argv=None):
-    parser = Parser("misc.report", __doc__)
-    parser.flag("--output_root", type=Path, default="output", help="holds images/, students/, ...")
-    parser.flag("--dataset", type=datasets.name, default="imagenet", metavar="NAME")
-    parser.flag("--ipc", type=number(int, 1), default=10)
+    retired = dict.fromkeys(("--dataset", "--ipc"), "every data set below OUTPUT is shown")
+    parser = Parser("misc.report", __doc__, retired)
+    parser.flag("root", nargs="?", metavar="OUTPUT", help="holds images/, students/, ... [output]")
+    parser.flag("--output_root", help="same as OUTPUT")
+    parser.flag("--data_dir", help="the real data set's root, for accuracy by class")
+    parser.flag("--device", default="auto", help="where students are tested, class by class")
     return parser.parse_args(argv)
 
 
 @entry_point
 def main(argv=None):
+    import jinja2
+
     args = get_args(argv)
-    root = args.output_root
-    lines = ["", *accuracy_table(root, args.dataset, args.ipc), *time_table(root)]
-    found = find_images(root, args.dataset, args.ipc)
-    if found:
-        draw_sets(found).savefig(root / "grid.png", dpi=100, metadata={"Software": None})
-        lines.append(f"Picture ({' / '.join(found)}, one row per class): {root / 'grid.png'}")
-    files.write(root / "report.md", "\n".join(lines).strip() + "\n")
-    print("\n".join(lines))
+    root = Path(args.root or args.output_root or "output")
+    runs, others = find_runs(root)
+    if not runs:
+        refuse(f"{root}: holds no output of any stage")
+    notes, trouble = [], []
+    results = read_results(runs, trouble)
+    tables, stages = make_tables(results, root, notes), costs(runs)
+    process, test_sets = this_process(args.device), {}
+    for table in tables:
+        table["curves"] = draw_curves(table["results"])
+        add_classes(table, args.data_dir, process, test_sets)
+    prototypes = [run for run in runs if run.manifest and run.stage == "prototypes"]
+    latents = list(each(prototypes, lambda run: draw_latents(run, others), trouble))
+    galleries = make_gallery(open_sets(runs, others, results, trouble), root)
+    facts = {"title": root.resolve().name, "runs": runs, "lacking": lacking(runs) + trouble}
+    facts |= {"tables": tables, "notes": notes, "latents": latents, "galleries": galleries}
+    facts |= {"stages": stages, "commands": commands(runs), "versions": versions(runs)}
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    how = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    template = jinja2.Environment(loader=loader, **how).get_template("report.html.j2")
+    files.write(root / "report.html", template.render(facts, kinds=KINDS, flat=flat))
+    files.write(root / "results.csv", csv_text(tables))
+    print(f"\n{markdown(tables, stages)}\n{root / 'results.csv'}\n{root / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@
 # What a stage's folder is called, so that the next one finds it:
 # d4m_prototypes DATASET        by IPC, KM_EXPAND, and SIZE and SEED where they are set
 # d4m_images DATASET            by STRENGTH, GUIDANCE, and STEPS where it is set, too
+# d4m_candidates DATASET        of CANDIDATES images for each of IPC prototypes
 # teacher_name DATASET NETWORK  by TEACHER_EPOCHS, TEACHER_BATCH, TEACHER_LR, TEACHER_SEED, if set
 # labels_name [PARTS]   of IMAGES by TEACHER, by EPOCHS, BATCH_SIZE, and CROPS and FKD_SEED where
 #                       they are set; PARTS: of other flips than the default
@@ -79,16 +80,12 @@ run() {
     if [ -n "${TORCHRUN_ARGS:-}" ] || [ "${NUM_GPUS:-1}" -gt 1 ]; then
         TORCHRUN="${TORCHRUN_ARGS:---standalone --nproc_per_node $NUM_GPUS}"
     fi
-    if [ -z "${PYTHON:-}" ] && [ -n "$TORCHRUN" ]; then
-        set -- torchrun $TORCHRUN "$@"
-    else
-        [ -z "$TORCHRUN" ] || set -- -m torch.distributed.run $TORCHRUN "$@" # of that Python
-        command -v "${PYTHON:-python}" >/dev/null || PYTHON="${PYTHON:-python3}"
-        case "$(command -v "${PYTHON:-python}")" in
-            "") set -- $PYTHON "$@" ;; # a command of several words, such as conda run python
-            *) set -- "${PYTHON:-python}" "$@" ;; # a program, whose path may hold spaces
-        esac
-    fi
+    [ -z "$TORCHRUN" ] || set -- -m scripts.torchrun $TORCHRUN "$@"
+    command -v "${PYTHON:-python}" >/dev/null || PYTHON="${PYTHON:-python3}"
+    case "$(command -v "${PYTHON:-python}")" in
+        "") set -- $PYTHON "$@" ;; # a command of several words, such as conda run python
+        *) set -- "${PYTHON:-python}" "$@" ;; # a program, whose path may hold spaces
+    esac
     if [ "${DRY_RUN:-0}" != 0 ]; then
         printf '%s\n' "$(quoted "$@")"
         return
@@ -125,7 +122,7 @@ quoted() { # the words, so that a shell reads them back
 STOPPED= CHILDREN=
 step() {
     values
-    trap 'STOPPED=75; [ -z "$CHILDREN" ] || kill $CHILDREN 2>/dev/null || :' INT TERM USR1
+    trap 'STOPPED=75; [ -z "$CHILDREN" ] || kill $CHILDREN 2>/dev/null || :' INT TERM USR1 HUP
     "$@" &
     await $!
 }
@@ -152,6 +149,12 @@ d4m_prototypes() {
 d4m_images() {
     printf %s "${1}_ipc${IPC}_s$(plain "$STRENGTH")_g$(plain "$GUIDANCE")_kmexpand$KM_EXPAND"
     printf %s "$(unless steps "${STEPS:-50}" 50)$(unless seed "${SEED:-0}" 0)$(size_part "$1")"
+}
+
+d4m_candidates() {
+    whole="$(IPC=$((IPC * CANDIDATES)) && d4m_images "$1")"
+    head="$(IPC=$((IPC * CANDIDATES)) SEED=0 SIZE= && d4m_images "$1")"
+    printf %s "${head}_protos$IPC${whole#"$head"}"
 }
 
 size_part() { # DATASET: of stage 1, where it is not the usual one

@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import resource
+import shlex
 import signal
 import socket
 import sys
@@ -86,11 +87,13 @@ class Output:
                 self._lock(stack)
             self._begin()
             for signum in STOP_SIGNALS:
-                stack.callback(signal.signal, signum, signal.signal(signum, self._note_stop))
+                stack.callback(self._restore, signum, signal.signal(signum, self._note_stop))
             stack.enter_context(self._background)
             self._undo = stack.pop_all()
         self.complete = is_complete(self.folder)
         self.start = time.perf_counter()
+        if not self.process.dry_run:  # a report says what was run
+            self.log(event="start", command=sys.orig_argv[1:])
         if self.process.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.process.device)
         return self
@@ -224,6 +227,10 @@ class Output:
             self.made += 1
             self.leave_if_asked()
 
+    def _restore(self, signum, handler):
+        if signal.getsignal(signum) == self._note_stop:  # `stop` ignores what comes after the first
+            signal.signal(signum, handler)
+
     def _note_stop(self, signum, _frame):
         name = signal.Signals(signum).name
         if self.process.is_main and not self.stop_signal:
@@ -264,12 +271,13 @@ class Output:
 
     # ---- the end
 
-    def finish(self, facts, derived=None, words="units"):
+    def finish(self, facts, derived=None, words="units", then=None):
         """When all units are there: the derived files, the manifest, timing.json; a closing line.
 
         facts     {name: value} for the next stage, beside settings and inputs
         derived   {file name: function that returns its text}: made from the units (images.jsonl)
         words     what the units are called
+        then      module and flags of the command that takes the folder on, to be printed
         """
         self.flush()
         self.leave_if_asked()
@@ -283,6 +291,8 @@ class Output:
             write_timing(self.folder)
         left = "; other processes have the rest" if missing else ""
         print(f"{self.folder}: {self.made} of {self.units} {words} made in {cost}{left}")
+        if then and not missing and self.process.is_main:
+            print("next:", shlex.join(["python", "-m", *map(str, then)]))
 
     def _log_run(self):
         """Log what timing.json is made from; returns "12 s, peak memory 1.2 GiB", to print."""

@@ -8,9 +8,11 @@ processes, or on a restart.
 import argparse
 import atexit
 import contextlib
+import errno
 import functools
 import hashlib
 import io
+import logging
 import math
 import os
 import re
@@ -18,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -70,6 +73,9 @@ def entry_point(main):
         for stream in (sys.stdout, sys.stderr):  # a terminal may not know a letter of a path
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
+        first = iter([True])  # of a hub that does not answer: one line, not two for each try
+        logging.getLogger("huggingface_hub.utils._http").addFilter(lambda _: next(first, False))
+        warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")  # of each file
         stderr = sys.stderr or io.StringIO()  # it was closed
         stderr = stderr if stderr.isatty() else _LogFile(stderr)
         try:
@@ -93,8 +99,9 @@ def _in_one_line(error):
     if isinstance(error, Refusal):
         return str(error)
     first = reason_of(error)
-    if isinstance(error, OSError) and error.filename is not None:  # it vanished, the disk fails
-        return f"{error.filename}: {error.strerror}"
+    written = isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO)
+    if written or isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename or 'its output'}: {error.strerror}"  # it vanished, the disk fails
     if isinstance(error, UnicodeEncodeError):
         near = error.object[max(0, error.start - 60) : error.end + 60]
         return f"{near!a}: this name is not UTF-8; rename it"
@@ -145,7 +152,7 @@ class Settings(dict):
         return parts
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
         silent = action.default is None or action.default is False or "[" in (action.help or "[")
         return action.help if silent else super()._get_help_string(action)
@@ -160,12 +167,12 @@ class Parser(argparse.ArgumentParser):
     comparison when a folder is opened again, and its part of the folder's name (`short`; only where
     it is not the default). A default may be a function of the arguments, for what depends on the
     data set. `-` and `_` in flags are equal, as the release mixes them; values never are.
-    `retired`: {flag: what to do instead}.
+    `retired`: {flag: what to do instead}. --help begins with `doc`.
     """
 
     def __init__(self, prog, doc, retired=None):
-        description = doc.split("\n")[0]
-        super().__init__(prog, description=description, formatter_class=_Help, allow_abbrev=False)
+        how = {"usage": f"python -m {prog} [flags]", "formatter_class": _Help}
+        super().__init__(prog, description=doc.strip(), allow_abbrev=False, **how)
         self.retired, self.shorts, self.computed, self._into = retired or {}, {}, {}, self
 
     def heading(self, title):
@@ -209,9 +216,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def _underscored(word):
-    """`--a-b=c-d` -> `--a_b=c-d`; everything that is not a long flag is left alone."""
-    flag, equals, value = word.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+    """`--a-b=c-d` -> `--a_b=c-d`, and the user's home for the ~/ that a shell leaves in it or in
+    quotes; all else is left alone."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    value = os.path.expanduser(value) if value.startswith("~/") else value
+    return flag[:2] + flag[2:].replace("-", "_") + equals + value
 
 
 def number(kind, least=None, most=None, above=-math.inf, below=math.inf):
@@ -327,17 +336,29 @@ def generator(*key) -> torch.Generator:
 
 # ---- stop signals
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # torchrun's and Slurm's warnings
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGUSR1]  # torchrun's and Slurm's warnings
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: a closed terminal is no stop
+    STOP_SIGNALS.append(signal.SIGHUP)
 
 
 def tell(text):
-    """Print a line from a signal's handler: the signal may have come in the middle of a print."""
-    os.write(2, f"\n{text}\n".encode())
+    """Print a line from a signal's handler: the signal may have come in the middle of a print.
+
+    What is written to a closed terminal, now or later, is lost.
+    """
+    for stream, line in {1: "", 2: f"\n{text}\n"}.items():
+        try:
+            os.write(stream, line.encode())
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def stop(name) -> NoReturn:
-    """Leave, with status 75, after the stop signal `name`."""
-    tell(f"{name}: stopped; run the same command to go on")
+    """Leave with status 75 after the stop signal `name`; of several processes the first says so."""
+    for again in STOP_SIGNALS:  # `timeout` and torchrun send theirs twice
+        signal.signal(again, signal.SIG_IGN)
+    if os.environ.get("RANK", "0") == "0":
+        tell(f"{name}: stopped; run the same command to go on")
     raise SystemExit(EXIT_STOPPED)
 
 
@@ -349,8 +370,6 @@ def _stop_at_once():
         if os.getpid() != owner:  # a process that inherited this handler
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
-        for again in STOP_SIGNALS:  # `timeout` and torchrun send theirs twice
-            signal.signal(again, signal.SIG_IGN)
         stop(signal.Signals(signum).name)
 
     if threading.current_thread() is threading.main_thread():
@@ -372,7 +391,7 @@ def read_ahead(items, keys, num_workers, **options):
         options.pop("prefetch_factor", None)
         return iter(torch.utils.data.DataLoader(items, batch_size=None, **options))
     leaving = torch.multiprocessing.Event()
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, signal.SIGINT})
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, [*STOP_SIGNALS, signal.SIGINT])
     try:
         options["worker_init_fn"] = functools.partial(_reader, leaving, held)
         return iter(torch.utils.data.DataLoader(items, batch_size=None, **options))
@@ -384,7 +403,7 @@ def read_ahead(items, keys, num_workers, **options):
 def _reader(leaving, held, _number):
     """In a reading process, before it reads: the signals, which were held back so far."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.is_set() else None)
-    for signum in (signal.SIGUSR1, signal.SIGINT):
+    for signum in (*STOP_SIGNALS[1:], signal.SIGINT):
         signal.signal(signum, signal.SIG_IGN)
     sys.excepthook = lambda *_: None  # errors of reading go to the main process, not to the screen
     signal.pthread_sigmask(signal.SIG_SETMASK, held)

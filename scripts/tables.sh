@@ -3,7 +3,8 @@
 # A table defines `cell`: the stages that make one of its numbers, in the order of the method. Then
 #
 # cells DATASETS IPCS METHODS TEACHERS STUDENTS   runs `cell` for all combinations that are wanted
-# table NUMBER                                    prints the table, the paper's number beside ours
+# table NUMBER                                    prints the table, the paper's number beside ours,
+#                                                 and writes the report
 #
 # and in a cell
 #
@@ -152,5 +153,6 @@ table() {
         step run -m validate.paper_tables --table "$1" --output_root "$OUT" \
             ${SMOKE:+--dataset digits} \
             ${DIFFUSION_CHECKPOINT:+--diffusion_checkpoints_path "$DIFFUSION_CHECKPOINT"}
+        step run -m misc.report "$OUT"
     fi
 }

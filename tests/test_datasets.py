@@ -97,6 +97,15 @@ def test_imagefolders_prompts_are_its_folder_names_or_a_label_file(tmp_path):
     assert prompts == ("swims", "barks", "striped")
 
 
+def test_numbers_and_wnids_of_folder_names_stay_out_of_prompts(capsys):
+    """Of CUB and Stanford Dogs; where they may be words of the name they stay."""
+    birds = ["001.Black_footed_Albatross", "002.Laysan_Albatross"]
+    assert datasets.folder_prompts(birds) == ["Black footed Albatross", "Laysan Albatross"]
+    assert "'001.Black footed Albatross' is 'Black footed" in capsys.readouterr().err
+    assert datasets.folder_prompts(["n02085620-Chihuahua"]) == ["Chihuahua"]
+    assert datasets.folder_prompts(["1-lane", "2.5_ton"]) == ["1-lane", "2.5 ton"]
+
+
 def test_tiny_imagenets_val_is_read_by_its_annotations(tmp_path, refused):
     wnids = list(known_prompts("tiny_imagenet"))
     for n, wnid in enumerate(wnids):
@@ -269,6 +278,8 @@ SPLITS = [
     ({"": ("bullet_train", "freight_train", "cat")}, {"train": ""}, ""),
     ({"train": ("train_station", "test_tube")}, {"train": "train"}, ""),
     ({"ILSVRC2012_img_train": CATS, "val2017": CATS}, {"val": "val2017"}, ""),
+    ({"trn": CATS, "tst": CATS}, {"train": "trn", "val": "tst"}, ""),
+    ({"fold1": CATS, "fold2": CATS}, {"train": ""}, "fold1, fold2, which all hold cat, dog"),
 ]
 
 

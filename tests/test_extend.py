@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from distillation import datasets, distill, gen_prototype, gen_syn_image, label_files, random_real
 from distillation.prototype_files import PrototypeFolder, check_model
 from matching import models, train_teacher, training
-from scripts import files, generators, output
+from scripts import files, generators, output, samplers
 from tests.conftest import BATCHES, ROOT, TEACHER, picture_folder
 from validate import train_FKD
 
@@ -49,6 +49,7 @@ class Mosaic:
     """A generator of another family: a latent is the image, three channels at half the size."""
 
     most_steps, channels, native_size, WORKS = 10, 3, 32, {}
+    TITLE, CONDITION, NOISE_LEVEL, ONE_SIZE = "Mosaic", "prompt", "schedule", False
 
     def __init__(self, checkpoint, device, precision, **how):
         self.device = device
@@ -67,6 +68,9 @@ class Mosaic:
 
     def condition(self, prompt):
         return torch.tensor([float(len(prompt))])
+
+    def start(self, strength, steps, noise_level=None):
+        return samplers.Start(strength, steps * strength, 1 - strength, strength, 1)
 
     def denoise(self, latents, conditions, negative, draws, strength, guidance_scale, steps):
         noise = torch.stack([torch.randn(latents[0].shape, generator=draw) for draw in draws])

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torchvision.datasets import ImageFolder
 from transformers import CLIPTextModel
 
-from distillation import gen_prototype, gen_syn_image, image_folder, prototype_files
+from distillation import distill, gen_prototype, gen_syn_image, image_folder, prototype_files
 from scripts import files, generators, output
-from tests.conftest import STAGE_1, STAGE_2, copy, everything, reseal, tree
+from tests import tiny_models
+from tests.conftest import STAGE_1, STAGE_2, copy, everything, picture_folder, reseal, tree
 
 NAME = "digits_ipc2_s0.7_g8_kmexpand2_steps2_classes-0-2_max12"
 
@@ -201,6 +202,119 @@ def test_other_prompts_give_other_images(images, stage_2, refused):
     assert same == [False, True] and rows_of(folder)[0]["prompt"] == "nought"
     Path("labels.txt").write_text("\n".join(prompts[:9]))
     refused(gen_syn_image.main, argv, "labels.txt", "9 prompts")
+
+
+# ---- samplers and families
+
+
+def test_another_sampler_and_noise_level_are_named_and_recorded(images, stage_2, capsys):
+    [folder] = gen_syn_image.main([*stage_2, "--scheduler", "dpmpp", "--noise_level", "paper"])
+    assert folder.name == NAME.replace("_steps2_", "_noise-paper_steps2_scheduler-dpmpp_")
+    manifest, plain = (files.read_json(f / "manifest.json") for f in (folder, images))
+    assert manifest["arguments"]["scheduler"] == "dpmpp"
+    start, usual = manifest["start"], plain["start"]
+    assert (start["noise_level"], usual["noise_level"]) == ("paper", "schedule")
+    assert (usual["strength"], usual["timestep"], usual["calls"]) == (0.7, 1, 2)
+    assert f"d4m: starts at t = {start['timestep']:g}: signal / noise" in capsys.readouterr().err
+    assert not pngs(folder).items() & pngs(images).items()
+    card = (folder / "README.md").read_text()
+    assert "- scheduler: dpmpp\n" in card and "- noise_level: paper\n" in card
+    assert "scheduler" not in (images / "README.md").read_text()
+
+
+def test_mode_guidance(images, stage_2, model, refused):
+    """From the noise of --arm text, by another sampler, to the prototypes."""
+    guide = ["--guide", "mode", "--num_inference_steps", "4"]
+    [folder] = gen_syn_image.main([*stage_2, *guide])
+    name = "digits_ipc2_s1_g8_kmexpand2_steps4_guide-mode_classes-0-2_max12"
+    assert folder.name == name
+    manifest, rows = files.read_json(folder / "manifest.json"), rows_of(folder)
+    assert manifest["start"]["calls"] == 4 and manifest["arguments"]["guide_weight"] == 0.1
+    assert rows[1]["prototype"] == 1 and rows[1]["strength"] == 1.0
+    assert "- guide: mode\n" in (folder / "README.md").read_text()
+    [more] = gen_syn_image.main([*stage_2, *guide, "--guide_weight", "3"])
+    assert not pngs(more).items() & pngs(folder).items()
+    once = [*STAGE_1, *model, *guide, "--batch_size", "2", "--save_init_image_path", "once"]
+    [both] = distill.main(once)
+    assert both.name == name and max(differences(both, folder)) <= 2
+    where = [*stage_2, "--save_init_image_path", "bad"]
+    bad = [*where, *guide, "--guide_weight", "1e30"]
+    refused(gen_syn_image.main, bad, "0/0_0000.png: NaN or infinity, in fp32 too")
+    words = "--strength 0.7: --guide mode starts from noise alone"
+    refused(gen_syn_image.main, [*where, *guide, "--strength", "0.7"], words)
+    refused(gen_syn_image.main, [*where, *guide, "--arm", "d4m", "text"], "only for --arm d4m")
+    refused(gen_syn_image.main, [*where, "--guide_weight", "1"], "there is no --guide")
+    assert not list(Path("bad").rglob("*.png"))
+
+
+WNIDS = ["n01440764", "n02102040"]  # ImageNet's classes 0 and 217
+
+
+def with_family(family, *more):
+    """Flags of both stages; the images of the first are in data/."""
+    if not Path("data").exists():
+        picture_folder("data", WNIDS)
+    checkpoint = ["--diffusion_checkpoints_path", str(tiny_models.folder(family))]
+    numbers = ["--ipc", "2", "--km_expand", "1"]
+    return ["--dataset", "imagefolder", *numbers, "--device", "cpu", *checkpoint, *more]
+
+
+FIRST = ["--data_dir", "data", "--num_workers", "0"]
+SECOND = ["--num_inference_steps", "6", "--image_size", "32", "--batch_size", "2"]
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "dit"])
+def test_both_stages_with_another_family(family):
+    prototypes = gen_prototype.main(with_family(family, *FIRST))
+    argv = with_family(family, *SECOND, "--prototype_path", str(prototypes))
+    [folder] = gen_syn_image.main(argv)
+    assert folder.name == "imagefolder_ipc2_s0.7_g8_kmexpand1_steps6_imagesize32_size32"
+    before, manifest = tree(folder), files.read_json(folder / "manifest.json")
+    dit = family == "dit"
+    places = [0, 0, 217, 217] if dit else [None] * 4
+    assert [row.get("condition") for row in rows_of(folder)] == places
+    assert ("CC BY-NC 4.0" in (folder / "README.md").read_text()) == dit
+    assert manifest["arguments"]["noise_level"] == manifest["start"]["noise_level"] == "paper"
+    assert (manifest["arguments"]["negative_prompt"] is None) == dit
+    for name in ("manifest.json", f"{WNIDS[1]}/{WNIDS[1]}_0001.png"):
+        (folder / name).unlink()
+    for shard in ("1/2", "0/2"):
+        gen_syn_image.main([*argv, "--shard", shard])
+    assert tree(folder) == before
+    more = ["--batch_size", "1", "--save_init_image_path", "b"]
+    [one_by_one] = gen_syn_image.main([*argv, *more])
+    assert max(differences(one_by_one, folder)) <= 2
+    if dit:
+        [both] = distill.main(with_family(family, *SECOND, *FIRST, "--save_init_image_path", "c"))
+        assert max(differences(both, folder)) <= 2
+    else:
+        noise, text = gen_syn_image.main([*argv, "--arm", "noise", "text"])
+        assert min(differences(noise, text)) > 2
+        assert files.read_json(text / "manifest.json")["start"]["calls"] == 6
+
+
+def test_a_dit_takes_the_classes_of_imagenet_only(refused, model):
+    digits = [*STAGE_1, "--diffusion_checkpoints_path", tiny_models.folder("dit")]
+    words = [
+        "--dataset digits: a DiT knows only the 1000 classes of ImageNet-1K",
+        "0 is none of them",
+    ]
+    for main in (gen_prototype.main, distill.main):
+        refused(main, digits, *words)
+    prototypes = gen_prototype.main(with_family("dit", *FIRST))
+    argv = with_family("dit", *SECOND, "--prototype_path", str(prototypes))
+    refused(gen_syn_image.main, [*argv, "--negative_prompt", "x"], "--negative_prompt: a DiT reads")
+    Path("labels.txt").write_text("a fish\na dog\n")
+    labels = ["--label_file_path", "labels.txt"]
+    refused(gen_syn_image.main, [*argv, *labels], "--label_file_path labels.txt: a DiT reads no")
+    theirs = with_family("sdxl", *SECOND, "--prototype_path", str(prototypes))
+    refused(gen_syn_image.main, theirs, "made with the VAE")  # of another family
+    larger = copy(tiny_models.folder("dit"), "larger")
+    config = files.read_json(larger / "transformer/config.json")
+    (larger / "transformer/config.json").write_text(files.json_text({**config, "sample_size": 16}))
+    argv += ["--diffusion_checkpoints_path", larger]
+    refused(gen_syn_image.main, argv, "latents of 8x8", "makes only 64 px")
+    assert not list(Path("output").rglob("*.png"))
 
 
 # ---- mismatches between model, prototypes and data

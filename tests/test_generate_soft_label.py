@@ -134,6 +134,9 @@ ODD = {
     "--min_scale_crops nan": "--min_scale_crops",
     "--fkd_seed -1": "--fkd_seed",
     "--mix_type zoom": "--mix_type",
+    "--label_top_k 2": "--temperature: one needs the other",
+    "--temperature 20": "--temperature: one needs the other",
+    "--label_top_k 3 -T 20": "--label_top_k 3: the images have 3 classes, at most 2",
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from scripts import files, generators
+from scripts import checkpoints, files, generators, samplers
 from scripts.runtime import generator
 from tests.conftest import ROOT
 
@@ -113,53 +113,70 @@ def test_the_safety_checker_blackens_what_it_flags(whole, tiny_sd, monkeypatch, 
 # ---- samplers
 
 
+class Answer(tuple):
+    sample = property(lambda self: self[0])
+
+
 class KnowsTheAnswer(torch.nn.Module):
-    """A UNet whose answer is exact: all images are the latent `clean`."""
+    """A denoiser whose answer is exact: all images are the latent `clean`."""
 
     dtype, device = torch.float32, CPU
 
-    def __init__(self, unet, clean, predicts):
+    def __init__(self, denoiser, clean, predicts, betas):
         super().__init__()
-        self.config, self.clean, self.predicts, self.times = unet.config, clean, predicts, []
-        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-        share = torch.cumprod(1 - betas, 0)
-        self.log_ratios = (share / (1 - share)).log().numpy()
+        self.config, self.clean, self.predicts, self.times = denoiser.config, clean, predicts, []
+        self.add_embedding = getattr(denoiser, "add_embedding", None)  # an SDXL's pipeline looks
+        if betas is not None:
+            share = torch.cumprod(1 - betas, 0)
+            self.log_ratios = (share / (1 - share)).log().numpy()
 
-    def forward(self, x, t, **_):
-        self.times.append(float(t))
-        ratio = torch.tensor(np.interp(float(t), range(1000), self.log_ratios))
-        a = torch.sigmoid(ratio).float()
+    def forward(self, x=None, t=None, hidden_states=None, timestep=None, **_):
+        x, t = (hidden_states if x is None else x), (timestep if t is None else t)
+        self.times.append(float(t.flatten()[0]))
         clean = self.clean.repeat(len(x) // len(self.clean), 1, 1, 1)
+        if self.predicts == "flow":  # x = (1 - s) z + s e
+            return Answer([(x - clean) / (self.times[-1] / 1000)])
+        ratio = torch.tensor(np.interp(self.times[-1], range(1000), self.log_ratios))
+        a = torch.sigmoid(ratio).float()
         noise = (x - a**0.5 * clean) / (1 - a) ** 0.5
         is_v = self.predicts == "v_prediction"
-        return (a**0.5 * noise - (1 - a) ** 0.5 * clean if is_v else noise,)
+        return Answer([a**0.5 * noise - (1 - a) ** 0.5 * clean if is_v else noise])
 
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 BETAS |= {"steps_offset": 1, "skip_prk_steps": True, "set_alpha_to_one": False}
+SCALED = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+LINEAR = torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64)
 
 
-def drawn(tiny_sd, name, **settings):
-    """(error of the latent that a sampler ends at, time that it starts at) at strength 0.7."""
-    model, clean = load(tiny_sd), torch.randn(2, 4, 8, 8, generator=generator(1))
-    scheduler = getattr(diffusers, name).from_config({**BETAS, **settings})
-    model.networks["unet"] = KnowsTheAnswer(
-        model.pipeline.unet, clean, settings.get("prediction_type")
-    )
-    parts = {**model.pipeline.components, "unet": model.networks["unet"], "scheduler": scheduler}
-    model.pipeline = type(model.pipeline)(**parts, requires_safety_checker=False)
-    model.pipeline.set_progress_bar_config(disable=True)
-    conditions, draws = [model.condition("two")] * 2, [generator(2), generator(3)]
-    made = model.denoise(clean, conditions, model.condition(""), draws, 0.7, 8.0, 50)
-    return (made - clean).abs().max().item(), model.networks["unet"].times[0]
+def drawn(model, scheduler, predicts="epsilon", betas=SCALED, start=0.7, steps=50):
+    """(error of the latent that a sampler ends at, times at which the denoiser is asked)."""
+    clean = torch.randn(2, model.channels, 8, 8, generator=generator(1))
+    parts = dict(model.pipeline.components)
+    conditions = [model.condition("two" if "tokenizer" in parts else 2)] * 2
+    negative, own = model.condition("" if "tokenizer" in parts else None), model.pipeline
+    denoiser = KnowsTheAnswer(model.networks[model.DENOISER], clean, predicts, betas)
+    parts |= {model.DENOISER: denoiser, "scheduler": scheduler}
+    networks = {**model.networks, model.DENOISER: denoiser}
+    try:
+        model.pipeline = type(own)(**parts, **model.OPTIONS)
+        model.pipeline.set_progress_bar_config(disable=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "networks", networks)
+            how = (negative, [generator(2), generator(3)], start, 8.0, steps)
+            made = model.denoise(clean, conditions, *how)
+        return (made - clean).abs().max().item(), denoiser.times
+    finally:
+        model.pipeline = own
 
 
-@pytest.mark.parametrize("predicts", generators.SAMPLER["prediction_type"])
-@pytest.mark.parametrize("name", generators.SAMPLER["_class_name"])
-def test_a_sampler_starts_at_the_strength_and_ends_at_the_clean_latent(name, predicts, tiny_sd):
+@pytest.mark.parametrize("predicts", samplers.SAMPLER["prediction_type"])
+@pytest.mark.parametrize("name", samplers.SAMPLER["_class_name"])
+def test_a_sampler_starts_at_the_strength_and_ends_at_the_clean_latent(name, predicts, whole):
     """0.03 of the noise stays where a schedule ends at t = 0, as Stable Diffusion's does."""
-    error, start = drawn(tiny_sd, name, prediction_type=predicts)
-    assert error < 0.15 and abs(start - 700) < 40
+    scheduler = getattr(diffusers, name).from_config({**BETAS, "prediction_type": predicts})
+    error, times = drawn(whole, scheduler, predicts)
+    assert error < 0.15 and abs(times[0] - 700) < 40
 
 
 UNFIT = {
@@ -174,9 +191,9 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_a_sampler_that_does_not_is_refused_in_stage_1_already(name, tiny_sd, other, refused):
-    error, start = drawn(tiny_sd, name, **UNFIT[name])
-    assert error > 0.15 or abs(start - 700) > 40
+def test_a_sampler_that_does_not_is_refused_in_stage_1_already(name, whole, other, refused):
+    error, times = drawn(whole, getattr(diffusers, name).from_config({**BETAS, **UNFIT[name]}))
+    assert error > 0.15 or abs(times[0] - 700) > 40
     change(other, "scheduler/scheduler_config.json", **UNFIT[name])
     change(other, "model_index.json", scheduler=["diffusers", name])  # whose class is loaded
     words = "its scheduler has " if UNFIT[name] else f"its scheduler is {name}"
@@ -206,10 +223,10 @@ def test_a_hash_sees_values_and_not_precision(tiny_sd, whole):
         assert model.facts["vae_sha256"] == whole.facts["vae_sha256"]
     vae = load(tiny_sd, part="encoder").networks["vae"]
     # an fp16 variant's file holds these values
-    assert generators.weights_hash(vae.half().float()) == whole.facts["vae_sha256"]
+    assert checkpoints.weights_hash(vae.half().float()) == whole.facts["vae_sha256"]
     with torch.no_grad():
         next(vae.parameters()).view(-1)[0] += 1
-    assert generators.weights_hash(vae) != whole.facts["vae_sha256"]
+    assert checkpoints.weights_hash(vae) != whole.facts["vae_sha256"]
 
 
 def test_older_names_of_the_text_encoders_weights_are_read(other, whole):
@@ -278,9 +295,9 @@ def test_a_tokenizer_that_is_gone(other, refused):
 
 
 STAGE_1 = [
-    ("model_index.json", "_class_name", "StableDiffusionXLPipeline"),
+    ("model_index.json", "_class_name", "FluxPipeline"),
+    ("model_index.json", "_class_name", "PixArtAlphaPipeline"),
     ("model_index.json", "_class_name", "StableDiffusionInpaintPipeline"),
-    ("model_index.json", "_class_name", "DiTPipeline"),
     ("model_index.json", "text_encoder", ["transformers", "T5EncoderModel"]),
     ("model_index.json", "scheduler", ["diffusers", "FlowMatchEulerDiscreteScheduler"]),
     ("model_index.json", "scheduler", ["diffusers", "CMStochasticIterativeScheduler"]),
@@ -390,7 +407,7 @@ def test_checkpoints_that_are_missing_hold_code_or_are_none(refused, checkpoint)
 
 
 def test_nothing_else_knows_what_a_generator_is_made_of():
-    known = ("generators.py", "train_tiny_sd.py")  # the second makes a Stable Diffusion
+    known = ("generators.py", "families.py", "checkpoints.py", "samplers.py")
     for folder in ("scripts", "distillation", "matching", "validate"):
         for path in (ROOT / folder).glob("*.py"):
             if path.name not in known and not path.name.startswith("pipeline_"):

@@ -16,7 +16,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.functional import hflip, resized_crop, to_tensor
 
 from distillation import datasets
-from matching import import_labels, lessons
+from matching import batches, import_labels, lessons
 from scripts import files
 from tests.conftest import picture
 from validate import train_FKD
@@ -133,7 +133,7 @@ def test_a_student_sees_their_crops_and_logits(images, mix_type, tmp_path, monke
 def test_orders_are_those_of_the_installed_sampler():
     sampler = RandomSampler(range(7), generator=torch.Generator().manual_seed(42))
     loader = DataLoader(range(7), batch_size=3, sampler=sampler)
-    for _, order in zip(range(4), import_labels.epoch_orders(7, 42)):
+    for _, order in zip(range(4), batches.release_orders(7, 42)):
         assert torch.cat(list(loader)).equal(order)
 
 

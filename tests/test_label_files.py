@@ -78,6 +78,7 @@ PLAIN = {
     "years": ["2012 Acura", "2012 BMW", "2010 Audi"],
     "colons": ["16:9 screen", "10:30 on a clock", "2001: A Space Odyssey"],
     "brackets": ["[V] bird", "(cat:1.3)", "dog [blurred]"],
+    "quotation marks": ['a so-called "cat"', "a carpenter's kit", "rock 'n' roll"],
     "other letters": ["一只鸟", "一只猫", "狗"],
 }
 
@@ -89,8 +90,8 @@ def test_a_plain_prompt_is_never_cut(name, tmp_path):
 
 def test_a_folders_name_before_its_prompt(tmp_path):
     folders, right = ["bird", "café", "dog"], ["sings", "gate 2", "barks"]
-    for form in ("{}\t{}", "{}: {}", "{}={}", "{},{}"):
-        rows = zip(("dog", "cafe\u0301", "bird"), right[::-1])  # as a Mac writes it
+    for form in ("{}\t{}", "{}: {}", "{}={}", "{},{}", "{} -> {}", "a/{}/,{}", "{}   {}"):
+        rows = zip(("Dog", "cafe\u0301", "bird"), right[::-1])  # as a Mac writes it
         text = "\n".join(form.format(*row) for row in rows)
         assert read(tmp_path, text, folders, "imagefolder") == right
     numbers = sorted(map(str, range(12)))  # 0, 1, 10, 11, 2, ...
@@ -119,6 +120,12 @@ MORE = {
     "a header": "index,name\n" + lines("{i},{prompt}"),
     "a comment": "# ours\n" + lines("{prompt}"),
     "blank lines": "\n" + lines("{wnid} {prompt}\n"),
+    "JSON of dicts": json.dumps([{"name": p, "id": i} for i, (_, p) in ROWS], indent=1),
+    "JSON lines": "\n".join(json.dumps({"wnid": w, "id": 0, "name": p}) for w, p in NETTE.items()),
+    "a dict of dicts": json.dumps({wnid: {"label": p} for wnid, p in NETTE.items()}),
+    "paths": lines("train/{wnid} {prompt}"),
+    "a table's numbers": lines("{i}.0,{prompt},"),
+    "a wide colon": lines("{i}：{prompt}"),
 }
 
 
@@ -150,6 +157,9 @@ REFUSED = {
     lines("a photo of a {prompt}", ROWS[1:] + ROWS[:1]): "line 1: 'a photo of a English springer",
     lines("{wnid} {prompt}").replace("n03028079", "church:"): "line 5: some lines have a folder",
     "{0: 'tench',\n 1: golf ball}": "line 2: not {0: 'tench', ...}: invalid syntax",
+    json.dumps([{"name": p, "prompt": p} for p in PROMPTS]): "line 1: not {0: 'tench', ...}",
+    "\u200b" + lines("{prompt}"): "line 1: holds the control character '\\u200b'",
+    lines('{prompt}"'): "line 1: has a stray quote mark",
     json.dumps({"id2label": dict(enumerate(PROMPTS))}): "line 1: not {0: 'tench', ...}",
 }
 

@@ -4,6 +4,7 @@ import os
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save
@@ -63,8 +64,8 @@ def stored(tmp_path_factory):
     return load_file(folder / label_file(2))
 
 
-def check(folder, digest=None):
-    EpochLabels(folder, 2, 21, 8).check(torch.full((21, 2), 32), 3, 32, digest)
+def check(folder, digest=None, temperature=None):
+    EpochLabels(folder, 2, 21, 8).check(torch.full((21, 2), 32), 3, 32, digest, temperature)
 
 
 @pytest.mark.parametrize("what", SPOILT)
@@ -76,6 +77,63 @@ def test_a_file_that_does_not_fit_is_refused(stored, tmp_path, what):
     with pytest.raises(LabelError) as error:
         check(tmp_path)
     assert words in str(error.value) and "epoch_0002" in str(error.value)
+
+
+# ---- the largest logits only
+
+
+SPOILT_TOP = {
+    "a class twice": ("top", lambda t: t[:, :1].repeat(1, 2), "not 2 of 3 classes"),
+    "a class outside": ("top", lambda t: t + 1, "not 2 of 3 classes"),
+    "a class before the first": ("top", lambda t: t - 1, "not 2 of 3 classes"),
+    "another width": ("top", lambda t: t[:, :1].contiguous(), "holds top of ('I16', [21, 1])"),
+    "classes as floats": ("top", lambda t: t.half(), "holds top of ('F16'"),
+    "all classes": ("logits", lambda t: torch.cat([t, t[:, :1]], 1), "[21, 3]"),
+    "NaN in the rest": ("rest", lambda t: t * torch.nan, "rests that are not finite"),
+    "no rest": ("rest", lambda t: None, "holds rest of None"),
+    "another temperature": ("temperature", lambda t: t + 1, "temperature than 0.1"),
+}
+
+
+def write_top(folder, stored, top_k=2, temperature=0.1):
+    """The labels of `stored`, written with --label_top_k; the file's path."""
+    stored_at = folder / "whole"
+    stored_at.mkdir()
+    (stored_at / label_file(2)).write_bytes(save(stored))
+    opened = EpochLabels(stored_at, 2, 21, 8)
+    drawn = [opened.batch(n)[0] for n in range(3)]
+    out = SimpleNamespace(write=lambda name, data: (folder / name).write_bytes(data))
+    module.write_epoch(out, 2, drawn, stored["logits"], top_k, temperature)
+    return folder / label_file(2)
+
+
+@pytest.mark.parametrize("what", SPOILT_TOP)
+def test_top_logits_that_do_not_fit_are_refused(stored, tmp_path, what):
+    path, (name, change, words) = write_top(tmp_path, stored), SPOILT_TOP[what]
+    check(tmp_path, temperature=0.1)
+    tensors = load_file(path)
+    tensors[name] = change(tensors[name])
+    path.write_bytes(save({name: tensor for name, tensor in tensors.items() if tensor is not None}))
+    with pytest.raises(LabelError) as error:
+        check(tmp_path, temperature=0.1)
+    assert words in str(error.value) and "epoch_0002" in str(error.value)
+
+
+def test_top_logits_are_the_largest_and_the_rest_is_what_the_others_weigh(stored, tmp_path):
+    write_top(tmp_path, stored, 1, 4.0)
+    _, found, top = EpochLabels(tmp_path, 2, 21, 8).batch(1)
+    whole = stored["logits"][8:16].double().numpy()
+    assert top[:, 0].tolist() == whole.argmax(1).tolist()
+    assert found[:, 0].tolist() == whole.max(1).tolist()  # the stored halves themselves
+    weighs = [np.exp(np.delete(row, row.argmax()) / 4).sum() for row in whole]
+    assert np.exp(found[:, 1].numpy() / 4) == pytest.approx(weighs, rel=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_label_bytes_are_those_of_the_file(stored, tmp_path, top_k):
+    settings = {"batch_size": 8, "use_fp16": True, "label_top_k": top_k}
+    size = write_top(tmp_path, stored, top_k, top_k and 4.0).stat().st_size
+    assert size <= module.label_bytes(21, 3, settings) < size + 1500
 
 
 def test_truncated_and_foreign_files_are_refused(stored, tmp_path):

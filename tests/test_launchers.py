@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -37,12 +38,13 @@ def shell(script, *flags, cwd=None, **variables):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
+@cache
 def commands(script, *flags, **variables):
     """[(program, module, arguments)] that a script prints with DRY_RUN=1."""
     ended = shell(script, *flags, **{"DRY_RUN": "1", **variables})
     assert ended.returncode == 0, ended.stderr
     lines = [shlex.split(line) for line in ended.stdout.splitlines()]
-    where = [line.index("-m") for line in lines]
+    where = [max(n for n, word in enumerate(line) if word == "-m") for line in lines]
     return [(line[:at], line[at + 1], line[at + 2 :]) for line, at in zip(lines, where)]
 
 
@@ -83,10 +85,11 @@ def test_what_dry_run_prints_is_what_is_started(launcher, tmp_path):
 
 
 def test_torchrun_is_started_when_asked():
+    torchrun = ["-m", "scripts.torchrun"]
     [(program, _, _)] = commands(LAUNCHERS[0], NUM_GPUS="4")
-    assert program == ["torchrun", "--standalone", "--nproc_per_node", "4"]
+    assert program == ["python", *torchrun, "--standalone", "--nproc_per_node", "4"]
     [(program, _, _)] = commands(LAUNCHERS[-1], TORCHRUN_ARGS="--nnodes 2 --rdzv_endpoint host:1")
-    assert program == ["torchrun", "--nnodes", "2", "--rdzv_endpoint", "host:1"]
+    assert program == ["python", *torchrun, "--nnodes", "2", "--rdzv_endpoint", "host:1"]
     for text in ("x", "0", "-1", "2 4"):
         ended = shell("matching/matching.sh", NUM_GPUS=text, PYTHON="false")
         assert ended.returncode == 2 and ended.stdout == ""
@@ -143,7 +146,7 @@ def test_pythons_that_are_not_there_or_several_words(outside):
     assert ended.returncode == 2 and ended.stderr.startswith("error: /no such/python: no such prog")
     assert outside(launcher, PYTHON="echo a b").stdout.startswith("a b -m matching.train_teacher")
     words = outside(launcher, NUM_GPUS="2").stdout.splitlines()
-    assert words[1:4] == ["-m", "torch.distributed.run", "--standalone"]
+    assert words[1:4] == ["-m", "scripts.torchrun", "--standalone"]
 
 
 def test_a_launcher_says_the_values_that_it_uses(outside):

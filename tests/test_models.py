@@ -108,14 +108,16 @@ def test_weights_in_every_wrapping(tmp_path, network, checkpoint, capsys):
         below("module.") | average,
         {"state_dict": below("model.") | {"criterion.weight": torch.ones(3)}},  # Lightning's
         below("backbone.", but="classifier."),
+        below("_checkpoint_wrapped_module."),
         {"run": {"best": {"weights": {**state, "note": "half"}}}},
     ]
     save_file(state, tmp_path / "0.safetensors")
     for n, content in enumerate(wrapped):
         torch.save(content, tmp_path / f"{n}.pt", _use_new_zipfile_serialization=n != 4)
+    wanted = load(checkpoint)[0](x)
     for path in tmp_path.iterdir():
         model, facts = load(path)
-        assert torch.equal(model(x), load(checkpoint)[0](x)) and facts["weights"] == "file"
+        assert torch.equal(model(x), wanted) and facts["weights"] == "file"
     said = capsys.readouterr().err
     assert (
         said.count("\n") == 1 and "taken are the weights called model, of model, model_ema" in said
@@ -162,6 +164,8 @@ def test_bad_files_are_one_line(tmp_path, network, checkpoint, refused):
         "two": ({"teacher": whole, "student": whole}, ["it holds teacher, student"]),
         "both": ({f"{n}.{k}": v for k, v in whole.items() for n in "ab"}, ["networks: a., b."]),
         "int8": (whole | {first: torch.zeros(32, 3, 3, 3).char()}, [f"{first} is of torch.int8"]),
+        "fp8": ({k: v.to(torch.float8_e4m3fn) for k, v in whole.items()}, ["quantised weights"]),
+        "sparse": (whole | {first: whole[first].to_sparse()}, [f"{first} is sparse"]),
         "nan": (whole | {first: whole[first] / 0}, [f"{first} holds NaN or infinite"]),
         "none": ({"optimizer": {"state": {0: {"step": torch.ones(1)}}}}, ["it holds optimizer"]),
     }
@@ -171,7 +175,7 @@ def test_bad_files_are_one_line(tmp_path, network, checkpoint, refused):
     assert not (tmp_path / "executed").exists()
     line = refused(call(load, tmp_path / "whole.pt"), [], "torch.save(x.state_dict()")
     assert "\x1b" not in line
-    refused(call(load, tmp_path / "gone.pt"), [], "gone.pt", "No such file")
+    refused(call(load, tmp_path / "gone.pt"), [], "gone.pt: no such file")
     save_file(whole, tmp_path / "a.pth")
     (tmp_path / "c.pth").write_text("version https://git-lfs.github.com/spec/v1\n")
     (tmp_path / "d.pth").write_text("\n<!DOCTYPE html><html>")

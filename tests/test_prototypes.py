@@ -85,11 +85,42 @@ def test_full_is_lloyds_algorithm_and_none_takes_the_first():
     assert same.sizes.tolist() == [3, 0, 0]  # of equal centres the first is the nearest
 
 
+def test_gmm_is_em_with_one_variance_per_component():
+    """A tight cluster within reach of a wide one, which k-means cuts in two."""
+    draw, means = np.random.default_rng(0), np.zeros((2, 4))
+    means[1, 0] = 6
+    which = np.arange(250) < 50
+    rows = (
+        means[which.astype(int)] + draw.standard_normal((250, 4)) * np.where(which, 0.3, 4)[:, None]
+    )
+    data = rows.reshape(250, 1, 2, 2).astype(np.float16)
+    rows, variance, share = (
+        data.reshape(250, 4).astype(float),
+        np.array([16, 0.09]),
+        np.full(2, 0.5),
+    )
+    for _ in range(100):
+        square = ((rows[:, None] - means) ** 2).sum(2)
+        density = share * np.exp(-square / (2 * variance)) / variance**2  # of 4 dimensions
+        belongs = density / density.sum(1, keepdims=True)
+        share, means = belongs.mean(0), belongs.T @ rows / belongs.sum(0)[:, None]
+        square = ((rows[:, None] - means) ** 2).sum(2)
+        variance = (belongs * square).sum(0) / belongs.sum(0) / 4
+    found, full = (class_prototypes(data, 2, 2, method) for method in ("gmm", "full"))
+    order = found.sizes.argsort()[::-1]
+    assert np.allclose(found.latents.reshape(2, 4)[order], means, atol=0.02)
+    assert found.sizes[order].tolist() == np.bincount(density.argmax(1)).tolist()
+    assert found.sizes.min() < 60 < full.sizes.min()
+    again = class_prototypes(data, 2, 2, "gmm")
+    assert np.array_equal(again.latents, found.latents)
+
+
 @pytest.mark.filterwarnings("ignore")  # scikit-learn: fewer distinct points than clusters
 @pytest.mark.parametrize("k, n", [(1, 1), (10, 60)])
-def test_a_class_of_one_repeated_picture_has_finite_prototypes(k, n):
+@pytest.mark.parametrize("method", ["minibatch", "gmm"])
+def test_a_class_of_one_repeated_picture_has_finite_prototypes(method, k, n):
     same = np.repeat(latents(1), n, 0)
-    found = class_prototypes(same, k, k)
+    found = class_prototypes(same, k, k, method)
     assert np.allclose(found.latents, same[:1], atol=1e-2) and found.sizes.sum() == n
 
 

@@ -87,7 +87,7 @@ def test_the_loss_of_a_recipe_on_one_batch(recipe, made, teachers, tmp_path):
     rows = files.read_json(train_FKD.main(argv) / "results.json")["seeds"][0]["rows"]
 
     arrays, image_set = images.load_pixels("", images.open_images("", made))
-    batch, logits = labels.EpochLabels(stored, 0, 10, 10).batch(0)
+    batch, logits, _ = labels.EpochLabels(stored, 0, 10, 10).batch(0)
     pixels = crop_on_cpu(arrays, batch.index, batch.crop, batch.flip, 32)
     x = batches.mix(batches.normalise(pixels, (0.5,) * 3, (0.5,) * 3), batch, "cutmix")
     with training.seeded(0, WEIGHTS):

@@ -48,6 +48,8 @@ def test_settings_name_what_is_not_the_default():
         ("--rate", "0.12345"): ["rate0.12345"],
     }.items():
         assert parse(*argv).settings.parts() == parts
+    home = [parse("--where=~/a-b"), parse("--where", "~/a-b")]  # as a shell leaves it in quotes
+    assert {args.where for args in home} == {os.path.expanduser("~/a-b")}
     args = parse("--ipc", "2", "--where=a-b_c")
     assert args.settings == {"size": 16, "ipc": 2, "rate": 0.5, "open": None}
     assert args.settings.filled(open=5, ipc=7) == {**args.settings, "open": 5}
@@ -149,6 +151,7 @@ def test_running_out_of_gpu_memory_halves_the_part(capsys, refused):
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
         (RuntimeError("DataLoader worker (pid 7) is killed"), "--num_workers 0"),
         (OSError(5, "Input/output error", "a/file"), "a/file: Input/output error"),
+        (OSError(32, "Broken pipe"), "its output: Broken pipe"),  # of a print to `head`
         (UnicodeEncodeError("utf-8", "name\udcff", 4, 5, "x"), "not UTF-8"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -204,15 +207,16 @@ def test_messages_are_one_line_without_colours():
     assert len(runtime.reason_of(ValueError("long " * 200))) == 200
 
 
-@pytest.mark.parametrize("system", ["fcntl", "resource"])
-def test_a_system_without_file_locks_is_told_where_it_works(system, tmp_path):
+@pytest.mark.parametrize(
+    "system, module", [("fcntl", "distillation.gen_prototype"), ("resource", "misc.report")]
+)
+def test_a_system_without_file_locks_is_told_where_it_works(system, module, tmp_path):
     (tmp_path / f"{system}.py").write_text(f"raise ImportError('No module named {system}')")
-    for module in ("distillation.gen_prototype", "misc.report"):
-        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        command = [sys.executable, "-m", module, "--help"]
-        run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
-        assert "Linux, macOS or Windows' WSL" in run.stderr
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", module, "--help"]
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
+    assert "Linux, macOS or Windows' WSL" in run.stderr
 
 
 # ---- progress and reading processes
@@ -268,13 +272,19 @@ main([])
 """
 
 
-@pytest.mark.parametrize("number, status", [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
-def test_a_signal_to_the_whole_process_group(number, status, tmp_path):
+ALONE, SHARED = ["-c", STAGE], ["-m", "scripts.torchrun", "--nproc_per_node", "2", "stage.py"]
+SIGNALS = [("SIGTERM", 75, ALONE), ("SIGHUP", 75, ALONE), ("SIGUSR1", 75, ALONE)]
+SIGNALS += [("SIGINT", 130, ALONE), ("SIGTERM", 75, SHARED)]
+
+
+@pytest.mark.parametrize("number, status, command", SIGNALS)
+def test_a_signal_to_the_whole_process_group(number, status, command, tmp_path):
     """As `kill -- -PGID`, `timeout`, Ctrl-C and Slurm send it: readers leave it to the stage."""
+    (tmp_path / "stage.py").write_text(STAGE)
     how = {"stderr": subprocess.PIPE, "start_new_session": True, "text": True}
     how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    stage = subprocess.Popen([sys.executable, "-c", STAGE], cwd=tmp_path, env=env, **how)
+    stage = subprocess.Popen([sys.executable, *command], cwd=tmp_path, env=env, **how)
     while not (tmp_path / "root/stem/3.txt").exists():
         assert stage.poll() is None
         time.sleep(0.02)
@@ -289,6 +299,13 @@ def test_a_signal_to_the_whole_process_group(number, status, tmp_path):
     assert status == 130 or f"{number}: stops after the unit at hand" in said
     with pytest.raises(ProcessLookupError):
         os.killpg(stage.pid, 0)
+
+
+def test_torchrun_leaves_as_the_processes_that_refuse(tmp_path):
+    command = [sys.executable, *SHARED[:-1], "-m", "distillation.random_real", "--ipc", "0"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2 and "--ipc: 0: expected" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_names_too_long_for_the_system(model, refused, tmp_path):

@@ -19,7 +19,7 @@ trap 'echo TERM >> "$RECORD"; sleep 0.2; exit "${STATUS:-75}"' TERM
 touch "$RECORD.started"
 while :; do sleep 0.05; done
 """
-PROGRAMS = {"python": PYTHON, "torchrun": PYTHON}
+PROGRAMS = {"python": PYTHON}
 PROGRAMS["scontrol"] = """#!/bin/sh
 echo scontrol "$@" >> "$RECORD"
 [ "$1" != show ] || echo node17
@@ -75,7 +75,7 @@ def test_a_finished_job_is_not_put_back(file, slurm, tmp_path):
     if is_array(file):
         assert line.startswith(f"{tmp_path}/python") and line.endswith("--shard 2/4 --seed 1")
     else:
-        assert f"{tmp_path}/torchrun --nnodes 1 --nproc_per_node 8" in line
+        assert f"{tmp_path}/python -m scripts.torchrun --nnodes 1 --nproc_per_node 8" in line
         assert "node17:29500" in line and line.endswith("--seed 1")
 
 

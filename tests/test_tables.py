@@ -21,10 +21,10 @@ from tests.test_launchers import SHELL, commands, shell
 
 
 def lines_of(table, *flags, **variables):
-    """[(module, arguments)] of a table's stages, without the command that prints the table."""
+    """[(module, arguments)] of a table's stages, without those that print it and the report."""
     found = commands(f"validate/table{table}.sh", *flags, **variables)
-    assert found[-1][1] == "validate.paper_tables"
-    return [(module, arguments) for _, module, arguments in found[:-1]]
+    assert [module for _, module, _ in found[-2:]] == ["validate.paper_tables", "misc.report"]
+    return [(module, arguments) for _, module, arguments in found[:-2]]
 
 
 def stub(path, text):
@@ -124,8 +124,9 @@ def test_a_finished_table_is_printed(tmp_path):
     python = stub(tmp_path, "")
     ended = shell("validate/table1.sh", PYTHON=python, NUM_GPUS="1", OUT="x y")
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert ended.returncode == 0 and len(calls) == len(lines_of(1, OUT="x y")) + 1
-    assert calls[-1] == "-m validate.paper_tables --table 1 --output_root x y"
+    assert ended.returncode == 0 and len(calls) == len(lines_of(1, OUT="x y")) + 2
+    assert calls[-2] == "-m validate.paper_tables --table 1 --output_root x y"
+    assert calls[-1] == "-m misc.report x y"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

@@ -72,7 +72,8 @@ def test_stored_and_online_labels_train_the_same_student(train, drawn, online, t
 
 def test_results_say_what_was_trained(train, random, labels, tmp_path, capsys):
     folder = train("--seeds", 0, 1)
-    assert capsys.readouterr().out.endswith("(n = 2) on 3 of 10 classes\n")
+    *_, result, _, then = capsys.readouterr().out.splitlines()
+    assert result.endswith("(n = 2) on 3 of 10 classes") and then.startswith("next: python -m ")
     found, made = results(folder), files.read_json(labels / "manifest.json")
     scores, said = found["summary"]["last"]["top1"], found["arguments"]
     top1 = [seed["last"]["top1"] for seed in found["seeds"]]
@@ -132,6 +133,31 @@ def test_color_jitter_of_rows_is_rows_of_the_batch():
     torch.testing.assert_close(jittered(torch.tensor([1, 4]), 0.4, 0.1), whole[[1, 4]])
     torch.testing.assert_close(jittered(torch.arange(6), 0.0, 0.0), x)
     assert (whole - x).abs().max() > 0.05
+
+
+def test_the_largest_logits_and_the_rest_train_the_student_of_all(
+    train, random, labels, online, tmp_path, refused
+):
+    """Two of three logits: the rest is the third class, so the student is that of all labels."""
+    flags = ["--data", random, "--fkd_path", tmp_path / "labels", *online[1:], *BATCHES]
+    flags = [*map(str, flags), "--label_top_k", "2", "--temperature"]
+    [short] = generate_soft_label.main([*flags, "4"])
+    assert short.name == f"{labels.name}_top2_T4"
+    exact = ["--amp", "fp64", "--bn_batch", 2]  # a chunk has its own rows
+    made, whole = train(*exact, labels=short), train(*exact)
+    assert largest_difference(weights(made), weights(whole)) < 1e-6
+    assert results(made)["labels"]["label_top_k"] == 2
+    assert "label_top_k" not in results(whole)["labels"]
+    odd = [["-T", "3"], "--temperature 3.0", "made with 4.0"], [["--loss", "mse_ce"], "with kl"]
+    for more, *words in odd:
+        refused(lambda _, more=more: train(*more, labels=short), [], "--fkd_path", *words)
+    [other] = generate_soft_label.main([*flags, "3"])
+    found = train("-T", "3", labels=other.parent, root=tmp_path / "found")  # by its temperature
+    assert found.name.startswith(other.name)
+    path = short / EPOCH_1
+    path.write_bytes((other / EPOCH_1).read_bytes())
+    reseal(short)
+    refused(lambda _: train(labels=short, root=tmp_path / "b"), [], "temperature than 4.0")
 
 
 def test_results_say_in_which_precision_the_labels_were_made(train, random, online, tmp_path):
@@ -439,6 +465,7 @@ def test_flags_that_make_no_sense_are_refused(random, labels, tmp_path, refused)
         ([*stored, "--shard", "0/2"], "torchrun"),
         ([*stored, "--tracker", "nonsense"], "--tracker nonsense"),
         ([*stored, "--keep-topk", "1000"], "--keep_topk"),
+        ([*data, "--online", "--label_top_k", "2"], "--label_top_k: a flag of stage 3"),
         ([*stored, "--model", "resnet19"], "resnet19"),
         ([*stored, "--temperature", "1e39"], "1e39"),  # infinite in float32
         ([*stored, "--warmup_epochs", "3"], "--warmup_epochs 3"),

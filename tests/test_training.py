@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from matching import evaluation, models, ranks, train_teacher, training
+from matching import evaluation, labels, models, ranks, train_teacher, training
 from scripts import files
 from scripts.runtime import Process
 from tests.conftest import SUBSET, exits, picture_folder, tree
@@ -93,6 +93,32 @@ def test_learning_rates(schedule, options, expected):
     assert rates == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("kept", [1, 3, 4])
+@pytest.mark.parametrize("temperature", [0.5, 20.0])
+def test_the_kl_over_the_largest_logits_and_the_rest(kept, temperature):
+    """As probabilities, summed over the rest; with one class in the rest it is the KL of all."""
+    draw = torch.Generator().manual_seed(0)
+    z, t = (torch.randn(6, 5, generator=draw, dtype=torch.float64) * 4 for _ in range(2))
+    z.requires_grad_(True)
+    top, none = t.argsort(1, descending=True)[:, :kept], torch.zeros(6, dtype=torch.int64)
+
+    def events(x):
+        p = (x / temperature).softmax(1)
+        others = torch.ones_like(p).scatter(1, top, 0)
+        return torch.cat([p.gather(1, top), (p * others).sum(1, keepdim=True)], 1)
+
+    p, q = events(z), events(t)
+    expected = (q * (q.log() - p.log())).sum()
+    [gradient] = torch.autograd.grad(expected, z)
+    shortened = labels.top_and_rest(t, top, temperature)
+    goal = training.Goal(shortened, none, none, top=top)
+    found = training.kl_loss(z, goal, temperature)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(found, z)[0], gradient, rtol=0, atol=1e-12)
+    whole = training.kl_loss(z, training.Goal(t, none, none), temperature)
+    assert (abs(whole - found) < 1e-12) == (kept == 4) and found <= whole + 1e-12
+
+
 def new_learner(network, forward=None, device=CPU, loss=training.hard_loss, **settings):
     """A Learner without a run."""
     usual = {"sgd": True, "learning_rate": 0.1, "weight_decay": 0, "momentum": 0, "fused": False}
@@ -164,7 +190,8 @@ def test_chunks_cover_a_batch_once(count, size, world):
         assert sorted(lengths) == [73] * 12 + [74] * 2
 
 
-def test_a_step_waits_for_no_device():
+@pytest.mark.parametrize("more", [False, True], ids=["", "top logits and weights"])
+def test_a_step_waits_for_no_device(more):
     """On the meta device, which has no values: whatever would wait for a GPU's fails here."""
     device, forward = torch.device("meta"), training.Forward(CPU)
     forward.place = lambda model: model
@@ -173,7 +200,11 @@ def test_a_step_waits_for_no_device():
     learner = new_learner("convnet_mini", forward, device, training.kl_loss, ema=0.9, **settings)
     with device:
         classes, x = torch.empty(8, dtype=torch.int64), torch.empty(8, 3, 32, 32)
-        part = training.Part(8, x, training.Goal(torch.empty(8, 3), classes, classes))
+        goal = training.Goal(torch.empty(8, 3), classes, classes)
+        if more:
+            top = torch.empty(8, 2, dtype=torch.int64)
+            goal = goal._replace(top=top, weights=torch.empty(8))
+        part = training.Part(8, x, goal)
     for _ in range(2):
         loss = learner.step(part, [(0, slice(0, 4)), (4, slice(4, 8))], 1, (0,))
     assert loss.device == device

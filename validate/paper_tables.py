@@ -219,9 +219,10 @@ def measured(root, checkpoint):
         if table_of(row) == 6:
             row |= find_costs(root, dataset, checkpoint)
             continue
-        for which, wanted in needs(row, checkpoint).items():
+        mine = [r for r in results if r["dataset"] == dataset]
+        for which, wanted in needs(row, checkpoint).items() if mine else ():
             fit = []
-            for r in (r for r in results if r["dataset"] == dataset):
+            for r in mine:
                 odd = odd_values({**r["arguments"], **r}, wanted)
                 why[r["path"]] = min(why.get(r["path"], odd), odd, key=len)
                 fit += [] if odd else [r]

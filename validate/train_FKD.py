@@ -29,6 +29,7 @@ RETIRED = {
     "--wandb_project": "use --tracker wandb, and wandb's own WANDB_PROJECT",
     "--wandb_api_key": "use --tracker wandb after `wandb login`; a command line is public",
     "--seed": "use --seeds",
+    "--label_top_k": "a flag of stage 3, whose labels say it; others are not stored",
 }
 
 
@@ -52,7 +53,7 @@ def get_args(argv=None):
     parser.heading("student")
     positive, natural, factor = number(float, above=0), number(int, 0), number(float, 0)
     below_one, share = number(float, 0, below=1), number(float, above=0, most=1)
-    setting("--model", type=models.model_name, default="resnet18", help="see matching/models.py")
+    setting("--model", type=models.model_name, default="resnet18", help=models.known_names())
     switch("--sgd", short="opt-sgd", help="SGD instead of AdamW")
     setting("--adamw_lr", type=positive, default=0.001, short="lr", help="peak")
     setting("--adamw_weight_decay", type=factor, default=0.01, short="wd", help="of AdamW")
@@ -76,6 +77,8 @@ def get_args(argv=None):
     both = "of both sides of the KL, without T^2 (paper: 20)"
     setting("-T", "--temperature", type=positive, default=3.0, short="T", help=both)
     setting("--ce_weight", type=factor, default=0.025, short="ce", help="of --loss mse_ce")
+    sizes = "cluster: an image counts by the size of its prototype's cluster (DDOQ)"
+    setting("--loss_weights", choices=["cluster"], short="weights", help=sizes)
     ema = "decay of averaged weights, which are tested; 0: none"
     setting("--ema", type=below_one, default=0.0, short="ema", help=ema)
     refresh = "a forward without gradient before each step, for BatchNorm (RDED)"
@@ -236,13 +239,14 @@ def finish(out, lessons):
     }
     classes = [{"index": c, "folder": f} for c, f in enumerate(images.folders)]
     facts = {"dataset": images.dataset, "classes": classes, "images": images.facts()}
-    out.finish(facts, {"results.json": lambda: files.json_text(results)}, "epochs")
     top1 = scores["last"]["top1"]
     over = "initial weights" + " and draws" * out.settings["vary_draws"]
     spread = "" if top1["std"] is None else f" +- {top1['std']:.2f} over {over}"
     part = datasets.of_all(images.dataset, len(images.folders))
     spread += f" (n = {top1['n']})" + f" on {part}" * bool(part)
     print(f"{out.folder}: top-1 {top1['mean']:.2f}{spread}")
+    then = ["misc.report", out.folder.parent.parent]
+    out.finish(facts, {"results.json": lambda: files.json_text(results)}, "epochs", then)
 
 
 def evaluate_weights(path, settings, train_dir, val_dir, forward, process, num_workers):

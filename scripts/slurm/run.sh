@@ -44,8 +44,7 @@ requeueing() {
     if [ "$status" -eq 0 ]; then
         return 0
     fi
-    # 75: left after a finished unit; torchrun reports a failure of its own instead. 2: refused, now
-    # and the next time
+    # 75: left after a finished unit, 143 before one. 2: refused, now and the next time
     if [ -n "$limit" ] && [ "$status" -ne 2 ]; then
         job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"
         job="${job:-${SLURM_JOB_ID:-}}"

@@ -1,0 +1,48 @@
+"""validate/compare.sh: every folder, and the random real images, by one recipe."""
+
+import importlib
+
+from tests.test_launchers import commands, shell
+
+FLAGS = ["--num_workers", "0"]
+
+
+def test_every_folder_is_trained_on_by_one_recipe(tmp_path):
+    folders = ["x/digits_ipc10_s0.7_g8_kmexpand1", "x/digits_ipc10_s0.5_g8_kmexpand1", "/y/it's $1"]
+    run = commands("validate/compare.sh", *folders, *FLAGS, OUT="a b", SEEDS="3 4")
+    modules = ["matching.train_teacher", "distillation.random_real", "misc.figures"]
+    assert [module for _, module, _ in run] == [
+        *modules,
+        *["validate.train_FKD"] * 8,
+        "misc.report",
+    ]
+    parsed = [importlib.import_module(module).get_args(argv) for _, module, argv in run[:-1]]
+    teacher, random, figure, *students = parsed
+    every = [*folders, "a b/images/digits_ipc10_random"]
+    assert (random.dataset, random.ipc) == ("digits", 10)
+    assert figure.images == every and figure.dataset == "digits"
+    assert figure.names == ["D4M s0.7", "D4M s0.5", "it's $1", "random real"]
+    assert [s.train_dir for s in students] == [folder for folder in every for _ in "ab"]
+    assert [(s.online, s.hard_label) for s in students] == [(True, False), (False, True)] * 4
+    for labels in (students[::2], students[1::2]):
+        assert len({str(s.settings) for s in labels}) == 1 and labels[0].seeds == [3, 4]
+    assert students[0].teacher_checkpoint == ["a b/teachers/digits_convnet_mini"]
+    given = commands("validate/compare.sh", *folders, TEACHER_CHECKPOINT="mine", NUM_GPUS="2")
+    lines = [" ".join([*program, module, *words]) for program, module, words in given]
+    assert len(lines) == len(run) - 1 and "--teacher_checkpoint mine" in lines[2]
+    several = ["--nproc_per_node 2" in line for line in lines]
+    assert several == [True, False, *[True] * 8, False]  # a figure and a report: one process
+
+
+def test_what_cannot_be_compared_is_one_line(tmp_path):
+    other, path = "cifar10_ipc50_x", str(tmp_path)
+    wrong = {
+        "no folder: sh": [],
+        "no such folder": ["digits_ipc10_x"],
+        "set both variables": [path],
+    }
+    for words, folders in wrong.items():
+        ended = shell("validate/compare.sh", *folders)
+        assert ended.returncode == 2 and words in ended.stderr and ended.stderr.count("\n") == 1
+    ended = shell("validate/compare.sh", "digits_ipc10_x", other, DRY_RUN="1")
+    assert ended.returncode == 2 and f"{other}: others have IPC=10" in ended.stderr

@@ -1,0 +1,72 @@
+#!/bin/sh
+# Any image folders under one recipe, that of the data set's own launcher: ours, SRe2L's, RDED's,
+# anybody's ImageFolder, and as many random real images. Each gives students on soft labels (made
+# by the teacher while they train, not stored) and on hard ones, over SEEDS: a table (printed, and
+# OUT/results.csv, OUT/report.html) and a figure (OUT/compare.png).
+#
+#   sh validate/compare.sh output/images/cifar10_ipc10_s0.7_g8_kmexpand1 /data/rded
+#   DATASET=cifar10 IPC=10 sh validate/compare.sh /data/sre2l /data/rded    where no name says it
+#   TEACHER_CHECKPOINT=output/teachers/mine sh validate/compare.sh ...      else it is trained first
+#   sh validate/compare.sh A B --dry_run       checks everything, says what would be made
+#   DRY_RUN=1 sh validate/compare.sh A B       prints the commands
+#
+# STUDENT, EPOCHS, BATCH_SIZE ...: the launcher's. What is on disk is not made again.
+set -eu
+cd "$(dirname "$(readlink -f "$0")")/.."
+GIVEN="${OUT:-}"
+. scripts/tables.sh
+[ -n "$GIVEN" ] || OUT="$OUT/compare"
+
+FOLDERS= DATASET="${DATASET:-}" IPC="${IPC:-}"
+while [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; do
+    FOLDER="${1%/}" && shift
+    case "$CALLER/" in # seen from where it was started
+        "$(pwd -P)"/*) ;;
+        *) [ ! -d "$CALLER/$FOLDER" ] || FOLDER="$CALLER/$FOLDER" ;;
+    esac
+    [ -d "$FOLDER" ] || [ "${DRY_RUN:-0}" != 0 ] || refuse "$FOLDER: no such folder"
+    NAME="${FOLDER##*/}" SAID="$(ipc_of "${FOLDER##*/}" "")"
+    [ -z "$SAID" ] || DATASET="${DATASET:-${NAME%%_ipc*}}" IPC="${IPC:-$SAID}"
+    [ "${SAID:-$IPC}" = "$IPC" ] || refuse "$FOLDER: others have IPC=$IPC"
+    FOLDERS="$FOLDERS $(quoted "$FOLDER")"
+done
+[ -n "$FOLDERS" ] || refuse "no folder: sh validate/compare.sh FOLDER FOLDER ..."
+[ -n "$IPC" ] && [ -n "$DATASET" ] || refuse "no folder is called DATASET_ipcN_: set both variables"
+FLAGS="$(quoted "$@")" GIVEN="$(quoted "$@")"
+
+if [ -z "${TEACHER_CHECKPOINT:-}" ]; then
+    case "$DATASET" in cifar* | tiny_imagenet | digits) stage matching/train_teacher ;; esac
+fi
+of_dataset
+stage distillation/random_real
+eval "set -- $FOLDERS"
+set -- "$@" "$OUT/images/${DATASET}_ipc${IPC}_random$(unless seed "${SEED:-0}" 0)"
+
+if [ -z "$CHECK" ]; then # D4M's are called by what one has and another has not
+    NAMES="$(printf '%s\n' "$@" | sed "s:.*/::; s:^${DATASET}_ipc${IPC}_::" | awk -F_ '
+        { name[NR] = $0 }
+        /^s[0-9.]+_g[0-9]/ { sets++; for (i = 1; i <= NF; i++) seen[$i]++ }
+        END {
+            for (k = 1; k <= NR; k++) {
+                n = split(name[k], part); title = "D4M"
+                if (name[k] !~ /^s[0-9.]+_g[0-9]/) { n = 0; title = name[k] }
+                for (i = 1; i <= n; i++) if (seen[part[i]] < sets) title = title " " part[i]
+                print title == "random" ? "random real" : title
+            }
+        }')"
+    (
+        NUM_GPUS=1 TORCHRUN_ARGS= IFS="$NEWLINE"
+        set -f
+        step run -m misc.figures grid --dataset "$DATASET" --output "$OUT/compare" \
+            --images "$@" --names $NAMES
+    )
+fi
+
+for FOLDER; do
+    IMAGES="${FOLDER##*/}"
+    FLAGS="$(quoted --train_dir "$FOLDER" --dataset "$DATASET") $GIVEN"
+    stage validate/train_FKD --online --arch "$TEACHER" --teacher_checkpoint "$TEACHER_CHECKPOINT"
+    stage validate/train_FKD --hard_label
+done
+NUM_GPUS=1 TORCHRUN_ARGS= # one process
+[ -n "$CHECK" ] || step run -m misc.report "$OUT"

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from misc.architecture import read_modules
 from tests.conftest import ROOT
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -85,6 +86,12 @@ def test_what_a_page_names_is_there(page):
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     for name in re.findall(r"`(test_\w+)`", text):
         assert f"def {name}(" in tests, name
+
+
+def test_the_picture_of_the_modules_shows_all_of_them():
+    picture = (ROOT / "docs/architecture.svg").read_text()
+    for name in read_modules(ROOT):
+        assert f">{name.split('.')[1].replace('stable_diffusion', '…')}<" in picture, name
 
 
 def test_pages_are_short():

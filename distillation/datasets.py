@@ -41,7 +41,7 @@ BESIDE = set(".txt .json .jsonl .csv .tsv .xml .md .html .db .ini .yaml .yml .lo
 ASIDE = {"@eadir", "@__thumb", "thumbs", "thumbnails", "__macosx", "lost+found"}
 ASIDE |= {"@recycle", "#recycle", "$recycle.bin", "system volume information"}
 # the usual names of splits, in any case; the first group that is there is taken
-SPLITS = {"train": [["train", "training", "trn"]]}
+SPLITS = {"train": [["train", "training", "trn"], ["trainval"]]}
 SPLITS["val"] = [["val", "valid", "validation", "dev", "eval", "evaluation"]]
 SPLITS["val"] += [["test", "testing", "tst"]]
 EVERY_SPLIT = {name for groups in SPLITS.values() for group in groups for name in group}
@@ -187,9 +187,12 @@ def _is_aside(name):
     return name.startswith(".") or name.casefold() in ASIDE
 
 
-def _words(name):  # ILSVRC2012_img_val: {"ilsvrc", "val"}; training_set: {"training"}
-    words = {word.removesuffix("set") for word in re.split(r"[\W\d_]+", name.lower())}
-    return frozenset(words - {"", "img", "image", "images", "data"})
+def _words(name):  # ILSVRC2012_img_val: {"ilsvrc", "val"}; TrainImages, traindata: {"train"}
+    parts = re.split(r"[\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+    words = {re.sub(r"(?<=.)(set|data|img|images?)$", "", word) for word in parts}
+    if words >= {"train", "val"}:  # train_val
+        words = words - {"train", "val"} | {"trainval"}
+    return frozenset(words - {"", "set", "img", "image", "images", "data"})
 
 
 def _is_split(name, others=()):
@@ -242,6 +245,10 @@ def _unwrapped(flag, root, split, known):
     if inner != root and len(names) > 1 and not known:
         what = f"one class, {inner.relative_to(root)}, of {len(names)} folders, first {names[0]}"
         refuse(f"{flag} {root}: {what}; if these are the classes: {flag} {inner}")
+    for name in class_folders(flag, root) if not known else ():
+        if name.lower() in EVERY_SPLIT and (held := class_folders(flag, root / name)):
+            what = f"{name} is taken as a class, though it holds {', '.join(held[:3])}"
+            note(f"{flag} {root}: {what}")
     return root
 
 
@@ -259,7 +266,10 @@ def _refuse_splits_below(flag, root, known):
         held.add(tuple(folders))
     if len(names) > 1 and len(held) == 1 and len(*held) > 1:
         what = f"classes are {', '.join(names[:3])}, which all hold {', '.join(folders[:3])}"
-        note(f"{flag} {root}: {what}; if these are the classes: {flag} {root / names[0]}")
+        tests = {name for name in names if _words(name) & {*sum(SPLITS["val"], [])}}
+        first = next((name for name in names if name not in tests), names[0])  # not the test images
+        say = refuse if any(_words(name) & EVERY_SPLIT for name in names) else note
+        say(f"{flag} {root}: {what}; if these are the classes: {flag} {root / first}")
 
 
 def _deeper(base, known):
@@ -289,6 +299,7 @@ def in_folders(dataset, root, split, flag, download=False):
         what += f" (its classes are in {deeper}: {flag} {deeper})" if deeper else ""
         refuse(f"{flag} {root}: {what}; {dataset} needs {ALL[dataset].needs}")
     found = {name: images_below(base / name, left) for name in ours}
+    look_beside(base, left)
     say_left(f"{flag} {root}", left)
     return found, None
 
@@ -316,6 +327,16 @@ def images_below(folder, left):
             elif extension not in BESIDE and not _is_aside(name):
                 left["files of other formats"].append(Path(parent, name))
     return sorted(found)
+
+
+def look_beside(base, left):
+    """Adds to `left` the images beside class folders, and folders that may have been meant as such:
+    .airplane, thumbs."""
+    for path in sorted(base.iterdir()):
+        if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
+            left["images beside the class folders"].append(path)
+        elif _is_aside(path.name) and path.is_dir() and _holds_image(path):
+            left["hidden or thumbnail folders"].append(path)
 
 
 def say_left(where, left):
@@ -544,9 +565,10 @@ def open_split(
     same = files.colliding_names(folders)
     if same:
         refuse(f"{where}: class folders {same[0]!r} and {same[1]!r} are one on some file systems")
-    prompts = list(known.values()) or folder_prompts(folders)
     if label_file:
         prompts = read_label_file(label_file, folders, dataset)
+    else:
+        prompts = list(known.values()) or folder_prompts(folders)
     chosen, most = class_positions(classes, folders), max_per_class or None
     missing = [folders[c] for c in chosen if folders[c] not in by_class]
     if missing:
@@ -557,10 +579,19 @@ def open_split(
 
 
 def folder_prompts(folders):
-    """Prompts from the names of folders, without the number or wnid that each begins with."""
+    """Prompts from the names of folders: of wnids ImageNet's, else without the number or wnid that
+    each begins with."""
+    known = known_prompts("imagenet")
+    if all(folder.lower() in known for folder in folders):
+        note(f"prompts of wnids are ImageNet's: {folders[0]} is {known[folders[0].lower()]!r}")
+        return [known[folder.lower()] for folder in folders]
     names = [re.sub(r"[_\s]+", " ", folder).strip() for folder in folders]
-    bare = [re.sub(r"^(?:\d+\.|n\d{8}[ .-])\s*", "", name) for name in names]
-    if not all(name and name != whole for name, whole in zip(bare, names)):
+    bare = [re.sub(r"^(?:\d+\.(?!\d)|n\d{8}[ .-])\s*", "", name) for name in names]
+    numbers = sorted(int(m[1]) for m in (re.match(r"(\d+) \D", name) for name in names) if m)
+    if numbers in [[*range(n, n + len(names))] for n in (0, 1)]:  # 0_airplane, not 3_wheeler
+        bare = [name.split(" ", 1)[1] for name in names]
+    is_same = any(not name or name == whole for name, whole in zip(bare, names))
+    if is_same or len({*bare}) < len(bare):
         return names
     note(f"prompts are the folders' names without number or wnid: {names[0]!r} is {bare[0]!r}")
     return bare

@@ -32,7 +32,8 @@ def main(argv=None):
     split = gen_prototype.open_images(stage_1, *files_of, quiet=not process.is_main)
     how = {name: getattr(args, name) for name in generators.FLAGS}
     model = generators.load(args.diffusion_checkpoints_path, process.device, **how)
-    stage_2 = gen_syn_image.fitted(args.settings.only(second), ["d4m"], model)
+    of_stage_2, label_file = args.settings.only(second), args.label_file_path
+    stage_2 = gen_syn_image.fitted(of_stage_2, ["d4m"], model, label_file)
     stage_2 = gen_syn_image.of_arm(stage_2, "d4m")
     stage_1 = gen_prototype.with_size(stage_1, model)
     if process.is_main:

@@ -188,6 +188,7 @@ def warn_of_long_prompts(model, classes, negative):
     prompts = {"--negative_prompt": negative, **{c["folder"]: c["prompt"] for c in classes}}
     unread = {name: rest for name, prompt in prompts.items() if (rest := model.unread(prompt))}
     for name, rest in list(unread.items())[:3]:
+        rest = rest if len(rest) <= 80 else f"{rest[:76]} ..."
         warn(f"{name}: its prompt is too long for this model, which does not read {rest!r}")
     if len(unread) > 3:
         warn(f"{len(unread) - 3} other prompts are too long")
@@ -255,7 +256,7 @@ def of_arm(settings, arm):
     return runtime.Settings(changed, settings.defaults, settings.shorts)
 
 
-def fitted(settings, arms, model):
+def fitted(settings, arms, model, label_file=None):
     """The settings with what the generator decides; refuses what does not fit it."""
     steps, strength, most = settings["num_inference_steps"], settings["strength"], model.most_steps
     if settings["num_prototypes"] > settings["ipc"]:
@@ -273,6 +274,8 @@ def fitted(settings, arms, model):
     if set(arms) - {"decoded", "text"} and not model.start(strength, steps, level):
         refuse(f"--num_inference_steps {steps}: at --strength {strength:g} no step is left")
     if model.CONDITION != "prompt":
+        if label_file:
+            refuse(f"--label_file_path {label_file}: a {model.TITLE} reads no prompts")
         for name in ("negative_prompt", "release_prompts"):
             if settings.get(name) != settings.defaults.get(name):
                 refuse(f"--{name}: a {model.TITLE} reads no prompts")
@@ -300,9 +303,7 @@ def main(argv=None):
         prompts = [c["prompt"] for c in classes] if keys or label_file else None
     how = {name: getattr(args, name) for name in generators.FLAGS}
     model = generators.load(args.diffusion_checkpoints_path, process.device, **how)
-    settings = fitted(args.settings, args.arm, model)
-    if label_file and model.CONDITION != "prompt":
-        refuse(f"--label_file_path {label_file}: a {model.TITLE} reads no prompts")
+    settings = fitted(args.settings, args.arm, model, label_file)
     arms = [of_arm(settings, arm) for arm in args.arm]
     if waits_for:
         count = len(datasets.known_prompts(args.dataset)) * args.ipc

@@ -163,7 +163,7 @@ def _next_stage(folder, dataset):
         return ["matching.generate_soft_label", "--data", folder, "--arch", "resnet18"]
     teachers = sorted((folder.parent.parent / "teachers").glob(f"{dataset}_*/{output.MANIFEST}"))
     if not teachers:
-        root = datasets.usual_root(dataset)
+        root = output.data_dir_of(folder) or datasets.usual_root(dataset)
         words = ["matching.train_teacher", "--dataset", dataset]
         return [*words, "--data_dir", root] if root else words
     arch = ["--arch", files.read_json(teachers[0])["arch"]]
@@ -186,13 +186,20 @@ def data_card(facts, settings, inputs, rows):
     """README.md of the image folder: a Hugging Face data card.   rows: of images.jsonl"""
     arm, taken = facts["arm"].removesuffix("-g"), facts["arm"].endswith("-g")
     how = MADE_AS[arm] + "; classes taken out of a larger distilled data set" * taken
-    if settings.get("guide") == "mode":
+    made = {"arguments": {}, "inputs": inputs}
+    while "source_manifest" in made["inputs"]:  # optimised, chosen or taken from other images
+        made = made["inputs"]["source_manifest"]
+    settings = {**made["arguments"], **settings}
+    if settings.get("guide") == "mode" and arm == "d4m":
         how = "noise denoised under the class prompt, drawn to prototypes (MGD3, 2505.18963)"
     if settings.get("negative_prompt", "") is None:  # of a family without prompts
         how = how.replace("class prompt", "class")
     names = ("model", "licence", "strength", "noise_level", "guidance_scale")
     names += ("scheduler", "num_inference_steps", "guide", "seed")
-    details, usual = {**settings, **(inputs.get("generator") or {})}, ("schedule", "own", "none")
+    details, usual = (
+        {**settings, **(made["inputs"].get("generator") or {})},
+        ("schedule", "own", "none"),
+    )
     names = [name for name in names if details.get(name, "own") not in usual]
     listed = "".join(f"- {name}: {details[name]}\n" for name in names)
     warning, sizes = misread([c["folder"] for c in facts["classes"]]), cluster_sizes(inputs, rows)

@@ -11,9 +11,13 @@ from scripts.runtime import refuse, warn
 
 FOLDER = Path(__file__).parent / "label-prompt"
 nfc = partial(unicodedata.normalize, "NFC")  # a Mac writes an accent as a letter of its own
-STRONG = r"\s*(?:[:：=|;\t]|->|→)\s*"  # between a key and its prompt; few prompts hold it
+STRONG = r"\s*(?:[:：=|;、\t]|->|→)\s*"  # between a key and its prompt; few prompts hold it
 PROMPT_KEYS = ("name", "class_name", "label", "prompt", "text", "caption")  # in JSON of others
 WNID = re.compile(r"n\d{8}$")
+NUMBER = re.compile(r"^(?:\d+\.(?!\d)|\d+[ _]|n\d{8}[ _.-])\s*")  # before a folder's name
+PLURAL = re.compile(r"(?<=[^\W\d_]{2}[^\Ws])s$")  # not that of bus or glass
+# a) bird, I. bird, 0x0: bird; not 16:9 screen
+ALIEN_KEY = r"(?P<key>[^\s:)\"'“`(\[]{1,40}[:)]|[A-Za-z]\.|[IVXivx]+\.)\s+\S.*"
 
 
 def known_prompts(dataset):
@@ -33,7 +37,7 @@ def read_label_file(path, folders, dataset="imagefolder"):
         n01440764: tench, Tinca tinca    the class folder, in any order
         0: tench, Tinca tinca            the class number, from 0 or 1, before or behind
 
-    or a Python or JSON literal of these. A BOM, CRs, outer spaces and balanced outer quotes are
+    or a Python or JSON literal of these. A BOM, CRs, bullets, outer spaces and outer quotes are
     taken off, and blank lines, comments and a header left out; what is malformed, or names another
     class, is refused with its line number.
     """
@@ -46,6 +50,7 @@ def read_label_file(path, folders, dataset="imagefolder"):
     lines = _content(lines, folders, where)
     keys, prompts, say = _keys(lines, folders, where)
     rows = [(n, _prompt(prompt, f"{where}, line {n}")) for n, prompt in enumerate(prompts, 1)]
+    _check_prompts(rows, folders, where)
     if keys:
         rows = _by_folder(zip(keys, rows), folders, where)
     if len(rows) != len(folders):
@@ -75,7 +80,7 @@ def _lines(text, where):
         try:
             found = ast.literal_eval(text.strip())
             rows = found.items() if isinstance(found, dict) else found
-            lines = [": ".join(_words(row)) for row in rows] or [""]
+            lines = ["\t".join(_words(row)) for row in rows] or [""]
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             if re.match(r"\s*(\[\s*)?\{", text):  # a prompt may start with a bracket
                 line = getattr(error, "lineno", 1)
@@ -87,8 +92,9 @@ def _lines(text, where):
         )
         if control:
             refuse(f"{where}, line {n}: holds the control character {control[0]!r}")
-    bullets = all(line.lstrip().startswith("- ") for line in lines)  # a YAML list
-    return [line.strip(" ").removeprefix("- " if bullets else "").strip(" ") for line in lines]
+    bullet = re.compile(r"\s*[-*•]\s+")  # a list of YAML or Markdown
+    bullets = all(map(bullet.match, lines))
+    return [(bullet.sub("", line, count=1) if bullets else line).strip(" ") for line in lines]
 
 
 def _content(lines, folders, where):
@@ -127,7 +133,7 @@ def _words(value):
 def _split(lines, key, behind=False):
     """Per line a match with its "key", "prompt", and "strong" separator, or None: no key."""
     between = rf"(?:(?P<strong>{STRONG})|\s*,\s*|\s+[-–—]\s+|\s+)"
-    mark = rf"[\"'(\[#]*(?i:class[ _-]?)?(?P<key>{key})[\"')\]]*"
+    mark = rf"[\"'(\[#]*(?i:(?:class|label|id)[ _-]?)?(?P<key>{key})[\"')\]]*"
     first = rf"{mark}(?!:\d)(?:\.0)?\.?{between}(?P<prompt>.+)"  # 0. tench, not 16:9 screen
     form = rf"(?P<prompt>.+?){between}{mark}" if behind else first
     return [re.fullmatch(form, line) for line in lines]
@@ -143,7 +149,7 @@ def _parts(found, where):
 
 def _name(key):
     """A folder as it is compared: train/Dog/ is dog."""
-    return nfc(re.split(r"[/\\]", key.strip("\"' /\\"))[-1]).casefold()
+    return nfc(re.split(r"[/\\]", key.strip("\"' /\\"))[-1]).casefold().replace("_", " ")
 
 
 def _keys(lines, folders, where):
@@ -154,6 +160,8 @@ def _keys(lines, folders, where):
     """
     numbered = _split(lines, r"\d+")
     rests = [m["prompt"] for m in numbered] if all(numbered) else lines  # 0: n01440764: tench
+    if all(map(WNID.match, folders)):  # n01440764_tench, n01440764.tar tench
+        rests = [re.sub(r"^([nN]\d{8})(?:\.tar|[_-])\s*(?=\w)", r"\1 ", line) for line in rests]
     for behind in (False, True):
         found = _split(rests, r"(?:\S*[/\\])?[nN]\d{8}", behind)  # or train/n01440764
         if any(found):
@@ -167,12 +175,21 @@ def _keys(lines, folders, where):
         {*map(_name, folders)},
         rf"(?P<key>.+?)(?:{STRONG}|,(?=\S)|\s{{2,}})(?P<prompt>.+)",
     )
-    found = [re.fullmatch(form, line) for line in lines]
-    known = [m for m in found if m and _name(m["key"]) in names]
+    for rest in (rests, lines):  # 0,bird,a bird
+        found = [re.fullmatch(form, line) for line in rest]
+        known = [m for m in found if m and _name(m["key"]) in names]
+        if 2 * len(known) > len(lines):
+            break
     to_number = all(m and m["prompt"].isdigit() and not m["key"].isdigit() for m in found)
     tabs = all("\t" in line for line in lines) and not all(numbered)
     if not to_number and (2 * len(known) > len(lines) or tabs):
-        return *_parts(found, where), warn
+        keys, prompts = _parts(found, where)
+        numbers = _split(prompts, r"\d+")  # bird,0,a bird
+        place = {_name(folder): n for n, folder in enumerate(folders)}
+        if all(numbers):
+            shifts = {int(m["key"]) - place.get(_name(k), -2) for k, m in zip(keys, numbers)}
+            prompts = [m["prompt"] for m in numbers] if shifts in ({0}, {1}) else prompts
+        return keys, prompts, warn
     coded = [f for f in folders if re.search(r"[\d_]", f) and " " not in f]  # class_10 p10
     starts = "|".join(map(re.escape, sorted(coded, key=len, reverse=True)))
     found = _split([nfc(line) for line in lines], nfc(starts)) if coded == folders else [None]
@@ -182,6 +199,10 @@ def _keys(lines, folders, where):
         keys, prompts = _numbered(_split(lines, r"\d{1,5}", behind), folders, where, behind)
         if keys:
             return keys, prompts, refuse
+    found = [re.fullmatch(ALIEN_KEY, line) for line in lines]
+    if len(lines) > 1 and all(found) and len({m["key"] for m in found}) == len(lines):
+        what = f"{found[0]['key']} is neither a class folder nor its number"
+        refuse(f"{where}, line 1: {what}; if it is of the prompt, put that in quotes")
     every = list(known_prompts("imagenet"))
     if len(lines) == len(every) > len(folders) and {*folders} <= {*every}:
         return every, lines, refuse
@@ -233,16 +254,33 @@ def _numbered(found, folders, where, behind):
 def _prompt(prompt, where):
     """One prompt without its spaces and quotes."""
     prompt = prompt.strip().rstrip(",;").strip()
-    if outer := re.fullmatch(r"""(["'])(.*)\1""", prompt):
-        prompt = outer[2].replace(outer[1] * 2, outer[1]).strip()  # as CSV doubles them
+    if outer := re.fullmatch(r"""(["'`])(.*)\1|“([^”]*)”|‘([^’]*)’""", prompt):
+        prompt = (outer[2] or outer[3] or outer[4] or "").strip()
+        prompt = prompt.replace(outer[1] * 2, outer[1]) if outer[1] else prompt  # doubled in CSV
+    # 001.Albatross, tench.n.01
+    prompt = re.sub(r"^\d{3,}\.(?=[^\W\d])|\.[nvasr]\.\d\d$", "", prompt)
     if "\t" in prompt:
-        refuse(f"{where}: has more than one tab, or some lines have a folder name and others none")
+        what = "has more than one tab or prompt, or some lines have a folder name and others none"
+        refuse(f"{where}: {what}")
     plain = re.sub(r'(?<!\S)"[^"]+"(?![^\s,.;)])', "", prompt)  # a so-called "cat"
     if '"' in plain or prompt[:1] == "'" or prompt[-1:] == "'":
         refuse(f"{where}: has a stray quote mark: {prompt}")
     if not prompt:
         refuse(f"{where}: has no prompt")
+    if odd := re.search(r"\s#\s.*|\{\w*\}|^\S*/\S*/\S*$", prompt):
+        refuse(f"{where}: holds a comment, a placeholder or a path: {odd[0].strip()}")
     return prompt if " " in prompt else prompt.replace("_", " ")
+
+
+def _check_prompts(rows, folders, where):
+    """A wnid, or numbers alone, are no prompts; nor are the classes' names with their counts."""
+    plain, named = [prompt for _, prompt in rows], {*map(_name, folders)}
+    counted = [re.fullmatch(r"(?:\d+\W+)?(.+?)(?:\W+\d+)?", prompt) for prompt in plain]
+    if wnids := [row for row in rows if re.match(r"[nN]\d{8}\b", row[1])]:
+        n, prompt = wnids[0]
+        refuse(f"{where}, line {n}: {prompt!r} holds a wnid, expected a prompt")
+    if all(m[0].isdecimal() or m[1] != m[0] and _name(m[1]) in named for m in counted):
+        refuse(f"{where}, line 1: {plain[0]!r}: the numbers are not understood")
 
 
 def _by_folder(pairs, folders, where):
@@ -267,8 +305,9 @@ def _check_order(rows, folders, dataset, where, say):
     rows   [(line, prompt)] of `folders`;   say: refuse, or warn where the file names the folders
     """
 
-    def spaced(text):
-        return " " + " ".join(re.findall(r"[^\W_]+", nfc(text).casefold())) + " "
+    def spaced(text):  # words without the s of a plural
+        found = re.findall(r"[^\W_]+", nfc(text).casefold())
+        return f" {' '.join(PLURAL.sub('', word) for word in found)} "
 
     def letters(text):
         return spaced(text).replace(" ", "")
@@ -276,29 +315,42 @@ def _check_order(rows, folders, dataset, where, say):
     def words(text):
         return {*re.findall(r"[^\W\d_]{3,}", spaced(text))}
 
-    of_wnids = "imagenet" if all(map(WNID.match, folders)) else dataset
-    ours, owners = known_prompts(dataset) or known_prompts(of_wnids), {}
-    names = ours or {folder: folder.replace("_", " ") for folder in folders}
+    ours, owners = known_prompts(dataset), {}
+    ours = known_prompts("imagenet") if all(map(WNID.match, folders)) else ours
+    names = ours or {folder: NUMBER.sub("", folder).replace("_", " ") for folder in folders}
     for folder, prompt in names.items():
         for name in {letters(part) for part in (prompt, *prompt.split(","))} - {""}:
             owners.setdefault(name, set()).add(folder)
     firsts = {}  # {the first name: its classes}
-    for folder in folders if ours else ():
+    for folder in ours:
         firsts.setdefault(spaced(names[folder].split(",")[0]), set()).add(folder)
+    held = {folder: words(names.get(folder, "")) for folder in folders}
     fits = {}  # {folder: the classes whose name its prompt is}
     for folder, (_, prompt) in zip(folders, rows):
         parts = [owners.get(letters(part), set()) for part in (prompt, *prompt.split(","))]
         fits[folder] = parts[0] or set().union(*parts)
-        if not fits[folder] and not ours and not words(folder) & words(prompt):
-            fits[folder] = {f for f in folders if words(f) and words(f) <= words(prompt)}
+        if not fits[folder] and not ours:
+            found = words(prompt)
+            least = len(held[folder] & found)  # others must fit better
+            fits[folder] = {f for f in folders if len(held[f]) > least and held[f] <= found}
         text = spaced(prompt)  # a photo of a tench
         others = firsts.get(max((name for name in firsts if name in text), key=len, default=""), ())
         own = folder in others  # and "a corn" is no acorn
         if not parts[0] and (own or ours and not fits[folder]):
-            own = own or any(spaced(part) in text for part in names[folder].split(","))
+            own = own or any(spaced(part) in text for part in names.get(folder, "").split(","))
             fits[folder] = {folder} if own else others if len(others) == 1 else set()
     wrong = [folder for folder in folders if fits[folder] and folder not in fits[folder]]
     is_most = len(wrong) > 1 and 2 * len(wrong) > sum(map(bool, fits.values()))
+    place = {folder: n for n, folder in enumerate(folders)}
+    moves = [(place.get(min(fits[f]), -1) - place[f]) % len(folders) for f in wrong]
+    if 2 * max(map(moves.count, moves), default=0) > max(len(folders), 2):
+        say = refuse  # shifted; who swaps classes on purpose is warned
+    for other in sorted(FOLDER.glob("*.txt")) if known_prompts(dataset) else ():
+        theirs = known_prompts(other.stem)
+        parts = {letters(part) for p in theirs.values() for part in (p, p.split(",")[0])}
+        count = sum(letters(prompt) in parts for _, prompt in rows)
+        if len(theirs) == len(folders) and [*theirs] != [*folders] and 2 * count > len(folders):
+            refuse(f"{where}: {count} of its prompts are those of {other.stem}, not of {dataset}")
     for folder, (n, prompt) in zip(folders, rows):
         right, line = names.get(folder, prompt), f"{where}, line {n}"
         expected = f"expected {folder}'s {right!r}"

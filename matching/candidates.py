@@ -45,6 +45,8 @@ def kept_per_class(where, name, manifest):
     """
     found, made = re.search(r"_protos(\d{1,9})", name), manifest and manifest["arguments"]
     count = made.get("num_prototypes") if made else found and int(found[1])
+    if made and made.get("arm") in ("decoded", "noise", "text"):
+        refuse(f"{where}: made as {made['arm']}; there are no different images of one prototype")
     if not count or (made and 2 * count > made["ipc"]):
         what = "not several images of each prototype"
         refuse(f"{where}: {what}; --ipc 40 --num_prototypes 10 of gen_syn_image makes four")

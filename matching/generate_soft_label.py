@@ -127,7 +127,7 @@ def make_labels(images, settings, checkpoints, root, process, num_workers):
         made_of = {"dataset": images.dataset, "images": images.facts(), "teacher": known}
         made_of["classes"] = [{"index": c, "folder": f} for c, f in enumerate(images.folders)]
         then = ["validate.train_FKD", "--train_dir", images.root, "--fkd_path", out.folder]
-        root = datasets.usual_root(images.dataset)
+        root = output.data_dir_of(images.root) or datasets.usual_root(images.dataset)
         then += ["--model", archs[0], "--cos", "-T", settings["temperature"] or 20]
         then += ["--val_dir", root] if root else []
         out.finish({**made_of, "mean": facts.mean, "std": facts.std}, None, "epochs", then)

@@ -76,6 +76,8 @@ def open_images(flag, root, dataset=None):
         paths = datasets.images_below(root / folder, left)
         paths.sort(key=lambda path: (str(path.parent), path.name))
         found[folder] = [path.relative_to(root).as_posix() for path in paths]
+    if not manifest:
+        datasets.look_beside(root, left)
     datasets.say_left(where, left)
     empty = next((folder for folder in found if not found[folder]), None)
     if empty:
@@ -125,11 +127,10 @@ def _foreign(where, folders, paths, dataset):
         refuse(f"{where}: the class folder {unsafe!r} has a name that is not safe everywhere")
     known = list(datasets.known_prompts(dataset))
     odd = [folder for folder in folders if known and folder not in known]
-    numbers, classes = (
-        [int((re.findall(r"\d+$", f) or [-1])[0]) for f in folders],
-        range(len(folders)),
-    )
-    if odd and sorted(numbers) == list(range(len(known))):
+    numbers = [int((re.findall(r"\d+$", folder) or [-1])[0]) for folder in folders]
+    classes, words = range(len(folders)), {re.sub(r"\d+$", "", folder) for folder in folders}
+    # airplane_9 says its class by name
+    if odd and len(words) == 1 and sorted(numbers) == list(range(len(known))):
         # the release's 0 ... 999, SRe2L's new000 ... new999, RDED's 00000 ...
         # differs from the release: ImageFolder takes its 0, 1, 10, 100, ... for classes 0, 1, 2, 3
         warn(f"{where}: its {len(folders)} numbered folders are {dataset}'s classes, by number")

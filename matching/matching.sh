@@ -15,6 +15,7 @@ OUT="${OUT:-output}"
 IMAGES="${IMAGES:-$(d4m_images imagenet)}"
 TEACHER="${TEACHER:-resnet18}"
 EPOCHS="${EPOCHS:-300}"
+INPUT_SIZE="${INPUT_SIZE:-224}"
 BATCH_SIZE="${BATCH_SIZE:-1024}"
 CROPS="${CROPS:-0.08}"
 FKD_SEED="${FKD_SEED:-42}"
@@ -25,7 +26,7 @@ run -m matching.generate_soft_label \
     --epochs "$EPOCHS" \
     --batch_size "$BATCH_SIZE" \
     --fkd_seed "$FKD_SEED" \
-    --input_size 224 \
+    --input_size "$INPUT_SIZE" \
     --min_scale_crops "$CROPS" \
     --max_scale_crops 1 \
     --mix_type cutmix \

@@ -180,6 +180,10 @@ for made_by in (np._core.multiarray.scalar, np._core.multiarray._reconstruct):  
 USUAL = {"state_dict", "model", "model_state_dict", "net", "network", "weights"}
 # CIFAR's usual ResNets; FSDP and activation checkpoints
 RENAMED = {r"\blinear\.": "fc.", r"\bshortcut\.": "downsample.", r"\b_\w+_wrapped_module\.": ""}
+# what training keeps beside a network and a network does without; any other tensor is refused
+UNUSED = re.compile(r"(?i)\w*(criterion|loss|ema|averaged|metric|acc|top\d|teacher)\w*(\.|$)")
+# under these a file says its classes, in order: a list, {name: column} or {column: name}
+CLASS_KEYS = {"class_to_idx", "idx_to_class", "classes", "class_names", "id2label", "label2id"}
 
 
 def _no_weights(path):
@@ -195,7 +199,13 @@ def _no_weights(path):
 
 
 def read_state_dict(path, flag):
-    """{name: tensor} from a safetensors or torch file, without unpickling any code.
+    """{name: tensor} of a file that `read_weights` takes."""
+    return read_weights(path, flag)[0]
+
+
+def read_weights(path, flag):
+    """({name: tensor}, its class names in order or None) from a safetensors or torch file, without
+    unpickling any code.
 
     A plain state dict, or one in the wrappings of training scripts: {"net": ..., "epoch": 9}.
     """
@@ -237,7 +247,21 @@ def read_state_dict(path, flag):
     [name] = taken
     if len(states) > 1:
         warn(f"{flag} {path}: taken are the weights called {name}, of {', '.join(states)}")
-    return {str(key): value for key, value in states[name].items()}
+    return {str(key): value for key, value in states[name].items()}, _class_order(found)
+
+
+def _class_order(found):
+    """The class names that a file of weights says, in the order of its columns, or None."""
+    found = vars(found) if isinstance(found, argparse.Namespace) else found
+    for key, inner in found.items() if isinstance(found, dict) else ():
+        if key in CLASS_KEYS and isinstance(inner, (dict, list, tuple)):
+            rows = inner.items() if isinstance(inner, dict) else enumerate(inner)
+            rows = [(b, a) if isinstance(b, int) else (a, b) for a, b in rows]
+            if all(isinstance(b, str) and str(a).isdecimal() for a, b in rows):
+                return [b for _, b in sorted(rows, key=lambda row: int(row[0]))]
+        elif order := _class_order(inner):
+            return order
+    return None
 
 
 def fitted(state, model, what):
@@ -255,8 +279,10 @@ def fitted(state, model, what):
             refuse(f"{what}: holds several networks: {', '.join(fit)}")
         if fit:
             prefix = "" if "" in fit else fit[0]
-            own = {k.removeprefix(prefix): v for k, v in known.items() if k.startswith(prefix)}
-            return {n: known[n] for n in names if n not in own} | own
+            needed = {n for name in names for n in (name, prefix + name)}
+            kept = {k: v for k, v in known.items() if k in needed or not UNUSED.match(k)}
+            own = {k.removeprefix(prefix): v for k, v in kept.items() if k.startswith(prefix)}
+            return {k: v for k, v in kept.items() if not k.startswith(prefix)} | own
     return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", key): v for key, v in state.items()}
 
 
@@ -315,7 +341,7 @@ def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher
     last are train_teacher's flags and images, else None.
     """
     folders = [datasets.nfc(folder) for folder in folders]
-    where, arguments, owned = f"{flag} {checkpoint}", None, None
+    where, arguments, owned, said = f"{flag} {checkpoint}", None, None, None
     is_file_name = Path(str(checkpoint)).suffix[1:].isalpha()  # teacher.pth, not convnet_lr0.05
     if is_public(checkpoint):
         chosen = str(checkpoint or "").partition(":")[2]
@@ -328,7 +354,9 @@ def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher
         owned = [datasets.nfc(c["folder"]) for c in manifest["classes"]]
         arguments = manifest["arguments"] | manifest["inputs"]
     else:
-        state, weights, digest = read_state_dict(checkpoint, flag), "file", files.sha256(checkpoint)
+        state, said = read_weights(checkpoint, flag)
+        weights, digest = "file", files.sha256(checkpoint)
+        state = _without_colours(state, dataset, where)
     with torch.device("meta"):
         model = create_model(name, 2, image_size)
     state, [*_, (last, _)] = fitted(state, model, where), model.named_parameters()  # a head's bias
@@ -338,6 +366,11 @@ def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher
     if owned is None:  # a file does not say: the data set's, the images' or ImageNet's, by name
         ours, imagenet = (list(datasets.known_prompts(of)) for of in (dataset, "imagenet"))
         owned = next((c for c in (ours, folders, imagenet) if len(c) == count), folders)
+    if said and len(said) == count == len(owned):  # an unknown name counts by its place
+        prompts = datasets.known_prompts("imagenet") | datasets.known_prompts(dataset)
+        called = {c: f"{c}, {prompts.get(c, '')}".casefold().split(", ") for c in owned}
+        said = [datasets.nfc(name).casefold() for name in said]
+        owned = [next((c for c in (o, *owned) if n in called[c]), o) for n, o in zip(said, owned)]
     if count != len(owned):
         refuse(f"{where}: its head has {count} classes, expected {len(owned)} of {dataset}")
     unknown = [folder for folder in folders if folder not in owned]
@@ -353,6 +386,18 @@ def load_teacher(name, checkpoint, dataset, folders, image_size, flag="--teacher
     model = nn.Sequential(model, Columns(columns)) if columns else model
     facts = {"arch": name, "weights": weights, "sha256": digest, "classes": count}
     return model.eval().requires_grad_(False), {**facts, "columns": columns, "arguments": arguments}
+
+
+def _without_colours(state, dataset, where):
+    """`state` without the colours of a layer that normalises its input, which must be ours."""
+    for key, value in [*state.items()]:
+        match = re.search(r"(?:^|\W|_)(?<!running_)(mean|std)$", key)
+        if match and value.numel() in (1, 3):
+            theirs, ours = value.flatten().tolist(), getattr(datasets.ALL[dataset], match[1])
+            if not np.allclose(theirs, ours, atol=1e-3):
+                refuse(f"{where}: its {key} is {theirs}, images of {dataset} have {[*ours]}")
+            del state[key]
+    return state
 
 
 def _public_weights(name, dataset, image_size, chosen=""):

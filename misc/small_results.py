@@ -1,381 +1,490 @@
-"""The results of validate/cifar10_small.sh: every cell, and which of the paper's claims they show.
+"""The experiment of validate/cifar10_small.sh: runs its rows, and makes the page of them.
 
-    python -m misc.small_results --output_root output/cifar10_small/cpu --scale cpu \\
-        --data_dir data/cifar10 --results misc/results
-    python -m misc.small_results --results misc/results    # the page again, from its numbers
+    sh validate/cifar10_small.sh                           # which calls this
+    python -m misc.small_results --results misc/results    # the page again, from its rows
 
-Writes the part of this scale into RESULTS/cifar10_small.json, then cifar10_small.md from all parts,
-and one picture per scale: images by diffusion, one row per arm. A part names the machine on which
-it is gathered: the one that trained.
+A row is one student on one draw of images. Its result is added to OUT/log.jsonl as soon as it is
+there; then RESULTS/cifar10_small.json gets all rows, and cifar10_small.md and .png are made of it.
 """
 
+import importlib
+import math
+import re
+import shlex
+import subprocess
 import time
-from itertools import permutations
+from itertools import product
 from pathlib import Path
+from statistics import fmean, variance
 
-import torch
+from misc import benchmark, figures
+from scripts import files, output, runtime
+from scripts.runtime import Parser, entry_point, number, refuse
 
-from distillation import datasets
-from matching import evaluation, images, models, training
-from misc import benchmark, figures, report, train_tiny_sd
-from scripts import files, generators, output, runtime
-from scripts.runtime import Parser, entry_point, refuse
-from validate import paper_tables
-
-DATASET, SIZE = "cifar10", 32
-PAPER = {"strength": 0.7, "guidance": 8.0}
-VAE_ONLY = "Real through the VAE"
-# in the order of the table; those of the sweep follow, by strength and guidance
-ARMS = ["D4M", "Random real", VAE_ONLY, "Decoded prototypes", "Text-to-image", "w/o prototypes"]
-ARMS += ["D4M, full k-means"]
-KEYS = ("ipc", "recipe", "epochs", "batch_size", "student", "teacher", "labels")
-
-
-# ---- what was run
-
-
-def arm_title(arguments, stage_1):
-    """What the table calls an image folder, from its settings and those of its prototypes."""
-    arm, kmeans = arguments["arm"], (stage_1 or {}).get("kmeans")
-    if (arm, kmeans) == ("decoded", "none"):
-        return VAE_ONLY
-    words = [figures.ARMS[arm][0]]
-    if arm == "d4m":
-        found = {"strength": arguments["strength"], "guidance": arguments["guidance_scale"]}
-        words += ["full k-means"] * (kmeans == "full")
-        words += [f"{name} {value:g}" for name, value in found.items() if value != PAPER[name]]
-    return ", ".join(words)
+# what tells two rows apart
+KEYS = ("arm", "ipc", "draw", "student", "recipe", "epochs", "batch_size", "labels")
+NAMES = {arm: figures.ARMS[arm][0] for arm in ("d4m", "random", "text", "noise", "decoded")}
+NAMES["noise"] += " (noise)"
+VARIANTS = {  # what may lift D4M
+    "weighted": "D4M, --loss_weights cluster",
+    "mode": "D4M, --guide mode",
+    "keep_confident": "D4M, the most confident of 4 candidates",
+    "keep_hard": "D4M, the least confident of 4 candidates",
+    "gmm": "D4M, --kmeans gmm",
+}
+DRAWS = 8  # of the main rows; later draws choose settings, and count in no claim
+BEST_TEXT = "text, its best guidance"  # of those that were tried on the later draws
+# The primary claims, named before any of their rows was run: with soft labels at IPC 10, over DRAWS
+# draws, D4M's images are worth more than those of the other arm.
+CLAIMS = {
+    "random": "Distilled images are worth more than as many random real ones",
+    BEST_TEXT: "Prototypes help: more than text-to-image at its own best guidance (table 4)",
+    "noise": "Prototypes help: more than the release's random initialisation (table 4)",
+    "decoded": "Diffusion helps: more than the prototypes decoded without it (section 3)",
+}
+SMALL = 1.5  # points of top-1: a smaller effect may stay open
 
 
-def place_of(title):
-    return (ARMS.index(title), "") if title in ARMS else (len(ARMS), title)
+# ---- running
 
 
-def find_cells(root, generator, teachers):
-    """[{arm, ipc, teacher, student, recipe, labels, top1: {mean, std, n, values}, images}], sorted.
+def commit():
+    """The last commit that changed the stages, "+changes" if they differ from it now; "" outside
+    a repository."""
+    stages = ("scripts", "distillation", "matching", "validate/train_FKD.py")
 
-    generator   hashes of the model's networks;   teachers: {sha256: arch} of those below the root
-    Refuses what another model or teacher made, and two results of one cell.
+    def git(*words):
+        command = ["git", "-C", Path(__file__).parents[1], *words, "--", *stages]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    last = git("log", "-1", "--format=%h").stdout.strip()
+    return last + "+changes" * bool(last and git("diff", "--quiet", "HEAD").returncode)
+
+
+def key_of(row):
+    return tuple(row[name] for name in KEYS)
+
+
+def read_plan(path):
+    """[(row, [(module, its flags)])]: the steps that lead to each row, its student last.
+
+    path   of command lines as the launcher prints them with DRY_RUN=1: the stages that make an
+           image folder, then its students, each with its row as variables in front
     """
-    cells = {}
-    for found in paper_tables.find_results(root / "students"):
-        where = f"--output_root {root}: {Path(found['path']).parent.name}"
-        folder, settings = root / "images" / found["images"], found["arguments"]
-        made = output.read_manifest("--output_root", folder, "images")
-        if found["generator"] and found["generator_sha256"] != generator:
-            refuse(f"{where}: its images were made by another {found['generator']} than --model")
-        for teacher in files.read_json(found["path"])["teacher"]:
-            if teachers.get(teacher["sha256"]) != teacher["arch"]:
-                refuse(f"{where}: its labels are of a {teacher['arch']} not in {root / 'teachers'}")
-        arm = arm_title(made["arguments"], made["inputs"].get("prototype_arguments"))
-        # paper_tables names the paper's own recipes only; here they are adapted to 32 px
-        recipe = "rd3" if settings["bn_refresh"] else "d4m"
-        cell = {"arm": arm, "ipc": found["ipc"], "recipe": recipe}
-        cell |= {name: settings[name] for name in ("epochs", "batch_size")}
-        cell |= {"student": found["student"], "teacher": " ".join(found["teacher"]) or None}
-        cell |= {"labels": found["labels"], "seeds": settings["seeds"], "top1": found["last"]}
-        cell["images"] = found["images"]
-        key = tuple(cell[name] for name in ("arm", *KEYS))
-        if key in cells:
-            refuse(f"{where}: a second result of {cell_name(cell)}; keep one of them")
-        cells[key] = cell
-    if not cells:
-        refuse(f"--output_root {root}: no student of stage 4 is there")
-    by_row = lambda c: (*(c[k] or "" for k in KEYS[:6]), place_of(c["arm"]))  # noqa: E731
-    return sorted(cells.values(), key=by_row)
+    plan, stages, after_student = [], [], False
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        words = shlex.split(line)
+        at = words.index("-m")
+        step = words[at + 1], tuple(words[at + 2 :])
+        found = dict(re.findall(r"^(\w+)=(\S+)$", "\n".join(words[:at]), re.MULTILINE))
+        if found:
+            row = {name: int(v) if v.isdigit() else v for name, v in found.items()}
+            plan.append((row, [*stages, step]))
+        else:
+            stages = [step] if after_student else [*stages, step]
+        after_student = bool(found)
+    return plan
 
 
-def judge(root, teachers, names, data_dir, vae, process):
-    """{arch: {"test", "test_through_vae": top-1, "images": {image folder: top-1}}} of the teachers.
+def result_of(folder):
+    """What a row says beside its keys, from the folder of its one student."""
+    found = files.read_json(Path(folder) / "results.json")
+    made = output.read_manifest("--output_root", folder, "student")["files"]
+    seeds = {name: found["arguments"][name] for name in ("seeds", "fkd_seed")}
+    [weights] = (entry["sha256"] for name, entry in made.items() if name.endswith("tensors"))
+    row = {"top1": found["summary"]["last"]["top1"]["mean"], "seeds": seeds}
+    row |= {"images": found["images"]["name"], "weights_sha256": weights}
+    return row | {"teacher_sha256": [teacher["sha256"] for teacher in found["teacher"]]}
 
-    teachers   (folder, arguments) of each
-    Its accuracy on a synthetic set says whether the pictures are taken for their class.
+
+def logged_rows(root):
+    """The rows that were run below `root`; None: none."""
+    rows = output.log_rows(root) if root else []
+    return [{k: v for k, v in row.items() if k != "time"} for row in rows if "arm" in row]
+
+
+def run_step(module, flags):
+    return importlib.import_module(module).main(list(flags))
+
+
+def run_plan(plan, root, known, minutes):
+    """Run the rows that are not `known`, each of their stages once, until the time is over.
+
+    All in this process: to start Python and import PyTorch would take longer than a short student.
     """
-    facts, forward, found = datasets.ALL[DATASET], training.Forward(process.device), {}
-    test = datasets.open_split(DATASET, data_dir, "val")
-    pixels, targets = evaluation.validation_pixels(test, SIZE, process, flag="--data_dir")
-    decoded = train_tiny_sd.reconstructions(vae, pixels.permute(0, 3, 1, 2))
-    decoded = (decoded * 255).round().byte().permute(0, 2, 3, 1)
-    sets = {"test": (pixels, targets), "test_through_vae": (decoded, targets)}
-    for name in names:
-        flag, made = "--output_root", images.open_images("--output_root", root / "images" / name)
-        arrays, _ = images.load_pixels(flag, made)
-        sets[name] = torch.stack([torch.tensor(a) for a in arrays]), made.targets
-    for folder, made in teachers:
-        network, _ = models.load_teacher(made["arch"], folder, DATASET, test.folders, SIZE)
-        network, top1 = network.to(process.device), {}
-        for name, pair in sets.items():
-            score = evaluation.evaluate(network, *pair, forward, facts.mean, facts.std)
-            top1[name] = round(score["top1"], 2)
-        found[made["arch"]] = {
-            "images_a_class": made["max_images_per_class"] or "all",
-            **{name: top1.pop(name) for name in ("test", "test_through_vae")},
-            "images": top1,
-        }
+    end, known, done = time.monotonic() + 60 * minutes, set(known), set()
+    for row, (*stages, student) in plan:
+        if key_of(row) in known:
+            continue
+        if time.monotonic() >= end:
+            runtime.warn(f"--minutes {minutes:g}: over; the same command goes on")
+            return
+        for stage in stages:
+            if stage not in done:
+                run_step(*stage)
+                done.add(stage)
+        found = row | result_of(run_step(*student)) | {"commit": commit()}
+        output.append_log(root, **found)
+        known.add(key_of(row))
+        print(*key_of(row), f"top-1 {found['top1']:.2f}", flush=True)
+
+
+# ---- statistics over draws
+
+
+def intervals(groups):
+    """[(mean, half of its 95 % interval or None)] of groups of draws, by Student's t.
+
+    Fewer than DRAWS draws share one variance with the other groups:
+    s^2 = sum (n - 1) s_i^2 / sum (n - 1).
+    """
+    from scipy.stats import t
+
+    def squares(group):
+        return (len(group) - 1) * variance(group) if len(group) > 1 else 0.0
+
+    found = []
+    for group in groups:
+        pool = [group] if len(group) >= DRAWS else groups
+        free, half = sum(len(one) - 1 for one in pool), None
+        if free:
+            deviation = math.sqrt(sum(map(squares, pool)) / free)
+            half = float(t.ppf(0.975, free)) * deviation / math.sqrt(len(group))
+        found.append((fmean(group), half))
     return found
 
 
-# ---- claims
+def holm(p_values):
+    """Holm's step-down adjustment: the k-th smallest of m is multiplied by m - k + 1."""
+    order, adjusted, least = sorted(range(len(p_values)), key=p_values.__getitem__), {}, 0.0
+    for k, n in enumerate(order):
+        least = max(least, min(1.0, (len(order) - k) * p_values[n]))
+        adjusted[n] = least
+    return [adjusted[n] for n in range(len(p_values))]
 
 
-BETTER_ARM = {  # claim: the arm that D4M is better than, all else equal
-    "Prototypes help: D4M above text-to-image (table 4)": "Text-to-image",
-    "Prototypes help: D4M above the release's random initialisation (table 4)": "w/o prototypes",
-    "Diffusion helps: D4M above its decoded prototypes (section 3)": "Decoded prototypes",
-    "Distilled images are worth more than as many random real ones": "Random real",
-}
-SOFT = "Soft labels beat hard ones, on D4M's images (section 3.3)"
-TRANSFER = (
-    "Soft labels transfer over architectures: above hard ones for students of another make-up than "
-    "the teacher (table 5)"
-)
-IPC = "Accuracy grows with IPC (figure 6)"
-SWEEP = {
-    "The paper's strength of 0.7 is better than others": "D4M, strength",
-    "The paper's guidance of 8 is better than others": "D4M, guidance",
-}
-# what other draws of images say against a difference seen on one
-DOUBTED = ("w/o prototypes", "soft", 10, 25, "convnet_w64")
-DOUBT = "over three draws of images p = 0.44, checked elsewhere; none are run here yet"
-NOT_HERE = (
-    "Above other methods (tables 1-3)",
-    "Synthesis-time matching adds nothing (table 3)",
-    "2.7 s and 6.1 GB an image (table 6)",
-)
+def differences(better, worse):
+    """Draw by draw, of {draw: top1}: arms of one draw share its seeds, so they are paired."""
+    return [better[draw] - worse[draw] for draw in sorted(better.keys() & worse.keys())]
 
 
-def recipe_name(cell):
-    return f"{cell['recipe']} in batches of {cell['batch_size']}"
+def verdicts(pairs):
+    """One sentence's parts for each ({draw: top1} of ours, of the other): a paired t-test with
+    Holm's correction over all of them; what is not complete counts as p = 1.
 
-
-def cell_name(cell):
-    teacher = f", teacher {cell['teacher']}" if cell["teacher"] else ""
-    words = f"IPC {cell['ipc']}, {recipe_name(cell)}, {cell['student']}"
-    return f"{cell['arm']}, {cell['labels']}, {words}{teacher}"
-
-
-def verdict(better, worse):
-    """One sentence on two cells, by Welch's t-test over their students: seen if p < 0.05.
-
-    What is seen here and was not on other draws of images is withdrawn until draws are run here.
+    Returns [(word, details)]: seen, the opposite is seen, not seen (the interval excludes effects
+    of SMALL and more), open, or not run.
     """
-    from scipy.stats import ttest_ind_from_stats
+    from scipy.stats import ttest_1samp
 
-    a, b = better["top1"], worse["top1"]
-    ours, theirs = (paper_tables.number(side["mean"], side["std"]) for side in (a, b))
-    other = worse["arm"].removeprefix("D4M, ")
-    theirs = theirs if other == worse["arm"] else f"{other}: {theirs}"
-    what = f"{ours} against {theirs} ({cell_name(better)}"
-    if min(a["n"], b["n"]) < 2:
-        return f"not tested: {what}; n = 1)"
-    p = float(a["mean"] == b["mean"])
-    if a["std"] or b["std"]:
-        sides = [side[key] for side in (a, b) for key in ("mean", "std", "n")]
-        p = float(ttest_ind_from_stats(*sides, equal_var=False).pvalue)
-    seen = "seen" if a["mean"] > b["mean"] else "the opposite is seen"
-    seen, why = seen if p < 0.05 else "not seen", f"p = {p:.2g}, n = {a['n']} and {b['n']}"
-    cell = tuple(worse[name] for name in ("arm", "labels", "ipc", "batch_size", "student"))
-    if seen == "seen" and cell == DOUBTED:
-        seen, why = "withdrawn", f"{why}; {DOUBT}"
-    return f"{seen}: {what}; {why})"
-
-
-def claims(cells):
-    """{claim: [one sentence per pair of cells that differ in nothing else]}"""
-    found = {claim: [] for claim in (*BETTER_ARM, SOFT, TRANSFER, IPC, *SWEEP, *NOT_HERE)}
-    for a, b in permutations(cells, 2):
-        differ, said = [key for key in ("arm", *KEYS) if a[key] != b[key]], []
-        soft = a["labels"] == "soft"
-        if a["arm"] != "D4M":
+    gaps = [differences(*pair) for pair in pairs]
+    complete = [len(gap) >= DRAWS for gap in gaps]
+    tested = zip(gaps, complete)
+    adjusted = holm([float(ttest_1samp(gap, 0).pvalue) if all_ else 1.0 for gap, all_ in tested])
+    found = []
+    for (ours, other), gap, p, whole in zip(pairs, gaps, adjusted, complete):
+        if len(gap) < 2:
+            found.append(("not run", f"{len(gap)} of {DRAWS} draws"))
             continue
-        if differ == ["arm"]:
-            said = [claim for claim, arm in BETTER_ARM.items() if b["arm"] == arm]
-            said += [c for c, arm in SWEEP.items() if b["arm"].startswith(arm)]
-        elif soft and differ == ["teacher", "labels"]:
-            said = [SOFT] + [TRANSFER] * (a["teacher"] != a["student"])
-        elif differ == ["ipc"] and a["ipc"] > b["ipc"]:
-            said = [IPC]
-        for claim in said:
-            found[claim].append(verdict(a, b))
-    return {claim: sentences or ["not tested"] for claim, sentences in found.items()}
+        [(mean, half)] = intervals([gap])
+        both = sorted(ours.keys() & other.keys())
+        means = [fmean(side[draw] for draw in both) for side in (ours, other)]
+        words = f"{means[0]:.1f} against {means[1]:.1f}, {gap_text(mean, half)}"
+        if not whole:
+            found.append(("open", f"{words}, {len(gap)} of {DRAWS} draws"))
+            continue
+        word = "not seen" if mean + half < SMALL else "open"
+        if p < 0.05:
+            word = "seen" if mean > 0 else "the opposite is seen"
+        found.append((word, f"{words}, p = {p:.2g}, {len(gap)} draws"))
+    return found
 
 
-def summary(sentences):
-    """ "seen in 2 of 3 pairs, ..." where a claim has several; "" for one."""
-    words = [sentence.split(":")[0] for sentence in sentences]
-    if len(words) == 1:
-        return ""
-    counts = ", ".join(f"{word} in {words.count(word)}" for word in dict.fromkeys(words))
-    return f"{counts} of {len(words)} pairs:<br>"
+def gap_text(mean, half):
+    return f"{mean:+.1f}" + (f" [{mean - half:+.1f}, {mean + half:+.1f}]" if half else "")
+
+
+# ---- cells of the page
+
+
+def cells(rows, later=False):
+    """{(ipc, recipe, student, epochs, labels): {arm: {draw: top1}}} of the main or later draws."""
+    found = {}
+    for row in sorted(rows, key=lambda row: row["draw"]):
+        if (row["draw"] > DRAWS) == later:
+            key = tuple(row[k] for k in ("ipc", "recipe", "student", "epochs", "labels"))
+            draws = found.setdefault(key, {}).setdefault(row["arm"], {})
+            if row["draw"] in draws:
+                refuse(f"--results: {key_of(row)} was run with another batch size, too")
+            draws[row["draw"]] = row["top1"]
+    return found
+
+
+def main_cells(rows, network):
+    """{(ipc, labels): {arm: {draw: top1}}} of recipe d4m on the network; refuses two epochs."""
+    found = {}
+    for (ipc, recipe, student, epochs, labels), arms in cells(rows).items():
+        if (student, recipe) == (network, "d4m"):
+            if (ipc, labels) in found:
+                refuse(f"--results: IPC {ipc} was run with several epochs, such as {epochs}")
+            found[ipc, labels] = arms
+    return found
+
+
+def best_text(rows, network):
+    """The text-to-image arm with the highest mean of soft labels on the later draws, or None."""
+    means = {}
+    for (*where, _, labels), arms in cells(rows, later=True).items():
+        if (*where, labels) == (10, "d4m", network, "soft"):
+            texts = {arm: draws for arm, draws in arms.items() if arm.startswith("text")}
+            means |= {arm: fmean(draws.values()) for arm, draws in texts.items()}
+    return max(means, key=means.get, default=None)
+
+
+def name_of(arm):
+    return (NAMES | VARIANTS).get(arm, arm.replace("text_g", "Text-to-image, guidance "))
+
+
+def ordered(arms):
+    """D4M, what it is compared with, then what may lift it."""
+    known = [*NAMES, *sorted(arm for arm in arms if arm.startswith("text_g"))]
+    return [arm for arm in known if arm in arms] + sorted(set(arms) - set(known))
+
+
+def value_text(mean, half):
+    return f"{mean:.1f}" + (f" ± {half:.1f}" if half else "")
 
 
 # ---- the page
 
-
-def table(part):
-    """Markdown: one row per arm, its soft and hard labels side by side."""
-    cells = part["cells"]
-    several = [k for k in ("ipc", "recipe", "student") if len({c[k] for c in cells}) > 1]
-    teachers = sorted({c["teacher"] for c in cells if c["teacher"]})
-    head = ["trained on", *(k.replace("ipc", "IPC") for k in several)]
-    head += [*(f"soft, {t}" for t in teachers), "hard"]
-    head += [f"taken for its class by {t}" for t in teachers]
-    rule = "|---" * (1 + len(several)) + "|---:" * (2 * len(teachers) + 1) + "|"
-    lines, rows = ["| " + " | ".join(head) + " |", rule], {}
-    for c in cells:
-        row = rows.setdefault((c["arm"], *(str(c[k]) for k in several)), {"images": c["images"]})
-        row[c["teacher"] or "hard"] = c["top1"]
-    for words, row in rows.items():
-        for column in (*teachers, "hard"):
-            found = row.get(column)
-            few = f" (n = {found['n']})" if found and found["n"] != 3 else ""
-            words += (paper_tables.number(found["mean"], found["std"]) + few if found else "",)
-        judged = [part["teachers"][t]["images"][row["images"]] for t in teachers]
-        lines.append("| " + " | ".join([*words, *map(paper_tables.number, judged)]) + " |")
-    return lines
-
-
-SCALES = {"cpu": "CPU scale", "gpu": "GPU scale"}
-HEAD = """# CIFAR-10, distilled by a small Stable Diffusion of our own
+HEAD = """# What is D4M worth? CIFAR-10 and a small Stable Diffusion of our own
 
 Stable Diffusion's weights know the world; these know the 50,000 training pictures of CIFAR-10 and
-nothing else. So this measures the method, not the paper's numbers. The pictures were re-encoded as
-JPEG before they came here: results are of "CIFAR-10, re-encoded". Made by
-`sh validate/cifar10_small.sh`; every cell that was run is in the table.
+nothing else. So this measures the method, not the paper's numbers. **A draw** is one seed of
+everything: the order in which k-means sees the pictures, the real pictures that are chosen, the
+noise of synthesis, crops and CutMix, and the student's initial weights. Every number is a mean over
+draws of top-1 in percent on the 10,000 test pictures, last epoch; arms are compared draw by draw.
+"""
+CLAIMED = """## What is seen
 
-The recipe is no published one. "d4m in batches of 25" has the loss, temperature, crops and CutMix
-of D4M's ImageNet recipe at 32 px. Its batch of 1024 would be one AdamW step per epoch on 100
-images; 25 makes four. Top-1 in percent on the 10,000 test pictures, last epoch, mean ± sample
-standard deviation over the initial weights of n = 3 students where n is not given; the students
-share crops, order and CutMix.
+The four primary claims were named before any of these rows was run, after an earlier experiment on one
+draw: soft labels, IPC 10, {network}, {draws} draws. A difference is in points, with its 95 % interval; p is of a paired t-test, with
+Holm's correction over the four. Not seen: effects of {small} points and more are excluded. Open:
+neither.
+"""
+GAINED = """
+What may lift D4M, against plain D4M, on the same terms, with a Holm correction of its own:
+"""
+DETAILS = """## Details
 
-"Seen" means that Welch's t-test over the students gives p < 0.05. It speaks of these images: which
-real ones were drawn, and the noise of the synthetic ones, are one draw each, and other draws may
-say otherwise. Among twenty pairs one may be chance. Not run: other draws of images, anything on a
-GPU, the same on 64-px photographs, and Stable Diffusion itself at 512 px.
+The pictures were re-encoded as JPEG before they came here: results are of "CIFAR-10, re-encoded".
+Recipe d4m has the loss, temperature, crops and CutMix of D4M's ImageNet recipe at 32 px, in batches
+of 25: its batch of 1024 would be one AdamW step per epoch. There are 1,200 steps at every IPC: 300
+epochs at IPC 10, as the recipe, 1,200 at IPC 1 and 60 at IPC 50. Soft labels are made while the
+student trains, with the numbers of stage 3. ± and [ ] are 95 % intervals by Student's t over draws;
+fewer than {draws} draws share one variance, pooled over the arms beside them.
+"""
+PAIRS = """
+All rows, and D4M minus each arm, paired by draw. No verdict beyond the claims above: among so many
+intervals some miss.
+"""
+TRIAL = """
+Draws {first} and later chose settings, and count in nothing above. They show what fewer epochs than
+the recipe's 300 change, and which guidance is best for text-to-image.
 """
 
 
-def describe(part):
-    """Markdown: machine, generator, teachers, students and what all cells share."""
-    model, hardware, versions = part["model"], part["machine"], part["versions"]
-    where = ", ".join(hardware[key] for key in ("gpu", "cpu") if key in hardware)
-    counts, steps = model["parameters"], model["steps"]
-    made = f"torch {versions['torch']}, diffusers {versions['diffusers']}; gathered by commit "
-    made += f"{part['commit']}; {part['date']}. `{part['command']}`"
+def table(head, lines):
+    """Markdown, the first column to the left, the others to the right."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return ["| " + " | ".join(line) + " |" for line in (head, rule, *lines)]
+
+
+def of_place(found, ipc, labels):
+    return found.get((ipc, labels), {})
+
+
+def main_table(found):
+    """Means of recipe d4m on the main student: one row per arm, IPC by labels."""
+    places = list(product((1, 10, 50), ("soft", "hard")))
+    arms, texts = ordered({*NAMES, *(arm for place in found.values() for arm in place)}), {}
+    for place in places:
+        groups = of_place(found, *place)
+        counts = {len(draws) for draws in groups.values()}
+        pairs = zip(groups, intervals([list(draws.values()) for draws in groups.values()]))
+        for arm, (mean, half) in pairs:
+            few = f" (n = {len(groups[arm])})" if len(counts) > 1 else ""
+            texts[arm, place] = value_text(mean, half) + few
+    head = ["images"]
+    for place in places:
+        counts = {len(draws) for draws in of_place(found, *place).values()}
+        one = f", n = {counts.pop()}" if len(counts) == 1 else ""
+        head.append(f"IPC {place[0]}, {place[1]}{one}")
+    lines = [[texts.get((arm, place), "not run") for place in places] for arm in arms]
+    return table(head, [[name_of(arm), *line] for arm, line in zip(arms, lines)])
+
+
+def pair_table(rows, later=False):
+    """Every arm of the main or the later draws beside D4M, all else equal: one row for both kinds
+    of labels."""
+    lines = {}
+    for (*where, labels), arms in sorted(cells(rows, later).items()):
+        plain, names = arms.get("d4m", {}), ordered(arms)
+        gaps = {arm: differences(plain, arms[arm]) for arm in names if arm != "d4m"}
+        gaps = {arm: gap for arm, gap in gaps.items() if gap}
+        texts = dict(zip(gaps, (gap_text(*pair) for pair in intervals(list(gaps.values())))))
+        for arm in names:
+            line = lines.setdefault((*where, names.index(arm), arm), {})
+            mean = f"{fmean(arms[arm].values()):.1f}"
+            line[labels] = [mean, texts.get(arm, ""), str(len(arms[arm]))]
+    body = []
+    for (ipc, recipe, student, epochs, _, arm), line in lines.items():
+        soft, hard = (line.get(labels, [""] * 3) for labels in ("soft", "hard"))
+        where = [str(ipc), student, f"{recipe}, {epochs} epochs"]
+        draws = " / ".join(dict.fromkeys(filter(None, (soft[2], hard[2]))))
+        body.append([name_of(arm), *where, soft[0], soft[1], hard[0], hard[1], draws])
+    head = ["images", "IPC", "student", "recipe", "soft", "D4M minus it", "hard", "D4M minus it"]
+    return table([*head, "draws"], body)
+
+
+def is_gain(arm):
+    return arm not in NAMES and not arm.startswith("text_g")
+
+
+def sentences(rows, network):
+    """([one sentence per claim], [one per gain and labels])"""
+    found, best = main_cells(rows, network), best_text(rows, network)
+    soft = of_place(found, 10, "soft")
+    ours = soft.get("d4m", {})
+    arms = [best if arm == BEST_TEXT else arm for arm in CLAIMS]
+    judged = verdicts([(ours, soft.get(arm, {})) for arm in arms])
+    claims = []
+    for arm, claim, (word, details) in zip(arms, CLAIMS.values(), judged):
+        which = f" ({name_of(arm)})" if claim == CLAIMS[BEST_TEXT] and arm else ""
+        claims.append(f"- **{word}**: {claim}{which}: {details}")
+    places = [(labels, arm) for labels in ("soft", "hard") for arm in of_place(found, 10, labels)]
+    places = [(labels, arm) for labels, arm in places if is_gain(arm)]
+    sides = [(of_place(found, 10, labels), arm) for labels, arm in places]
+    judged = verdicts([(arms[arm], arms.get("d4m", {})) for arms, arm in sides])
+    gains = [
+        f"- **{word}**: {name_of(arm)}, {labels} labels: {details}"
+        for (labels, arm), (word, details) in zip(places, judged)
+    ]
+    return claims, gains
+
+
+def describe(about):
+    """Where and with what the rows were run."""
+    model, teacher = about["model"], about["teacher"]
+    machine, versions = about["machine"], about["versions"]
+    counts, steps, where = model["parameters"], model["steps"], machine.get("gpu", machine["cpu"])
     psnr = f"{model['reconstruction_psnr_db']} dB PSNR on {model['reconstruction_psnr_on']}"
-    vae = f"VAE {counts['vae']:,} parameters, latents {model['latent']}, {psnr}"
+    generator = f"VAE {counts['vae']:,} parameters, {psnr}; UNet {counts['unet']:,} parameters"
     steps = f"{steps['vae']:,} + {steps['unet']:,} training steps"
-    lines = [f"{where}, {hardware['cores']} cores; {made}", ""]
-    lines += [f"- generator: {vae}; UNet {counts['unet']:,} parameters; {steps}"]
-    for arch, t in part["teachers"].items():
-        name = f"teacher {arch}, trained on {t['images_a_class']} pictures per class"
-        vae = f"of the test pictures sent through the VAE it gets {t['test_through_vae']:.1f}"
-        lines.append(f"- {name}: {t['test']:.1f}; {vae}")
-    lines += [f"- student {name}: {count:,} parameters" for name, count in part["students"].items()]
-    shared, cells = [], [c | {"IPC": c["ipc"], "recipe": recipe_name(c)} for c in part["cells"]]
-    for key in ("IPC", "recipe", "epochs", "seeds"):
-        shared.append(f"{key} {', '.join(sorted({str(c[key]) for c in cells}))}")
-    return [*lines, "- " + "; ".join(shared)]
+    known = f"{teacher['images_per_class'] or 'all'} pictures per class"
+    used = f"torch {versions['torch']}, diffusers {versions['diffusers']}"
+    return [
+        f"- generator {model['name']}: {generator}; {steps}",
+        f"- teacher {teacher['arch']}, trained on {known}: {teacher['top1']:.1f}",
+        f"- {where}; {used}; `{about['command']}`",
+    ]
 
 
-def markdown(parts):
-    lines = [HEAD]
-    for scale, title in SCALES.items():
-        lines += [f"## {title}", ""]
-        if scale not in parts:
-            lines += ["Not run.", ""]
-            continue
-        part = parts[scale]
-        picture = f"![images by diffusion, one row per arm](cifar10_small_{scale}.png)"
-        lines += [*describe(part), "", *table(part), "", picture, ""]
-        lines += ["| the paper's claim | here |", "|---|---|"]
-        for claim, sentences in part["claims"].items():
-            lines.append(f"| {claim} | {summary(sentences)}{'<br>'.join(sentences)} |")
-        lines += ["", "Seconds of all processes, some of which ran side by side:", ""]
-        lines += part["seconds"]
-    return "\n".join(lines).rstrip() + "\n"
+def markdown(about, rows):
+    network = about["teacher"]["arch"]
+    filled = {"draws": DRAWS, "small": SMALL, "first": DRAWS + 1, "network": network}
+    claims, gains = sentences(rows, network)
+    lines = [HEAD, CLAIMED.format(**filled), *claims]
+    lines += [GAINED, *gains] if gains else []
+    figure = "![top-1 by arm, IPC and labels, with 95 % intervals](cifar10_small.png)"
+    lines += ["", figure, "", *main_table(main_cells(rows, network)), ""]
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    lines += [DETAILS.format(**filled), *describe(about), f"- stages at commit {commits}"]
+    lines += [PAIRS, *pair_table(rows), TRIAL.format(**filled), *pair_table(rows, later=True)]
+    return "\n".join(lines) + "\n"
 
 
-def picture(root, cells):
-    """Figure: images that diffusion made, one row per arm, one column per class; None without any.
+def plot(rows, network):
+    """Figure: top-1 of every arm with its interval, one panel per labels, grouped by IPC."""
+    found, plt = main_cells(rows, network), figures.pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(figures.PAGE, 2.8))
+    arms = ordered({arm for place in found.values() for arm in place})
+    for axes, labels in zip(panels, ("soft", "hard")):
+        for n, ipc in enumerate((1, 10, 50)):
+            groups = of_place(found, ipc, labels)
+            values = intervals([list(draws.values()) for draws in groups.values()])
+            for arm, (mean, half) in zip(groups, values):
+                place = arms.index(arm)
+                x = n + 0.8 * (place + 0.5) / len(arms) - 0.4
+                style = {"color": f"C{place % 6}", "fmt": figures.MARKERS[place % 8]}
+                style |= {"capsize": 2, "markersize": 3.5}
+                axes.errorbar(x, mean, half or 0, label=name_of(arm), **style)
+                dots = groups[arm].values()
+                axes.scatter([x] * len(dots), dots, s=3, color="0.6", zorder=0)
+        axes.set_xticks(range(3), ["IPC 1", "IPC 10", "IPC 50"])
+        axes.set(title=f"{labels} labels", ylabel="Top-1 accuracy (%)", xlim=(-0.5, 2.5))
+        axes.grid(True, axis="y")
+    drawn = {title: h for axes in panels for h, title in zip(*axes.get_legend_handles_labels())}
+    titles = [name_of(arm) for arm in arms]
+    where = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.02)}
+    panels[1].legend([drawn[title] for title in titles], titles, **where)
+    return figure
 
-    No decoded prototypes, and none at low strength: k-means redraws weak centres, so that some are
-    one photograph.
-    """
-    real = ("Random real", VAE_ONLY, "Decoded prototypes", "D4M, strength 0.3", "D4M, strength 0.5")
-    shown = {c["arm"]: root / "images" / c["images"] for c in cells if c["arm"] not in real}
-    if not shown:
-        return None
-    sets = [images.open_images("--output_root", folder) for folder in shown.values()]
-    rows = [[figures.files_of(found, f)[0] for f in found.folders] for found in sets]
-    short = {"Text-to-image": "text", "D4M, full k-means": "Lloyd"}
-    names = [short.get(arm, arm.removeprefix("D4M, ")) for arm in shown]
-    return figures.draw_grid(rows, names, sets[0].folders)
+
+# ---- main
+
+
+def gather(root, model):
+    """Where and with what the rows below `root` were run."""
+    made = output.read_manifest("--model", model, "tiny_sd")
+    keep = ("parameters", "steps", "reconstruction_psnr_db", "reconstruction_psnr_on")
+    [path] = (root / "teachers").glob("*/results.json")
+    found = files.read_json(path)
+    return {
+        "command": "sh validate/cifar10_small.sh",
+        "machine": benchmark.machine(runtime.this_process().device),
+        "versions": output.library_versions(),
+        "model": {"name": Path(model).name, **{key: made[key] for key in keep}},
+        "teacher": {
+            "arch": found["arguments"]["arch"],
+            "sha256": files.sha256(path.with_name("model.safetensors")),
+            "images_per_class": found["arguments"]["max_images_per_class"],
+            "top1": found["last"]["top1"],
+        },
+    }
 
 
 def get_args(argv=None):
     parser = Parser("misc.small_results", __doc__)
-    again = "OUT of the launcher [none: the page is made again from its numbers]"
-    parser.flag("--output_root", type=Path, help=again)
-    parser.flag("--scale", choices=list(SCALES), default="cpu", help="of --output_root")
+    parser.flag("--plan", type=Path, help="commands of rows to run [none: only the page]")
+    parser.flag("--minutes", type=number(float, 0), default=85, help="no row begins later")
+    parser.flag("--output_root", type=Path, help="OUT of the launcher [none: rows of --results]")
     parser.flag("--model", default="misc/tiny-sd-cifar10", help="the generator's folder")
-    parser.flag("--data_dir", default="data/cifar10", help="CIFAR-10, to test the teachers")
     parser.flag("--results", type=Path, required=True, help="where the page is written")
-    parser.flag("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     return parser.parse_args(argv)
-
-
-def gather(root, scale, model, data_dir, device):
-    """One scale's part of the page: its cells and seconds, and where they were made."""
-    process = runtime.this_process(device)
-    generator = generators.load(model, process.device, "fp32")
-    hashes = [value for name, value in generator.facts.items() if name.endswith("_sha256")]
-    teachers = {}
-    for path in sorted((root / "teachers").glob(f"*/{output.MANIFEST}")):
-        manifest = output.read_manifest("--output_root", path.parent, "teacher")
-        digest = manifest["files"]["model.safetensors"]["sha256"]
-        teachers[digest] = (path.parent, manifest["arguments"])
-    cells = find_cells(root, hashes, {digest: t["arch"] for digest, (_, t) in teachers.items()})
-    names = list(dict.fromkeys(c["images"] for c in cells))
-    manifest = output.read_manifest("--model", model, "tiny_sd")
-    side = SIZE // manifest["arguments"]["vae_factor"]
-    keep = ("parameters", "steps", "reconstruction_psnr_db", "reconstruction_psnr_on", "content")
-    students, vae = sorted({c["student"] for c in cells}), generator.networks["vae"]
-    return {
-        "command": f"{'SCALE=gpu ' * (scale == 'gpu')}sh validate/cifar10_small.sh",
-        "commit": benchmark.commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": benchmark.machine(process.device),
-        "versions": output.library_versions(),
-        "model": {key: manifest[key] for key in keep} | {"latent": f"4 x {side} x {side}"},
-        "teachers": judge(root, teachers.values(), names, data_dir, vae, process),
-        "students": {
-            name: models.count_parameters(models.create_model(name, 10, SIZE)) for name in students
-        },
-        "cells": cells,
-        "seconds": report.time_table(root),
-    }
 
 
 @entry_point
 def main(argv=None):
     args = get_args(argv)
-    page = args.results / "cifar10_small.json"
-    if not (args.output_root or page.exists()):
-        refuse(f"--results {args.results}: holds no {page.name}; --output_root makes it")
-    parts, root = files.read_json(page) if page.exists() else {}, args.output_root
-    if root:
-        parts[args.scale] = gather(root, args.scale, args.model, args.data_dir, args.device)
-    for part in parts.values():
-        part["claims"] = claims(part["cells"])
+    page, root = args.results / "cifar10_small.json", args.output_root
+    known = files.read_json(page) if page.exists() else {"about": None, "rows": []}
+    about, rows = known["about"], known["rows"]
+    if args.plan:
+        run_plan(read_plan(args.plan), root, map(key_of, rows + logged_rows(root)), args.minutes)
+    if logged := logged_rows(root):
+        about = gather(root, args.model)
+    rows = {key_of(row): row for row in logged + rows}
+    if not rows:
+        refuse(f"--results {args.results}: holds no {page.name}, and no row was run")
+    rows, network = [rows[key] for key in sorted(rows)], about["teacher"]["arch"]
+    teachers = {digest for row in rows for digest in row["teacher_sha256"]}
+    if teachers - {about["teacher"]["sha256"]}:
+        refuse(f"--results {page}: some rows are of another teacher than {about['teacher']}")
     args.results.mkdir(parents=True, exist_ok=True)
-    files.write(page, files.json_text(parts))
-    figure = root and picture(root, parts[args.scale]["cells"])
-    if figure:
-        path = args.results / f"cifar10_small_{args.scale}.png"
-        figure.savefig(path, dpi=150, metadata={"Software": None})
-    text = markdown(parts)
+    files.write(page, files.json_text({"about": about, "rows": rows}))
+    plot(rows, network).savefig(page.with_suffix(".png"), dpi=150, metadata={"Software": None})
+    text = markdown(about, rows)
     files.write(page.with_suffix(".md"), text)
     print(text)
 

@@ -58,12 +58,12 @@ def read_configs(source, revision, index, table):
 
 
 def check_settings(part, config, settings):
-    """Raises ValueError for a setting with a value that is not in the table."""
+    """Raises ValueError for a setting whose value is not in the table, nor of a type there."""
     for name, works in settings.items():
         value = config.get(name, works[0])
-        if value not in works:
+        if value not in works and type(value) not in works:
             what = "is" if name == "_class_name" else f"has {name}"
-            works = ", ".join(map(str, works))
+            works = ", ".join(getattr(work, "__name__", str(work)) for work in works)
             raise ValueError(f"its {part} {what} {value}; what works: {works}")
 
 

@@ -6,7 +6,9 @@ set -eu
 cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/launch.sh
 
+[ $# -eq 0 ] || refuse "$*: the demo takes no flags"
 OUT="${OUT:-output/demo}"
+export D4M_NEXT=none
 MODEL="misc/tiny-sd-digits"
 export HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # networks this small are slower on more threads

@@ -6,6 +6,7 @@ others differ from it in a few lines.
 """
 
 import contextlib
+import logging
 import math
 from functools import lru_cache
 from pathlib import Path
@@ -21,9 +22,16 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # {setting of a configuration: values that work, the default first}
 VAE = {"_class_name": ("AutoencoderKL",), "latent_channels": (4,), "shift_factor": (None, 0)}
 VAE |= dict.fromkeys(("latents_mean", "latents_std"), (None,))
-UNET = {"_class_name": ("UNet2DConditionModel",)}
+VAE["scaling_factor"] = (0.18215, int, float)
+SIZE = {"sample_size": (None, int, list)}
+UNET = {"_class_name": ("UNet2DConditionModel",), **SIZE}
 UNET |= dict.fromkeys(("in_channels", "out_channels"), (4,))
 UNET |= dict.fromkeys(("class_embed_type", "num_class_embeds"), (None,))
+
+
+def _is_not_of_a_long_prompt(record):
+    known = "The following part of your input was truncated", "Token indices sequence length"
+    return not str(record.msg).startswith(known)  # of which `unread` tells
 
 
 class StableDiffusion:
@@ -62,6 +70,9 @@ class StableDiffusion:
 
         from scripts import pipeline_stable_diffusion_gen_latents as gen_latents
 
+        transformers.utils.logging.disable_progress_bar()  # of a second, a line in a log
+        for library in (diffusers, transformers):
+            logging.getLogger(library.__name__).handlers[0].addFilter(_is_not_of_a_long_prompt)
         configs = {name: config for name, config in how["configs"].items() if config is not None}
         self._check_widths(configs)
         self.native_size = checkpoints.native_size(configs[self.DENOISER], configs["vae"])
@@ -145,6 +156,10 @@ class StableDiffusion:
                 raise ValueError(f"it has no {name}")
             lacking = [n for n, p in self.networks[name].named_parameters() if p.is_meta]
             checkpoints.check_whole(name, lacking)
+            for weight, tensor in self.networks[name].named_parameters():
+                some = tensor.detach().flatten()[:4096]  # of integers: noise without their scales
+                if tensor.ndim > 1 and some.abs().max() > 1 and torch.equal(some, some.round()):
+                    raise ValueError(f"its {name} holds integers as weights, first {weight}")
         for name in self.tokenizers if self.DENOISER in wanted else ():
             # transformers makes a tokenizer up if its file is not there
             encoder = name.replace("tokenizer", "text_encoder")
@@ -153,11 +168,16 @@ class StableDiffusion:
             padded = -(-words // 128) * 128 if config.model_type == "t5" else words
             if expected not in (words, padded):
                 raise ValueError(f"its {name} has {words} words, its {encoder} {expected}")
+            length = getattr(pipe, name).model_max_length
+            if length > (most := getattr(config, "max_position_embeddings", math.inf)):  # not T5's
+                what = f"its {name} has model_max_length {length:g}"
+                raise ValueError(f"{what}, its {encoder} takes {most}")
 
     def _set_scheduler(self, name, guide_weight):
         """--scheduler and --guide: its own, or another with its schedule of noise."""
         own, works = self.pipeline.scheduler, self.WORKS["scheduler"]
         checkpoints.check_settings("scheduler", own.config, works)  # with its defaults
+        samplers.check_schedule(own)
         self.most_steps = own.config.num_train_timesteps
         if own.config.get("original_inference_steps"):  # LCM, TCD
             self.most_steps = min(self.most_steps, own.config.original_inference_steps)
@@ -289,7 +309,8 @@ class StableDiffusionXL(StableDiffusion):
         unet, one, two = (configs[n] for n in ("unet", "text_encoder", "text_encoder_2"))
         takes = unet.get("cross_attention_dim"), unet.get("projection_class_embeddings_input_dim")
         sizes = 6 * (unet.get("addition_time_embed_dim") or 0)  # original, crop, target
-        return takes, (one["hidden_size"] + two["hidden_size"], two["projection_dim"] + sizes)
+        width = sum(part.get("hidden_size", 512) for part in (one, two))
+        return takes, (width, two.get("projection_dim", 512) + sizes)
 
     def _vae_in_fp32(self, vae):
         return vae.config.force_upcast  # it overflows in fp16; "fp16-fix" VAEs do not ask for it
@@ -305,6 +326,7 @@ class StableDiffusion3(StableDiffusion):
         "transformer": {
             "_class_name": ("SD3Transformer2DModel",),
             **dict.fromkeys(("in_channels", "out_channels"), (16,)),
+            **SIZE,
         },
         "text_encoder": {"_class_name": ("CLIPTextModelWithProjection",)},
         "text_encoder_2": {"_class_name": ("CLIPTextModelWithProjection",)},
@@ -324,7 +346,7 @@ class StableDiffusion3(StableDiffusion):
         width = configs.get("text_encoder_3", {}).get(
             "d_model", takes[0]
         )  # CLIP's are padded to it
-        return takes, (width, one["projection_dim"] + two["projection_dim"])
+        return takes, (width, sum(part.get("projection_dim", 512) for part in (one, two)))
 
     def _extras(self, latents):
         height, width = (side * self.pipeline.vae_scale_factor for side in latents.shape[2:])
@@ -346,10 +368,11 @@ class DiT(StableDiffusion):
             "out_channels": (None, 4, 8),
             "num_embeds_ada_norm": (1000,),
             "norm_type": ("ada_norm_zero",),
+            **SIZE,
         },
         "scheduler": samplers.UNCLIPPED,
     }
-    DENOISER, NONE, OPTIONS = "transformer", (), {}
+    DENOISER, NONE, OPTIONS = "transformer", (), {"id2label": None}  # names, never asked
     LICENCE = "the published DiT weights: CC BY-NC 4.0"
 
     def _pipeline(self):

@@ -90,7 +90,7 @@ def load(checkpoint, device, dtype="auto", **how):
         elif single and not config:
             hint = ". Without internet, name its configuration: --single_file_config DIR"
         reason = one_line(error) if isinstance(error, ValueError) else reason_of(error)
-        refuse(f"{flag}: cannot be loaded: {reason}{hint}")
+        refuse(f"{flag}: cannot be loaded: {reason.rstrip('.')}{hint}")
 
 
 def mend(model, results, again, names):

@@ -33,12 +33,16 @@ refuse() {
     exit 2
 }
 
+plain() {
+    LC_ALL=C printf '%g' "$1" # some languages have 0,7
+}
+
 case "${NUM_GPUS:-1}" in
     *[!0-9]* | 0) refuse "NUM_GPUS=$NUM_GPUS: expected a number of at least 1" ;;
 esac
 NEWLINE='
 '
-unset CDPATH
+unset CDPATH PYTHONSAFEPATH # python -m looks for the stages here
 LAUNCHER="$(cd "${OLDPWD:-.}" 2>/dev/null && readlink -f "$0")" || LAUNCHER="$0"
 CALLER="$(cd "${OLDPWD:-.}" 2>/dev/null && pwd -P)" || CALLER="$(pwd -P)"
 case "$CALLER/" in
@@ -62,6 +66,20 @@ case "$CALLER/" in
         esac
         ;;
 esac
+[ -z "${DATASET:-}" ] || DATASET="$(printf %s "$DATASET" | tr - _)" # as --dataset takes it
+for NAME in IPC KM_EXPAND SIZE SEED STEPS CANDIDATES EPOCHS BATCH_SIZE FKD_SEED \
+    TEACHER_EPOCHS TEACHER_BATCH TEACHER_SEED STRENGTH GUIDANCE CROPS TEACHER_LR; do
+    eval "WORDS=\"\${$NAME:-}\""
+    for WORD in $WORDS; do
+        case "$NAME:$WORD" in
+            STRENGTH:* | GUIDANCE:* | CROPS:* | TEACHER_LR:*)
+                plain "$WORD" >/dev/null 2>&1 || refuse "$NAME=$WORD: expected a number"
+                ;;
+            *:0) ;;
+            *:0* | *:*[!0-9]*) refuse "$NAME=$WORD: expected a whole number, such as 10" ;;
+        esac
+    done
+done
 case " $* " in # hard labels and those made while the student trains have no folder
     *" --hard_label "* | *" --hard-label "* | *" --online "*) LABELS= ;;
 esac
@@ -92,7 +110,21 @@ run() {
     fi
     command -v "$1" >/dev/null || refuse "${PYTHON:-$1}: no such program; PYTHON=... names another"
     values
+    export D4M_NEXT="${D4M_NEXT-$(next_launcher)}"
     exec "$@"
+}
+
+next_launcher() { # what a finished stage names as the next command; the variables stay the same
+    NAME="${LAUNCHER##*/}"
+    case "$NAME" in
+        gen_prototype*) set -- distillation/gen_syn_image "${NAME#gen_prototype}" ;;
+        gen_syn_image*) set -- matching/matching "${NAME#gen_syn_image}" ;;
+        distill*) set -- matching/matching "${NAME#distill}" ;;
+        matching*) set -- validate/train_FKD "${NAME#matching}" ;;
+        *) return 0 ;;
+    esac
+    [ -f "$1$2" ] || set -- "$1" .sh # of ImageNet
+    echo "sh $1$2, with the same variables"
 }
 
 TOLD=
@@ -122,7 +154,8 @@ quoted() { # the words, so that a shell reads them back
 STOPPED= CHILDREN=
 step() {
     values
-    trap 'STOPPED=75; [ -z "$CHILDREN" ] || kill $CHILDREN 2>/dev/null || :' INT TERM USR1 HUP
+    trap 'STOPPED=75; [ -z "$CHILDREN" ] || kill $CHILDREN 2>/dev/null || :' \
+        INT TERM USR1 USR2 XCPU HUP
     "$@" &
     await $!
 }
@@ -219,8 +252,4 @@ ipc_of() {
 
 unless() {
     [ "$2" = "$3" ] || printf '_%s%s' "$1" "$2"
-}
-
-plain() {
-    printf '%g' "$1"
 }

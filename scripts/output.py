@@ -288,11 +288,13 @@ class Output:
                 if not self.complete or not (self.folder / name).is_file():
                     self.write(name, text())
             self._write_manifest([*self.names, *(derived or {})], facts)
-            write_timing(self.folder)
+            write_timing(self.folder, self.tag)
         left = "; other processes have the rest" if missing else ""
-        print(f"{self.folder}: {self.made} of {self.units} {words} made in {cost}{left}")
-        if then and not missing and self.process.is_main:
-            print("next:", shlex.join(["python", "-m", *map(str, then)]))
+        made = f"{self.made} of {self.units} {words} made in {cost}{left}"
+        print(f"{self.folder}: {'finished before' if self.complete and not self.made else made}")
+        launcher = os.environ.get("D4M_NEXT")  # of a launcher; "none": of a script of many stages
+        if then and not missing and self.process.is_main and launcher != "none":
+            print("next:", launcher or shlex.join(["python", "-m", *map(str, then)]))
 
     def _log_run(self):
         """Log what timing.json is made from; returns "12 s, peak memory 1.2 GiB", to print."""
@@ -453,6 +455,21 @@ def append_log(folder, **row):
         warn(f"{folder}/{LOG}: cannot be written: {error.strerror}")
 
 
+def data_dir_of(folder, depth=4):
+    """The --data_dir that a stage's folder, or what it was made from, was made with; else None.
+
+    A guess for messages: it stands in the logs alone.
+    """
+    for row in log_rows(folder) if depth else ():
+        words = row.get("command") if row.get("event") == "start" else None
+        pairs = dict(zip(words, words[1:])) if isinstance(words, list) else {}
+        sources = (pairs.get(flag) for flag in ("--prototype_path", "--image_path", "--data"))
+        found = (data_dir_of(path, depth - 1) for path in sources if path)
+        if data_dir := pairs.get("--data_dir") or next(filter(None, found), None):
+            return data_dir
+    return None
+
+
 def log_rows(folder):
     """The rows of `folder`/log.jsonl that can be read: a kill may leave half a line."""
     rows = []
@@ -472,7 +489,7 @@ def peak_memory(device):
     return peak
 
 
-def write_timing(folder):
+def write_timing(folder, tag=None):
     """`folder`/timing.json from the `run` rows of its log, over all processes and restarts.
 
     seconds: of the process that worked longest; process_seconds: of all; host_mib, cuda_mib: the
@@ -496,4 +513,4 @@ def write_timing(folder):
     if cached:
         unknown = None in cached.values()
         timing["cached_seconds"] = None if unknown else round(sum(cached.values()), 2)
-    files.write(Path(folder) / TIMING, files.json_text(timing))
+    files.write(Path(folder) / TIMING, files.json_text(timing), tag)

@@ -172,7 +172,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog, doc, retired=None):
         how = {"usage": f"python -m {prog} [flags]", "formatter_class": _Help}
-        super().__init__(prog, description=doc.strip(), allow_abbrev=False, **how)
+        super().__init__(prog, description=(doc or "").strip(), allow_abbrev=False, **how)
         self.retired, self.shorts, self.computed, self._into = retired or {}, {}, {}, self
 
     def heading(self, title):
@@ -336,7 +336,8 @@ def generator(*key) -> torch.Generator:
 
 # ---- stop signals
 
-STOP_SIGNALS = [signal.SIGTERM, signal.SIGUSR1]  # torchrun's and Slurm's warnings
+# torchrun's and Slurm's warnings, Grid Engine's, a limit of CPU time
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: a closed terminal is no stop
     STOP_SIGNALS.append(signal.SIGHUP)
 

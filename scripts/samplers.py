@@ -6,6 +6,7 @@ really run, not the share of a schedule: at strength 0.7 the paper's sampler sta
 """
 
 import functools
+import math
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ SAMPLER = {
     "interpolation_type": ("linear",),
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
     "skip_prk_steps": (True,),
+    "predict_x0": (True,),
+    "solver_type": ("midpoint", "heun", "bh2", "logrho"),  # UniPC's bh1 gives NaN
     **dict.fromkeys(NEVER.split(), (None, False)),
 }
 # only Stable Diffusion's pipeline turns this off where a checkpoint leaves it on: it clips latents
@@ -42,6 +45,15 @@ FLOW = {
 NAMES = {"pndm": "PNDM", "ddim": "DDIM", "ddpm": "DDPM", "dpmpp": "DPMSolverMultistep"}
 NAMES |= {"euler": "EulerDiscrete", "unipc": "UniPCMultistep"}
 LEVELS = ("schedule", "paper")  # --noise_level
+
+
+def check_schedule(scheduler):
+    """Raises ValueError if some timestep has no noise level, or the last one no signal to find."""
+    steps, shares = scheduler.config.num_train_timesteps, getattr(scheduler, "alphas_cumprod", ())
+    if len(shares) not in (0, steps):  # 0: flow matching
+        raise ValueError(f"its scheduler has {len(shares)} trained_betas for {steps} timesteps")
+    if len(shares) and shares[-1] < 1e-6 and scheduler.config.prediction_type == "epsilon":
+        raise ValueError("its scheduler has zero terminal SNR, which prediction_type epsilon bars")
 
 
 def replaced(own, name, table, guide_weight=None):
@@ -123,11 +135,13 @@ def find_start(pipeline, steps, strength, level):
     if level == "schedule" or strength == 1:
         return start_at(pipeline, steps, strength)
     wanted = papers_start(strength)
+    if not wanted or int(steps * strength) < 1:
+        return None
     # halves: the pipelines round strength * steps differently, these reach every step of each
-    shares = (n / (2 * steps) for n in range(1, 2 * steps + 1))
+    shares = (n / (2 * steps) for n in range(1, 2 * steps))  # the whole is for strength 1
     starts = [start for share in shares if (start := start_at(pipeline, steps, share))]
-    ratio = wanted and wanted.signal / wanted.noise
-    return wanted and min(starts, key=lambda start: abs(start.signal / start.noise - ratio))
+    levels = [math.log(max(start.signal, 1e-6) / start.noise) for start in (*starts, wanted)]
+    return starts[min(range(len(starts)), key=lambda n: abs(levels[n] - levels[-1]))]
 
 
 @functools.cache

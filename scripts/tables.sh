@@ -25,6 +25,7 @@
 
 . scripts/launch.sh
 
+export D4M_NEXT=none # a table says the whole of it
 DATASETS="${DATASET:-}" IPCS="${IPC:-}" METHODS="${METHOD:-}"
 TEACHERS="${TEACHER:-}" STUDENTS="${STUDENT:-}"
 OUT="${OUT:-output}${SMOKE:+/smoke}"

@@ -36,13 +36,45 @@ def test_every_folder_is_trained_on_by_one_recipe(tmp_path):
 
 def test_what_cannot_be_compared_is_one_line(tmp_path):
     other, path = "cifar10_ipc50_x", str(tmp_path)
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0/1.png").touch()
     wrong = {
         "no folder: sh": [],
         "no such folder": ["digits_ipc10_x"],
-        "set both variables": [path],
+        "no folder says its data set": [path],
     }
     for words, folders in wrong.items():
         ended = shell("validate/compare.sh", *folders)
         assert ended.returncode == 2 and words in ended.stderr and ended.stderr.count("\n") == 1
     ended = shell("validate/compare.sh", "digits_ipc10_x", other, DRY_RUN="1")
-    assert ended.returncode == 2 and f"{other}: others have IPC=10" in ended.stderr
+    assert ended.returncode == 2 and f"{other}: 50 images per class, not IPC=10" in ended.stderr
+
+
+def test_as_many_random_real_images_as_the_folders_hold_whatever_they_are_called(tmp_path):
+    for name in ("A/digits_ipc10_x", "B/train", "B/val", "C/images", "D/images"):
+        for place in ("0/1.png", "0/2.JPG", "0/.3.png", "0/notes.txt", "1/1.png", "1/2.png"):
+            (tmp_path / name / place).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / place).touch()
+    (tmp_path / "C/images/args.json").write_text(
+        '{\n "arguments": {\n  "dataset": "cifar10"\n }\n}'
+    )
+    for place in ("B/val/0/3.png", "cover.png"):
+        (tmp_path / place).touch()
+    named, foreign, ours, same = [
+        f"{tmp_path}/{n}" for n in ("A/digits_ipc10_x", "B", "C/images", "D/images")
+    ]
+    run = commands("validate/compare.sh", named, foreign, *FLAGS)
+    [argv] = [argv for _, module, argv in run if module == "distillation.random_real"]
+    assert importlib.import_module("distillation.random_real").get_args(argv).ipc == 2
+    assert commands("validate/compare.sh", ours)[0][2][:2] == ["--dataset", "cifar10"]
+    (tmp_path / "A/digits_ipc10_x/2").mkdir()
+    wrong = {
+        f"{named}: 2 images per class, not IPC=10": ([named], {"IPC": "10"}),
+        f"{ours}: images of cifar10, not DATASET=digits": ([named, ours], {}),
+        "two folders are called images; rename one": ([ours, same], {}),
+        f"{foreign}: its class folders hold 2 3 images": ([foreign], {"DATASET": "digits"}),
+    }
+    (tmp_path / "B/train/0/3.png").touch()
+    for words, (folders, variables) in wrong.items():
+        ended = shell("validate/compare.sh", *folders, **variables)
+        assert ended.returncode == 2 and ended.stderr == f"error: {words}\n" and not ended.stdout

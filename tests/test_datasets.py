@@ -103,7 +103,11 @@ def test_numbers_and_wnids_of_folder_names_stay_out_of_prompts(capsys):
     assert datasets.folder_prompts(birds) == ["Black footed Albatross", "Laysan Albatross"]
     assert "'001.Black footed Albatross' is 'Black footed" in capsys.readouterr().err
     assert datasets.folder_prompts(["n02085620-Chihuahua"]) == ["Chihuahua"]
-    assert datasets.folder_prompts(["1-lane", "2.5_ton"]) == ["1-lane", "2.5 ton"]
+    assert datasets.folder_prompts(["0_airplane", "1_bird"]) == ["airplane", "bird"]
+    wnids = datasets.folder_prompts(["n01440764", "N02102040"])
+    assert wnids == ["tench, Tinca tinca", "English springer, English springer spaniel"]
+    for names in (["1-lane", "2.5_ton"], ["3_wheeler", "4_leaf clover"], ["1_lane", "2_lane"]):
+        assert datasets.folder_prompts(names) == [name.replace("_", " ") for name in names]
 
 
 def test_tiny_imagenets_val_is_read_by_its_annotations(tmp_path, refused):
@@ -229,13 +233,15 @@ def test_hidden_files_thumbnails_and_other_formats_are_left_out_and_said(tmp_pat
     cat = picture_folder(tmp_path, ["cat"]) / "train/cat"
     for name in ("._0.png", "._0.gif", "notes.txt", "Thumbs.db", "a.gif", "b.jfif", "c"):
         (cat / name).write_bytes(b"x")
-    for name in ("@eaDir", ".ipynb_checkpoints", "Thumbnails", "../../__MACOSX", "../@eaDir"):
+    for name in ("@eaDir", ".ipynb_checkpoints", "Thumbnails", "../../__MACOSX", "../thumbs"):
         one_pixel(cat / name / "0.png")
+    one_pixel(cat.parent / "stray.png")
     items = open_split("imagefolder", tmp_path).items[0]
     assert [path.name for path in items] == ["0.png", "1.png", "2.png"]
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and "3 hidden or thumbnail folders" in lines[0]
+    assert len(lines) == 3 and "4 hidden or thumbnail folders" in lines[0]
     assert "3 files of other formats are left out, first" in lines[1] and "/cat/" in lines[1]
+    assert "1 images beside the class folders are left out, first" in lines[2]
 
 
 def test_a_folder_that_may_not_be_read_is_named(tmp_path, refused, monkeypatch):
@@ -280,6 +286,11 @@ SPLITS = [
     ({"ILSVRC2012_img_train": CATS, "val2017": CATS}, {"val": "val2017"}, ""),
     ({"trn": CATS, "tst": CATS}, {"train": "trn", "val": "tst"}, ""),
     ({"fold1": CATS, "fold2": CATS}, {"train": ""}, "fold1, fold2, which all hold cat, dog"),
+    ({"TrainImages": CATS, "TestImages": CATS}, {"train": "TrainImages", "val": "TestImages"}, ""),
+    ({"traindata": CATS, "testdata": CATS}, {"train": "traindata", "val": "testdata"}, ""),
+    ({"trainval": CATS, "test": CATS}, {"train": "trainval", "val": "test"}, "those of trainval"),
+    ({"a_test": CATS, "b_train": CATS}, {"train": "which all hold cat, dog; if"}, ""),
+    ({"train": CATS, "train/val": CATS}, {"train": "train"}, "val is taken as a class, though it"),
 ]
 
 

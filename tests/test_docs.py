@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 # programs that a page calls, replaced by one that writes down how it was called
 CALLED = ("python", "torchrun", "pip", "sbatch", "hf", "pre-commit", "bash")
-RECORDER = '#!/bin/sh\nprintf "%s\\0" "${0##*/}" "$@" >>"$CALLS"\nprintf "\\n\\0" >>"$CALLS"\n'
+RECORDER = '#!/bin/sh\nprintf "%s\\0" "${0##*/}" "$@" >"$(mktemp "$CALLS/XXXXXX")"\n'
 COMMAND = r"`((?:[A-Z0-9_]+=\S* )*(?:sh|python -m|sbatch|bash|pip) [^`]+)`"
 
 
@@ -31,23 +31,28 @@ def called(tmp_path, monkeypatch):
         (tmp_path / "bin" / name).write_text(RECORDER)
         (tmp_path / "bin" / name).chmod(0o755)
     calls = tmp_path / "calls"
+    calls.mkdir()
     known = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CALLS": str(calls)}
     known |= {"OUT": str(tmp_path / "out"), "HOME": str(tmp_path)}
 
     def run(script):
-        calls.write_text("")
+        for path in calls.iterdir():
+            path.unlink()
         how = {"cwd": ROOT, "env": known, "capture_output": True, "text": True, "timeout": 60}
         done = subprocess.run(["sh", "-eu", "-c", script + "\nwait"], **how)
         assert done.returncode == 0, f"{script}\n{done.stderr}"
-        return [call.split("\0")[:-1] for call in calls.read_text().split("\n\0") if call]
+        return [path.read_text().split("\0")[:-1] for path in calls.iterdir()]
 
     return run
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_of_a_page(page, called, tmp_path):
-    (tmp_path / "digits_ipc2_set").mkdir()
-    stand_for = {" ...": "", "FOLDER": str(tmp_path / "digits_ipc2_set"), "FORM": "hf"}
+    for name in ("one", "two"):
+        (tmp_path / f"digits_ipc1_{name}/0").mkdir(parents=True)
+        (tmp_path / f"digits_ipc1_{name}/0/0.png").touch()
+    sets = f"{tmp_path}/digits_ipc1_one {tmp_path}/digits_ipc1_two"
+    stand_for = {" ...": "", "FOLDER FOLDER": sets, "FORM": "hf"}
     for script in scripts_of(page.read_text(encoding="utf-8")):
         for word, value in stand_for.items():
             script = script.replace(word, value)

@@ -250,6 +250,7 @@ def test_another_sampler_gives_another_image_and_hash(models):
 
 LCM = {"_class_name": "LCMScheduler", "original_inference_steps": 50}
 ZERO_SNR = {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "clip_sample": False}
+ZERO_SNR["prediction_type"] = "v_prediction"
 UNFIT = [
     ("sd3", {}, "euler", "its own, FlowMatchEulerDiscreteScheduler"),
     ("sd", LCM, "ddim", "its own, LCMScheduler"),

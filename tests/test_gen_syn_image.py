@@ -307,6 +307,7 @@ def test_a_dit_takes_the_classes_of_imagenet_only(refused, model):
     Path("labels.txt").write_text("a fish\na dog\n")
     labels = ["--label_file_path", "labels.txt"]
     refused(gen_syn_image.main, [*argv, *labels], "--label_file_path labels.txt: a DiT reads no")
+    refused(distill.main, with_family("dit", *FIRST, *labels), "labels.txt: a DiT reads no")
     theirs = with_family("sdxl", *SECOND, "--prototype_path", str(prototypes))
     refused(gen_syn_image.main, theirs, "made with the VAE")  # of another family
     larger = copy(tiny_models.folder("dit"), "larger")

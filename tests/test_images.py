@@ -108,6 +108,8 @@ def test_the_number_of_a_folder_is_its_class(tmp_path, capsys, refused):
     assert images.targets[:8].tolist() == [0, 0, 1, 1, 10, 10, 11, 11]
     (tmp_path / "{}" / "99").rename(tmp_path / "{}" / "100")
     refused(lambda argv: open_images("--data", root, "cifar100"), [], "'0'", "cifar100")
+    named = folders(tmp_path / "named", [f"{c}_{99 - n}" for n, c in enumerate(classes)])
+    refused(lambda argv: open_images("--data", named, "cifar100"), [], "'apple_99' is no class")
 
 
 def test_the_data_set_is_recognised_by_its_classes(tmp_path):

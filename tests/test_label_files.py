@@ -24,6 +24,10 @@ def read(tmp_path, text, folders=NETTE, dataset="imagenette"):
     return label_files.read_label_file(tmp_path / "labels.txt", list(folders), dataset)
 
 
+def reading(*given):
+    return lambda argv: read(*given)
+
+
 SEPARATORS = (
     "{}: {}",
     "{}:{}",
@@ -126,6 +130,12 @@ MORE = {
     "paths": lines("train/{wnid} {prompt}"),
     "a table's numbers": lines("{i}.0,{prompt},"),
     "a wide colon": lines("{i}：{prompt}"),
+    "a Chinese comma": lines("{i}、{prompt}"),
+    "a bullet": lines("• {prompt}"),
+    "a label": lines("label {i}: {prompt}"),
+    "a joined wnid": lines("{wnid}_{prompt}"),
+    "an archive": lines("{wnid}.tar {prompt}"),
+    "curly quotes": lines("“{prompt}”"),
 }
 
 
@@ -160,6 +170,14 @@ REFUSED = {
     json.dumps([{"name": p, "prompt": p} for p in PROMPTS]): "line 1: not {0: 'tench', ...}",
     "\u200b" + lines("{prompt}"): "line 1: holds the control character '\\u200b'",
     lines('{prompt}"'): "line 1: has a stray quote mark",
+    "\n".join(list(NETTE)[::-1]): "line 1: 'n03888257' holds a wnid, expected a prompt",
+    lines("{wnid} 1300"): "line 1: '1300': the numbers are not understood",
+    "\n".join(
+        f"{chr(97 + i)}) {p}" for i, p in enumerate(PROMPTS)
+    ): "line 1: a) is neither a class",
+    lines("{prompt} # ours"): "line 1: holds a comment, a placeholder or a path: # ours",
+    lines("a photo of a {{}}"): "line 1: holds a comment, a placeholder or a path: {}",
+    json.dumps({wnid: [p, "thing"] for wnid, p in NETTE.items()}): "line 1: has more than one tab",
     json.dumps({"id2label": dict(enumerate(PROMPTS))}): "line 1: not {0: 'tench', ...}",
 }
 
@@ -193,6 +211,38 @@ def test_prompts_that_fit_other_folders(tmp_path, refused, capsys):
     one = lines("a {prompt}").replace("a tench, Tinca tinca", "a golf ball on grass")
     assert read(tmp_path, one)[0] == "a golf ball on grass"
     assert "line 1: 'a golf ball on grass' is the prompt of n0344" in capsys.readouterr().err
+
+
+def test_numbers_and_blanks_beside_a_folders_name(tmp_path, refused):
+    folders, right = ["hot_dog", "ice_cream", "pie"], ["sausage", "cone", "crust"]
+    for form in ("{0}: {1}", "{2},{0},{1}", "{0},{2},{1}"):
+        rows = [(f.replace("_", " "), p, n) for n, (f, p) in enumerate(zip(folders, right))]
+        text = "\n".join(form.format(*row) for row in rows)
+        assert read(tmp_path, text, folders, "imagefolder") == right
+    for text in ("300 hot dog\n20 ice cream\n1 pie", "hot dog,300\nice cream,250\npie,120"):
+        refused(reading(tmp_path, text, folders, "imagefolder"), [], "numbers are")
+
+
+def test_the_list_of_another_data_set_is_refused(tmp_path, refused):
+    woof = [p.split(",")[0] for p in label_files.known_prompts("imagewoof").values()]
+    for text in ("\n".join(woof), "\n".join(f"a photo of a {p}" for p in woof)):
+        refused(reading(tmp_path, text), [], "labels.txt")
+    ten = list(label_files.known_prompts("cifar10"))
+    text = "\n".join(PROMPTS)
+    refused(reading(tmp_path, text, ten, "cifar10"), [], "are those of imagenette")
+
+
+MOVED = {"cifar10": "{}s", "cifar100": "{key}: {}", "imagefolder": "a photo of {}s"}
+
+
+@pytest.mark.parametrize("dataset", MOVED)
+def test_shifted_plurals_and_shifted_keyed_lists_are_refused(dataset, tmp_path, refused):
+    known = label_files.known_prompts(dataset)
+    folders = list(known) or ["001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Tern"]
+    names = list(known.values()) or ["black footed albatros", "laysan albatros", "tern"]
+    rows = zip(folders, names[1:] + names[:1])
+    text = "\n".join(MOVED[dataset].format(name, key=folder) for folder, name in rows)
+    refused(reading(tmp_path, text, folders, dataset), [], "is the prompt of")
 
 
 def test_the_public_class_lists_that_name_one_class_twice(tmp_path, capsys):

@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from unittest.mock import Mock
@@ -94,6 +95,28 @@ def test_torchrun_is_started_when_asked():
         ended = shell("matching/matching.sh", NUM_GPUS=text, PYTHON="false")
         assert ended.returncode == 2 and ended.stdout == ""
         assert ended.stderr == f"error: NUM_GPUS={text}: expected a number of at least 1\n"
+
+
+@pytest.mark.parametrize("text", ["IPC=01", "EPOCHS=1e2", "STRENGTH=70%", "CROPS=0,08", "SEED=x"])
+def test_a_number_that_stages_would_write_differently(text):
+    name, value = text.split("=")
+    ended = shell("validate/train_FKD_cf10.sh", PYTHON="false", **{name: value})
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.startswith(f"error: {text}: expected a ") and ended.stderr.count("\n") == 1
+
+
+def test_a_data_set_with_dashes():
+    with_dashes, usual = [
+        parsed("validate/train_FKD_rd3.sh", DATASET=name)
+        for name in ("tiny-imagenet", "tiny_imagenet")
+    ]
+    assert vars(with_dashes) == vars(usual)
+
+
+def test_a_python_that_does_not_look_in_its_own_folder(tmp_path):
+    where = {"PYTHONSAFEPATH": "1", "PYTHON": sys.executable, "OUT": str(tmp_path)}
+    ended = shell("distillation/random_real.sh", "--help", DATASET="digits", **where)
+    assert ended.returncode == 0 and "--ipc" in ended.stdout, ended.stderr
 
 
 # ---- odd paths

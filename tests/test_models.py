@@ -110,6 +110,9 @@ def test_weights_in_every_wrapping(tmp_path, network, checkpoint, capsys):
         below("backbone.", but="classifier."),
         below("_checkpoint_wrapped_module."),
         {"run": {"best": {"weights": {**state, "note": "half"}}}},
+        state | below("ema."),
+        state | {"criterion.weight": torch.ones(3)},
+        below("1.") | {"0.mean": torch.tensor(datasets.ALL["imagenette"].mean).view(1, 3, 1, 1)},
     ]
     save_file(state, tmp_path / "0.safetensors")
     for n, content in enumerate(wrapped):
@@ -159,6 +162,8 @@ def test_bad_files_are_one_line(tmp_path, network, checkpoint, refused):
         "shape": (whole | {first: torch.zeros(32, 3, 5, 5)}, ["[32, 3, 5, 5]", "[32, 3, 3, 3]"]),
         "less": ({k: v for k, v in whole.items() if k != first}, [first, "another architecture"]),
         "more": (whole | {"extra": torch.zeros(1)}, ["extra"]),
+        "neck": ({f"a.{k}": v for k, v in whole.items()} | {"neck": torch.ones(1)}, ["neck"]),
+        "colours": (whole | {"0.std": torch.ones(3)}, ["its 0.std is [1.0, 1.0, 1.0], images of"]),
         "evil": ({"state_dict": Boom()}, ["holds io.open", "only plain tensors"]),
         "whole": (models.create_model("convnet_mini", 2, 32), ["Sequential; if you trust it, sav"]),
         "two": ({"teacher": whole, "student": whole}, ["it holds teacher, student"]),
@@ -190,6 +195,25 @@ def test_classes_that_a_head_does_not_have(tmp_path, checkpoint, refused):
     torch.save(models.create_model("convnet_mini", 3, 32).state_dict(), tmp_path / "three.pt")
     of_two = ("convnet_mini", tmp_path / "three.pt", "digits", ["0", "1"], 32)
     refused(call(models.load_teacher, *of_two), [], "3 classes", "2")
+
+
+def test_the_class_order_that_a_file_says(tmp_path, refused, capsys):
+    """As a list, {name: column} or {column: name}, beside the weights."""
+    folders = list(datasets.known_prompts("cifar10"))
+    state = models.create_model("convnet_mini", 10, 32).state_dict()
+    moved, path = folders[1:] + folders[:1], tmp_path / "net.pt"
+    forms = {
+        "classes": list,
+        "class_to_idx": lambda order: {name: n for n, name in enumerate(order)},
+        "idx_to_class": lambda order: dict(enumerate(order)),
+    }
+    for key, form in forms.items():
+        torch.save({"state_dict": state, "args": argparse.Namespace(**{key: form(moved)})}, path)
+        check = call(load, path, "cifar10", folders, "convnet_mini", 32)
+        refused(check, [], "its class order is not the images': they are its columns [9, 0, 1")
+        torch.save({"state_dict": state, key: form(["plane", *folders[1:]])}, path)
+        assert check([])[1]["columns"] is None
+    assert "order" not in capsys.readouterr().err
 
 
 # ---- published weights

@@ -191,6 +191,11 @@ def python(code, **environment):
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=60)
 
 
+def test_help_without_docstrings():
+    run = python("Parser('a.b', one_line.__doc__).parse_args(['--help'])", PYTHONOPTIMIZE="2")
+    assert run.returncode == 0 and b"python -m a.b" in run.stdout, run.stderr
+
+
 def test_results_are_printed_where_the_terminal_does_not_know_a_letter():
     for coding, said in {
         "latin-1": b"caf\xe9 \\u4e2d\n",
@@ -274,6 +279,7 @@ main([])
 
 ALONE, SHARED = ["-c", STAGE], ["-m", "scripts.torchrun", "--nproc_per_node", "2", "stage.py"]
 SIGNALS = [("SIGTERM", 75, ALONE), ("SIGHUP", 75, ALONE), ("SIGUSR1", 75, ALONE)]
+SIGNALS += [("SIGUSR2", 75, ALONE), ("SIGXCPU", 75, SHARED)]
 SIGNALS += [("SIGINT", 130, ALONE), ("SIGTERM", 75, SHARED)]
 
 

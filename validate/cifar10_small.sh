@@ -1,19 +1,21 @@
 #!/bin/sh
-# What of D4M's claims is seen on real photographs: CIFAR-10, and a small Stable Diffusion of our
-# own (misc/train_tiny_sd_cf10.sh). Teachers first; then, arm by arm, the images, their soft labels,
-# and students with soft and with hard labels, until MINUTES are over; then the page. The same
-# command goes on where it was. The paper has no such experiment: recipe d4m has its loss,
-# temperature, crops and CutMix at 32 px, in batches of 25 (CPU) or 100: its own batch of 1024 would
-# be one AdamW step per epoch on 100 or 500 images.
+# What is D4M worth, and what lifts it, on real photographs: CIFAR-10, and a small Stable Diffusion
+# of our own (misc/train_tiny_sd_cf10.sh). One draw is one seed of everything: the order in which
+# k-means sees the images, which real ones are chosen, the noise of synthesis, crops and CutMix, and
+# the student's initial weights. The mean over draws is the result; arms are compared draw by draw.
+# The primary claims stand in misc/small_results.py, named before any of their rows was run.
 #
-#   sh validate/cifar10_small.sh            2 CPU cores: ConvNet-W64 teacher and student, IPC 10
-#   SCALE=gpu sh validate/cifar10_small.sh  IPC 10 and 50, 2 teachers, 3 students, 2 recipes
-#                                           (never run)
-#   MINUTES=7 timeout 540 sh ...            in sessions of 9 minutes, which OUT has to outlive
-#   ARMS="d4m random" sh ...                only these
+#   sh validate/cifar10_small.sh       goes on where it was, for MINUTES, on one core; then the page
+#   DRAWS="1 3 5 7" sh ...             only these draws; another core may take the others
+#   ARMS="d4m random" IPCS=10 STUDENTS=convnet_w64 RECIPES=d4m LABELS=soft sh ...    only these rows
+#   RESULTS=misc/results sh ...        the committed page: a row that stands there is not run again
+#   DRY_RUN=1 sh ...                   every command, in this order, each row's name before it
+#   SCALE=gpu sh ...                   the same design for larger networks (never run)
 #
-# DATA_DIR holds {train,val}/CLASS/*.png, or cifar-10-batches-py. RESULTS=misc/results is the
-# committed page. Seeds start at 1: seed 0 of the same network is the teacher.
+# All rows take about 9 hours of a CPU core; those of the primary claims 2.5. DATA_DIR holds
+# {train,val}/CLASS/*.png, or cifar-10-batches-py. The paper has no such experiment: recipe d4m has
+# its loss, temperature, crops and CutMix at 32 px, in batches of 25: its own batch of 1024 would be
+# one AdamW step per epoch on up to 500 images.
 set -eu
 cd "$(dirname "$(readlink -f "$0")")/.."
 . scripts/launch.sh
@@ -23,166 +25,149 @@ SCALE="${SCALE:-cpu}"
 DATA_DIR="${DATA_DIR:-data/cifar10}"
 OUT="${OUT:-output/cifar10_small/$SCALE}"
 RESULTS="${RESULTS:-$OUT/page}"
-KM_EXPAND="${KM_EXPAND:-1}"
-SIZE=32 SEED=0 STEPS=50 CROPS=0.08 FKD_SEED=42 # of stages 1 to 3
-EPOCHS="${EPOCHS:-300}" # of recipe d4m
-SEEDS="${SEEDS:-1 2 3}"
-ARMS="${ARMS:-d4m random text decoded vae noise full s0.3 s0.5 s0.9 g1 g2 g4}"
+MINUTES="${MINUTES:-85}"
+BATCH_SIZE="${BATCH_SIZE:-25}"
+EPOCHS="${EPOCHS:-}" # of every row, instead of the design's
+ARMS="${ARMS:-}" IPCS="${IPCS:-}" DRAWS="${DRAWS:-}" STUDENTS="${STUDENTS:-}"
+RECIPES="${RECIPES:-}" LABELS="${LABELS:-}"
 case "$SCALE" in
     cpu)
-        MODEL="${MODEL:-misc/tiny-sd-cifar10}" MINUTES="${MINUTES:-85}" JOBS="${JOBS:-2}" WORKERS=0
-        IPCS="${IPCS:-10}" TEACHERS="${TEACHERS:-convnet_w64}" STUDENTS="${STUDENTS:-convnet_w64}"
-        RECIPES="${RECIPES:-d4m}" BATCH_SIZE="${BATCH_SIZE:-25}"
-        TEACHER_BATCH="${TEACHER_BATCH:-50}"
-        TEACHER_IMAGES="${TEACHER_IMAGES:-500}" TEACHER_EPOCHS="${TEACHER_EPOCHS:-60}"
+        MODEL="${MODEL:-misc/tiny-sd-cifar10}" WORKERS=0 NETWORK=convnet_w64
+        TEACHER_IMAGES="${TEACHER_IMAGES:-500}" TEACHER_BATCH=50
+        TEACHER_EPOCHS="${TEACHER_EPOCHS:-60}"
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # networks this small are slower on more
         ;;
     gpu)
-        MODEL="${MODEL:-output/cifar10_small/models/tiny-sd-cifar10}"
-        MINUTES="${MINUTES:-1000}" JOBS="${JOBS:-1}" WORKERS=4 IPCS="${IPCS:-10 50}"
-        TEACHERS="${TEACHERS:-resnet18 convnet_w128}"
-        STUDENTS="${STUDENTS:-convnet_w128 resnet18 mobilenet_v2}"
-        RECIPES="${RECIPES:-d4m rd3}" BATCH_SIZE="${BATCH_SIZE:-100}"
-        TEACHER_BATCH="${TEACHER_BATCH:-128}"
-        TEACHER_IMAGES="${TEACHER_IMAGES:-0}" TEACHER_EPOCHS="${TEACHER_EPOCHS:-50}"
+        MODEL="${MODEL:-output/cifar10_small/models/tiny-sd-cifar10}" WORKERS=4
+        NETWORK=convnet_w128
+        TEACHER_IMAGES="${TEACHER_IMAGES:-0}" TEACHER_BATCH=128
+        TEACHER_EPOCHS="${TEACHER_EPOCHS:-200}"
         ;;
     *) refuse "SCALE $SCALE: expected cpu or gpu" ;;
 esac
 
-arm() { # ARM: how its images are made, and their folder's name
-    KIND=d4m KMEANS=minibatch STRENGTH=0.7 GUIDANCE=8
+# By worth. 1,200 AdamW steps at every IPC: with fewer, students of soft labels are far from trained
+# (the page's last table). Draws 9 and 10 choose settings, and count in no claim
+design() {
+    MAIN="d4m random text noise decoded"
+    rows 300 "$MAIN" 10 "1 2 3 4 5 6 7 8" $NETWORK d4m
+    rows 300 "text text_g1 text_g2 text_g4" 10 "9 10" $NETWORK d4m soft
+    rows 1200 "$MAIN" 1 "1 2 3 4" $NETWORK d4m
+    for N in 300 100 60; do rows $N "d4m random" 10 "9 10" $NETWORK d4m; done
+    rows 60 "$MAIN" 50 "1 2 3 4" $NETWORK d4m
+    rows 300 "d4m random" 10 "1 2 3 4" mobilenet_v2 d4m
+    rows 400 "d4m random" 10 "1 2 3 4" $NETWORK rd3
+    GAINS="weighted mode keep_confident keep_hard gmm" # what may lift D4M (docs/gains.md)
+    rows 300 "$GAINS" 10 "1 2 3 4 5 6 7 8" $NETWORK d4m
+    rows 300 "d4m random" 10 "1 2 3 4" resnet18 d4m soft # the slowest
+}
+
+# ARM: its stages' flags beside D4M's, and what they add to the names of prototypes and images
+# (PARTS_1) or of images alone (PARTS_2). A new arm is one line here, and a place in the design
+arm() {
+    KIND=d4m STRENGTH=0.7 GUIDANCE=8 COUNT=$IPC KEEP=
+    STAGE_1= PARTS_1= STAGE_2= PARTS_2= STAGE_4=
     case "$1" in
         d4m) ;;
-        random | text | decoded | noise) KIND="$1" ;;
-        vae) KIND=decoded KMEANS=none ;;
-        full) KMEANS=full ;;
-        s0.[1-9]*) STRENGTH="${1#s}" ;;
-        g[1-9]*) GUIDANCE="${1#g}" ;;
-        *) refuse "ARMS $1: expected d4m, random, text, decoded, vae, noise, full, s0.3 or g2" ;;
+        random | text | noise | decoded) KIND="$1" ;;
+        text_g[1-9]*) KIND=text GUIDANCE="${1#text_g}" PARTS_2="_g$GUIDANCE" ;;
+        weighted) STAGE_4="--loss_weights cluster" ;;
+        gmm) STAGE_1="--kmeans gmm" PARTS_1=_kmeans-gmm ;;
+        mode) STRENGTH=1 STAGE_2="--guide mode" PARTS_2=_guide-mode ;;
+        keep_confident | keep_hard) # of four images per prototype
+            KEEP="${1#keep_}" COUNT=$((4 * IPC))
+            STAGE_2="--num_prototypes $IPC" PARTS_2="_protos$IPC"
+            ;;
+        *) refuse "ARMS $1: expected d4m, random, text, text_g2, noise, decoded, weighted, ..." ;;
     esac
-    STAGE_1="$(unless kmeans- "$KMEANS" minibatch)"
-    case "$KIND" in
-        d4m) IMAGES="$(d4m_images cifar10)$STAGE_1" ;;
-        decoded) IMAGES="cifar10_ipc${IPC}_decoded$(unless kmexpand "$KM_EXPAND" 1)_size32$STAGE_1" ;;
-        random) IMAGES="cifar10_ipc${IPC}_random" ;;
-        *) IMAGES="cifar10_ipc${IPC}_${KIND}_size32" ;;
-    esac
+    IMAGES="$KIND"
+    [ "$KIND" != d4m ] || IMAGES="s${STRENGTH}_g${GUIDANCE}_kmexpand1"
+    IMAGES="cifar10_ipc${COUNT}_$IMAGES${PARTS_2}_seed$DRAW"
+    [ "$KIND" = random ] || IMAGES="${IMAGES}_size32$PARTS_1"
+    [ -z "$KEEP" ] || IMAGES="cifar10_ipc${IPC}_${KEEP}_${NETWORK}_from_$IMAGES"
 }
 
-recipe() { # RECIPE: its flags for STUDENT
-    case "$1" in
-        d4m) FLAGS="--epochs $EPOCHS --batch_size $BATCH_SIZE --bn_batch $BATCH_SIZE" ;;
-        rd3) FLAGS="--epochs 400 --batch_size 50 --bn_batch 50 --bn_refresh" ;;
-        *) refuse "RECIPES $1: expected d4m or rd3" ;;
-    esac
+recipe() { # RECIPE EPOCHS: its flags for STUDENT
+    N="${EPOCHS:-$2}" B=$BATCH_SIZE FLAGS=
     case "$1:$STUDENT" in
-        d4m:*) FLAGS="$FLAGS --min_scale_crops 0.08" ;;
-        rd3:resnet18) FLAGS="$FLAGS --min_scale_crops 0.5" ;;
-        *) FLAGS="$FLAGS --min_scale_crops 0.5 --cos_stretch 2" ;;
+        d4m:*) CROPS=0.08 ;;
+        rd3:resnet18) CROPS=0.5 B=50 FLAGS="--bn_refresh" ;;
+        rd3:*) CROPS=0.5 B=50 FLAGS="--bn_refresh --cos_stretch 2" ;;
     esac
+    FLAGS="--epochs $N --batch_size $B --bn_batch $B --min_scale_crops $CROPS $FLAGS"
 }
 
-DONE=" "
-once() { # FOLDER MODULE FLAGS: this stage, once per run; what another run made is checked by it
-    case "$DONE" in *" $1 "*) return ;; esac
-    DONE="$DONE$1 "
-    shift
-    step run -m "$@"
-}
-
-teacher() { # ARCH
-    PARTS="$(unless epochs "$TEACHER_EPOCHS" 200)$(unless b "$TEACHER_BATCH" 128)"
-    TEACHER_FOLDER="$OUT/teachers/cifar10_$1$PARTS$(unless max "$TEACHER_IMAGES" 0)"
-    case "$1" in convnet*) LR=0.01 ;; *) LR=0.1 ;; esac # a ConvNet stays at chance at 0.1
-    once "$TEACHER_FOLDER" matching.train_teacher --dataset cifar10 --data_dir "$DATA_DIR" \
-        --arch "$1" --max_images_per_class "$TEACHER_IMAGES" --epochs "$TEACHER_EPOCHS" \
-        --batch_size "$TEACHER_BATCH" --learning_rate $LR --weight_decay 5e-4 --augment pad_crop \
+images() { # of the arm: the teacher, stages 1 and 2
+    run -m matching.train_teacher --dataset cifar10 --data_dir "$DATA_DIR" --arch $NETWORK \
+        --max_images_per_class $TEACHER_IMAGES --epochs "$TEACHER_EPOCHS" \
+        --batch_size $TEACHER_BATCH --learning_rate 0.01 --weight_decay 5e-4 --augment pad_crop \
         --flip 0.5 --eval_every 10 --num_workers $WORKERS --output_dir "$OUT/teachers"
-}
-
-images() { # of the arm: stages 1 and 2
-    prototypes="$OUT/prototypes/$(d4m_prototypes cifar10)$STAGE_1"
     if [ "$KIND" = random ]; then
-        once "$IMAGES" distillation.random_real --dataset cifar10 --data_dir "$DATA_DIR" \
-            --ipc "$IPC" --save_init_image_path "$OUT/images"
+        run -m distillation.random_real --dataset cifar10 --data_dir "$DATA_DIR" --ipc "$IPC" \
+            --seed "$DRAW" --save_init_image_path "$OUT/images"
         return
     fi
-    once "$prototypes" distillation.gen_prototype --dataset cifar10 --data_dir "$DATA_DIR" \
-        --size 32 --ipc "$IPC" --km_expand "$KM_EXPAND" --kmeans "$KMEANS" \
-        --latent_cache "$OUT/latents" --batch_size 250 --num_workers $WORKERS \
-        --diffusion_checkpoints_path "$MODEL" --save_prototype_path "$OUT/prototypes"
-    once "$IMAGES" distillation.gen_syn_image --dataset cifar10 --prototype_path "$prototypes" \
-        --ipc "$IPC" --km_expand "$KM_EXPAND" --arm "$KIND" --strength "$STRENGTH" \
+    prototypes="$OUT/prototypes/cifar10-ipc$IPC-kmexpand1_size32_seed$DRAW$PARTS_1"
+    run -m distillation.gen_prototype --dataset cifar10 --data_dir "$DATA_DIR" --size 32 \
+        --ipc "$IPC" --km_expand 1 --seed "$DRAW" --latent_cache "$OUT/latents" --batch_size 250 \
+        --num_workers $WORKERS --diffusion_checkpoints_path "$MODEL" \
+        --save_prototype_path "$OUT/prototypes" $STAGE_1
+    run -m distillation.gen_syn_image --dataset cifar10 --prototype_path "$prototypes" \
+        --ipc "$COUNT" --km_expand 1 --seed "$DRAW" --arm "$KIND" --strength "$STRENGTH" \
         --guidance_scale "$GUIDANCE" --batch_size 50 --diffusion_checkpoints_path "$MODEL" \
+        --save_init_image_path "$OUT/images" $STAGE_2
+    [ -z "$KEEP" ] || run -m matching.candidates --image_path "$OUT/images/${IMAGES#*_from_}" \
+        --keep "$KEEP" --arch $NETWORK --teacher_checkpoint "$OUT/teachers/$TEACHER" \
         --save_init_image_path "$OUT/images"
 }
 
-student() { # FLAGS: all seeds of STUDENT on IMAGES
-    step run -m validate.train_FKD --train_dir "$OUT/images/$IMAGES" --val_dir "$DATA_DIR" \
-        --model "$STUDENT" --seeds $SEEDS $FLAGS --cos --adamw_lr 0.001 --adamw_weight_decay 0.01 \
-        --mix_type cutmix --cutmix 1.0 --num_workers $WORKERS --eval_every 1000 \
-        --output_dir "$OUT/students" "$@"
+student() { # LABEL: one row
+    printf 'arm=%s ipc=%s draw=%s student=%s ' "$ARM" "$IPC" "$DRAW" "$STUDENT"
+    printf 'recipe=%s epochs=%s batch_size=%s labels=%s ' "$RECIPE" "$N" "$B" "$1"
+    case "$1" in
+        hard) set -- --hard_label ;;
+        soft) # labelled while the student trains: the numbers of stage 3, and each crop made once
+            set -- --online --arch $NETWORK --temperature 20 --loss kl \
+                --teacher_checkpoint "$OUT/teachers/$TEACHER"
+            ;;
+    esac
+    run -m validate.train_FKD --train_dir "$OUT/images/$IMAGES" --val_dir "$DATA_DIR" \
+        --model "$STUDENT" --seeds "$DRAW" --fkd_seed "$DRAW" $FLAGS --cos --adamw_lr 0.001 \
+        --adamw_weight_decay 0.01 --mix_type cutmix --cutmix 1.0 --num_workers $WORKERS \
+        --eval_every 0 --output_dir "$OUT/students" "$@" $STAGE_4
 }
 
-hard() {
-    student --hard_label
-}
-
-soft() { # by every teacher; RD3's labels while the student trains
-    for TEACHER in $TEACHERS; do
-        teacher "$TEACHER"
-        if [ "$RECIPE" = rd3 ]; then
-            student --online --arch "$TEACHER" --teacher_checkpoint "$TEACHER_FOLDER" \
-                --temperature 20 --loss kl
-            continue
-        fi
-        LABELS="$(labels_name)"
-        once "$LABELS" matching.generate_soft_label --data "$OUT/images/$IMAGES" --arch "$TEACHER" \
-            --teacher_checkpoint "$TEACHER_FOLDER" --epochs "$EPOCHS" --batch_size "$BATCH_SIZE" \
-            --min_scale_crops 0.08 --mix_type cutmix --cutmix 1.0 --num_workers $WORKERS \
-            --fkd_path "$OUT/labels"
-        student --fkd_path "$OUT/labels/$LABELS" --temperature 20 --loss kl
-    done
-}
-
-both() { # A B: these functions, side by side where JOBS allows
-    if [ "$JOBS" -lt 2 ] || [ "${DRY_RUN:-0}" != 0 ]; then
-        "$1"
-        "$2"
-        return
-    fi
-    "$1" &
-    first=$!
-    "$2" &
-    await $first $!
-}
-
-END=$(($(date +%s) + MINUTES * 60))
-late() {
-    [ "$(date +%s)" -ge $END ]
-}
-
-IPC=1 STUDENT=
-for ARM in $ARMS; do arm "$ARM"; done # a typing error is refused before anything runs
-for RECIPE in $RECIPES; do recipe "$RECIPE"; done
-[ -f "$MODEL/manifest.json" ] || [ "${DRY_RUN:-0}" != 0 ] ||
-    refuse "MODEL $MODEL: not there; make it with MODEL=$MODEL sh misc/train_tiny_sd_cf10.sh"
-
-for TEACHER in $TEACHERS; do teacher "$TEACHER"; done
-for RECIPE in $RECIPES; do # arms innermost: the first minutes compare all of them
-    for IPC in $IPCS; do
-        for STUDENT in $STUDENTS; do
-            recipe "$RECIPE"
-            for ARM in $ARMS; do
-                ! late || break 4
+rows() { # EPOCHS ARMS IPCS DRAWS STUDENTS RECIPES [LABELS]: all of them; both kinds of labels
+    for IPC in $(among "$IPCS" "$3"); do
+        for DRAW in $(among "$DRAWS" "$4"); do
+            for ARM in $(among "$ARMS" "$2"); do
                 arm "$ARM"
                 images
-                both soft hard
+                for STUDENT in $(among "$STUDENTS" "$5"); do
+                    for RECIPE in $(among "$RECIPES" "$6"); do
+                        recipe "$RECIPE" "$1"
+                        for LABEL in $(among "$LABELS" "${7:-soft hard}"); do student "$LABEL"; done
+                    done
+                done
             done
         done
     done
-done
-! late || echo "MINUTES $MINUTES are over: not all was run; the same command goes on" >&2
+}
 
-step run -m misc.small_results --output_root "$OUT" --scale "$SCALE" --model "$MODEL" \
-    --data_dir "$DATA_DIR" --results "$RESULTS" "$@"
+among() { # WANTED OFFERED: those of OFFERED that are wanted; nothing wanted means all
+    for one in $2; do
+        case " ${1:-$one} " in *" $one "*) echo "$one" ;; esac
+    done
+}
+
+TEACHER="$(TEACHER_LR=0.01 teacher_name cifar10 $NETWORK)$(unless max $TEACHER_IMAGES 0)"
+[ -f "$MODEL/manifest.json" ] || [ "${DRY_RUN:-0}" != 0 ] ||
+    refuse "MODEL $MODEL: not there; make it with MODEL=$MODEL sh misc/train_tiny_sd_cf10.sh"
+PLAN="$(DRY_RUN=1 && design)"
+[ -n "$PLAN" ] || refuse "ARMS, IPCS, DRAWS, STUDENTS, RECIPES, LABELS: the design has no such row"
+[ "${DRY_RUN:-0}" = 0 ] || printf '%s\n' "$PLAN"
+exec 3<<END
+$PLAN
+END
+step run -m misc.small_results --plan /dev/fd/3 --minutes "$MINUTES" --output_root "$OUT" \
+    --model "$MODEL" --results "$RESULTS" "$@"

@@ -5,7 +5,7 @@
 # OUT/results.csv, OUT/report.html) and a figure (OUT/compare.png).
 #
 #   sh validate/compare.sh output/images/cifar10_ipc10_s0.7_g8_kmexpand1 /data/rded
-#   DATASET=cifar10 IPC=10 sh validate/compare.sh /data/sre2l /data/rded    where no name says it
+#   DATASET=cifar10 sh validate/compare.sh /data/sre2l /data/rded    where no folder says it
 #   TEACHER_CHECKPOINT=output/teachers/mine sh validate/compare.sh ...      else it is trained first
 #   sh validate/compare.sh A B --dry_run       checks everything, says what would be made
 #   DRY_RUN=1 sh validate/compare.sh A B       prints the commands
@@ -17,6 +17,15 @@ GIVEN="${OUT:-}"
 . scripts/tables.sh
 [ -n "$GIVEN" ] || OUT="$OUT/compare"
 
+per_class() { # FOLDER: how many images its class folders hold, each number once
+    (
+        cd "$1/train" 2>/dev/null || cd "$1"
+        FORMATS='png|jpe?g|webp|bmp|p[pg]m|tiff?'
+        find -L . -path './*/*' | LC_ALL=C grep -iE "/[^./][^/]*[.]($FORMATS)$" |
+            sed 's:/[^/]*$::' | sort | uniq -c | awk '{ print $1 }' | sort -nu
+    )
+}
+
 FOLDERS= DATASET="${DATASET:-}" IPC="${IPC:-}"
 while [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; do
     FOLDER="${1%/}" && shift
@@ -25,22 +34,34 @@ while [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; do
         *) [ ! -d "$CALLER/$FOLDER" ] || FOLDER="$CALLER/$FOLDER" ;;
     esac
     [ -d "$FOLDER" ] || [ "${DRY_RUN:-0}" != 0 ] || refuse "$FOLDER: no such folder"
-    NAME="${FOLDER##*/}" SAID="$(ipc_of "${FOLDER##*/}" "")"
-    [ -z "$SAID" ] || DATASET="${DATASET:-${NAME%%_ipc*}}" IPC="${IPC:-$SAID}"
-    [ "${SAID:-$IPC}" = "$IPC" ] || refuse "$FOLDER: others have IPC=$IPC"
+    NAME="${FOLDER##*/}" SAID="$(ipc_of "${FOLDER##*/}" "")" MADE_FOR=
+    if [ -d "$FOLDER" ]; then # what it holds counts, not what it is called
+        SAID="$(per_class "$FOLDER")"
+        MADE_FOR="$(sed -n 's/^  "dataset": "\(.*\)",*$/\1/p' "$FOLDER/args.json" 2>/dev/null)" || :
+        case "$SAID" in
+            "" | *"$NEWLINE"*) refuse "$FOLDER: its class folders hold" ${SAID:-0} "images" ;;
+        esac
+    fi
+    case "$NAME" in *_ipc[1-9]*) DATASET="${DATASET:-${MADE_FOR:-${NAME%%_ipc*}}}" ;; esac
+    DATASET="${DATASET:-$MADE_FOR}" IPC="${IPC:-$SAID}"
+    [ "${SAID:-$IPC}" = "$IPC" ] || refuse "$FOLDER: $SAID images per class, not IPC=$IPC"
+    [ "${MADE_FOR:-$DATASET}" = "$DATASET" ] ||
+        refuse "$FOLDER: images of $MADE_FOR, not DATASET=$DATASET"
     FOLDERS="$FOLDERS $(quoted "$FOLDER")"
 done
 [ -n "$FOLDERS" ] || refuse "no folder: sh validate/compare.sh FOLDER FOLDER ..."
-[ -n "$IPC" ] && [ -n "$DATASET" ] || refuse "no folder is called DATASET_ipcN_: set both variables"
+[ -n "$IPC" ] && [ -n "$DATASET" ] || refuse "no folder says its data set: set DATASET"
 FLAGS="$(quoted "$@")" GIVEN="$(quoted "$@")"
+eval "set -- $FOLDERS"
+set -- "$@" "$OUT/images/${DATASET}_ipc${IPC}_random$(unless seed "${SEED:-0}" 0)"
+TWICE="$(printf '%s\n' "$@" | sed 's:.*/::' | sort | uniq -d)"
+[ -z "$TWICE" ] || refuse "two folders are called" $TWICE"; rename one"
 
 if [ -z "${TEACHER_CHECKPOINT:-}" ]; then
     case "$DATASET" in cifar* | tiny_imagenet | digits) stage matching/train_teacher ;; esac
 fi
 of_dataset
 stage distillation/random_real
-eval "set -- $FOLDERS"
-set -- "$@" "$OUT/images/${DATASET}_ipc${IPC}_random$(unless seed "${SEED:-0}" 0)"
 
 if [ -z "$CHECK" ]; then # D4M's are called by what one has and another has not
     NAMES="$(printf '%s\n' "$@" | sed "s:.*/::; s:^${DATASET}_ipc${IPC}_::" | awk -F_ '

@@ -40,7 +40,7 @@ def table_of(row):
 def students(script, variables=()):
     """What stage 4 is asked to train by a script of this folder; variables: pairs."""
     environment = {"PATH": os.environ["PATH"], "DRY_RUN": "1", "ONLY": "validate/train_FKD"}
-    how = {"env": environment | dict(variables), "stdout": subprocess.PIPE, "text": True}
+    how = {"env": environment | dict(variables), "capture_output": True, "text": True}
     printed = subprocess.run(["sh", HERE / script], check=True, **how).stdout
     lines = [shlex.split(line) for line in printed.splitlines()]
     return [train_FKD.get_args(line[3:]) for line in lines if line[2] == "validate.train_FKD"]

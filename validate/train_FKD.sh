@@ -19,6 +19,7 @@ IMAGES="${IMAGES:-$(d4m_images imagenet)}"
 TEACHER="${TEACHER:-resnet18}"
 STUDENT="${STUDENT:-resnet18}"
 EPOCHS="${EPOCHS:-300}"
+INPUT_SIZE="${INPUT_SIZE:-224}"
 BATCH_SIZE="${BATCH_SIZE:-1024}"
 CROPS="${CROPS:-0.08}"
 BN_BATCH="${BN_BATCH:-73}" # the release: 1024 / 7 GPUs / 2 accumulation steps
@@ -39,7 +40,7 @@ run -m validate.train_FKD \
     --cos \
     --temperature 20 \
     --loss kl \
-    --input_size 224 \
+    --input_size "$INPUT_SIZE" \
     --min_scale_crops "$CROPS" \
     --max_scale_crops 1 \
     --mix_type cutmix \

@@ -267,10 +267,10 @@ draws of top-1 in percent on the 10,000 test pictures, last epoch; arms are comp
 """
 CLAIMED = """## What is seen
 
-The four primary claims were named before any of these rows was run, after an earlier experiment on one
-draw: soft labels, IPC 10, {network}, {draws} draws. A difference is in points, with its 95 % interval; p is of a paired t-test, with
-Holm's correction over the four. Not seen: effects of {small} points and more are excluded. Open:
-neither.
+The four primary claims were named before any of these rows was run, after an earlier experiment on
+one draw: soft labels, IPC 10, {network}, {draws} draws. A difference is in points, with its 95 %
+interval; p is of a paired t-test, with Holm's correction over the four. Not seen: effects of
+{small} points and more are excluded. Open: neither.
 """
 GAINED = """
 What may lift D4M, against plain D4M, on the same terms, with a Holm correction of its own:

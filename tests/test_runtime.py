@@ -288,7 +288,12 @@ def test_a_signal_to_the_whole_process_group(number, status, command, tmp_path):
     """As `kill -- -PGID`, `timeout`, Ctrl-C and Slurm send it: readers leave it to the stage."""
     (tmp_path / "stage.py").write_text(STAGE)
     how = {"stderr": subprocess.PIPE, "start_new_session": True, "text": True}
-    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def as_from_a_terminal():  # nohup, or a job in the background, would have it ignore these
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    how["preexec_fn"] = as_from_a_terminal
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     stage = subprocess.Popen([sys.executable, *command], cwd=tmp_path, env=env, **how)
     while not (tmp_path / "root/stem/3.txt").exists():

@@ -188,7 +188,7 @@ def class_conditions(dataset, classes, model):
     for c in classes:
         if c["folder"] not in places:
             knows = f"a {model.TITLE} knows only the 1000 classes of ImageNet-1K, by their wnids"
-            refuse(f"--dataset {dataset}: {knows}; {c['folder']} is none of them")
+            refuse(f"--dataset {dataset}: {knows}, not {c['folder']}")
     return [places[c["folder"]] for c in classes]
 
 

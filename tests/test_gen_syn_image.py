@@ -297,7 +297,7 @@ def test_a_dit_takes_the_classes_of_imagenet_only(refused, model):
     digits = [*STAGE_1, "--diffusion_checkpoints_path", tiny_models.folder("dit")]
     words = [
         "--dataset digits: a DiT knows only the 1000 classes of ImageNet-1K",
-        "0 is none of them",
+        "by their wnids, not 0",
     ]
     for main in (gen_prototype.main, distill.main):
         refused(main, digits, *words)

@@ -59,6 +59,7 @@ design() {
     rows 400 "d4m random" 10 "1 2 3 4" $NETWORK rd3
     GAINS="weighted mode keep_confident keep_hard gmm" # what may lift D4M (docs/gains.md)
     rows 300 "$GAINS" 10 "1 2 3 4 5 6 7 8" $NETWORK d4m
+    rows 300 dpmpp 10 "1 2 3 4 5 6 7 8" $NETWORK d4m # another sampler (docs/generators.md)
     rows 300 "d4m random" 10 "1 2 3 4" resnet18 d4m soft # the slowest
 }
 
@@ -73,6 +74,7 @@ arm() {
         text_g[1-9]*) KIND=text GUIDANCE="${1#text_g}" PARTS_2="_g$GUIDANCE" ;;
         weighted) STAGE_4="--loss_weights cluster" ;;
         gmm) STAGE_1="--kmeans gmm" PARTS_1=_kmeans-gmm ;;
+        dpmpp) STAGE_2="--scheduler dpmpp --num_inference_steps 20" PARTS_2=_steps20_scheduler-dpmpp ;;
         mode) STRENGTH=1 STAGE_2="--guide mode" PARTS_2=_guide-mode ;;
         keep_confident | keep_hard) # of four images per prototype
             KEEP="${1#keep_}" COUNT=$((4 * IPC))

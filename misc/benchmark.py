@@ -429,13 +429,17 @@ def stage_2(bench):
     facts |= {"target": 6 * bench.gpu, "precision": model.facts["precision"]}
     bench.race(2, "prototypes to PNGs", "image", ways, (few, many), same, **facts)
 
-    fewer = {"num_inference_steps": max(2, int(steps) * 2 // 5), "noise_level": "paper"}
-    fewer = runtime.Settings({**settings, **fewer}, settings.defaults, settings.shorts)
+    own, fewer = (
+        runtime.Settings({**settings, **changed}, settings.defaults, settings.shorts)
+        for changed in (
+            {"num_inference_steps": 50},
+            {"num_inference_steps": 20, "noise_level": "paper"},
+        )
+    )
     folder = str(generator_folder(bench.root, bench.size, bench.gpu))
     other = generators.load(folder, bench.device, scheduler="dpmpp")
-    taken = fewer["num_inference_steps"]
-    ways = {"release": ours, f"DPM++, {taken} steps": partial(ours, other, fewer)}
-    note = f"against our own way with PNDM, {steps} steps, from the same noise level"
+    ways = {"release": partial(ours, settings=own), "DPM++, 20 steps": partial(ours, other, fewer)}
+    note = "against our own way with PNDM, 50 steps, from the same noise level"
     facts = {"device": bench.device, "note": note}
     words = lambda *_: ("another sampler's images", True)  # noqa: E731
     bench.race(2, "prototypes to PNGs", "image", ways, (many, many), words, **facts)

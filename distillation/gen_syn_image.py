@@ -73,19 +73,16 @@ class Synthesizer:
     @torch.no_grad()
     def _pictures(self, jobs, prototypes, attempt):
         """(B, H, W, 3) uint8; what is not finite is made again in fp32."""
-        latents, modes = prototypes, None
-        guided = self.settings["guide"] == "mode"
-        if guided or self.settings["arm"] not in image_folder.FROM_PROTOTYPES:
+        latents, s = prototypes, self.settings
+        if s["guide"] == "mode" or s["arm"] not in image_folder.FROM_PROTOTYPES:
             latents = self._noise(jobs, prototypes.shape[1:], attempt)
-        if guided:
-            modes = prototypes
-        images = self._images(jobs, latents, attempt, modes)  # (B, 3, H, W)
 
-        def again(n):
-            mode = modes[n : n + 1] if guided else None
-            return self._images([jobs[n]], latents[n : n + 1], attempt, mode)
+        def images_of(rows):
+            return self._images([jobs[n] for n in rows], latents[rows], prototypes[rows], attempt)
 
-        generators.mend(self.model, images, again, [job.file for job in jobs])
+        images = images_of(list(range(len(jobs))))  # (B, 3, H, W)
+        names = [job.file for job in jobs]
+        generators.mend(self.model, images, lambda n: images_of([n]), names)
         return (images.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).cpu().numpy()
 
     def _noise(self, jobs, shape, attempt):
@@ -99,8 +96,8 @@ class Synthesizer:
         draws = [torch.randn(shape, generator=runtime.generator(*key)) for key in keys]
         return torch.stack(draws).to(torch.float16)
 
-    def _images(self, jobs, latents, attempt, modes=None):
-        """(B, 3, H, W) in [0, 1].   modes: of --guide mode, the prototypes"""
+    def _images(self, jobs, latents, prototypes, attempt):
+        """(B, 3, H, W) in [0, 1].   latents: what is denoised, the prototypes or noise"""
         s, model = self.settings, self.model
         if s["arm"] == "decoded":
             return model.decode(latents, check=False)
@@ -108,7 +105,7 @@ class Synthesizer:
         negative = model.condition(s["negative_prompt"])
         rngs = [runtime.generator(*image_key(s["seed"], job, attempt)) for job in jobs]
         how = (self.start.strength, s["guidance_scale"], s["num_inference_steps"])
-        more = {} if modes is None else {"modes": modes}
+        more = {"modes": prototypes} if s["guide"] == "mode" else {}
         return model.decode(model.denoise(latents, conditions, negative, rngs, *how, **more))
 
 
@@ -131,7 +128,7 @@ def make_images(out, batches, synthesizer, stream):
                 found.update([next(classes)])
             latents = np.stack([found[job.position].latents[job.prototype] for job in batch])
             pictures, attempts = synthesizer.draw(batch, torch.from_numpy(latents))
-            sizes = [int(found[job.position].sizes[job.prototype]) for job in batch]
+            sizes = [found[job.position].sizes.item(job.prototype) for job in batch]
             rows = [image_row(settings, *one) for one in zip(batch, attempts, sizes)]
             out.log(event="images", rows=rows)  # before the PNGs: images.jsonl is made from it
             out.later(image_folder.save_pngs, out, batch, pictures, out.settings["image_size"])

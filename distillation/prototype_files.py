@@ -155,7 +155,7 @@ class ReleaseFile:
         self.content = files.sha256(path)
 
     def __getitem__(self, position) -> Prototypes:
-        return Prototypes(self.latents[position], np.ones(self.per_class, dtype=np.int64))
+        return Prototypes(self.latents[position], np.full(self.per_class, None))
 
 
 def open_prototypes(path, dataset, verify=False, release_prompts=False):

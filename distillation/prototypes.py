@@ -12,7 +12,7 @@ class Prototypes(NamedTuple):
 
     latents    (k, c, h, w) float16 numpy array, already times the VAE's scaling factor
     sizes      (k,) how many of the class's images belong to each: are nearest to it, or, with
-               "gmm", most likely of it
+               "gmm", most likely of it; None each where that is not known (the release's file)
     """
 
     latents: np.ndarray

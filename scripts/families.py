@@ -62,6 +62,7 @@ class StableDiffusion:
     OPTIONS = {"requires_safety_checker": False}
     EMBEDS = ("prompt_embeds",)  # of what encode_prompt returns, what denoising takes
     PROMPTS = {}  # other prompts of encode_prompt
+    READS = {}  # {tokenizer: how many of its tokens are read, where it would give more}
     LICENCE = None
 
     def __init__(self, checkpoint, device, precision, part="all", **how):
@@ -188,11 +189,13 @@ class StableDiffusion:
         device = None if self.offload else self.device  # None: where it is
         for name, network in self.networks.items():
             kept = name == "vae" and self._vae_in_fp32(network)
-            torch.nn.Module.to(network, device=device, dtype=torch.float32 if kept else dtype)
             of_fp16 = dtype == torch.float16 and getattr(network, "_keep_in_fp32_modules", None)
-            for part, module in network.named_modules() if of_fp16 else ():
-                if part.rsplit(".", 1)[-1] in of_fp16:  # T5's overflow otherwise
-                    module.float()
+            named = network.named_modules() if of_fp16 else ()
+            exact = [module for part, module in named if part.rsplit(".", 1)[-1] in of_fp16]
+            weights = [module.state_dict() for module in exact]
+            torch.nn.Module.to(network, device=device, dtype=torch.float32 if kept else dtype)
+            for module, state in zip(exact, weights):  # T5's overflow otherwise
+                module.float().load_state_dict(state)
 
     def _vae_in_fp32(self, vae):
         return False
@@ -218,11 +221,15 @@ class StableDiffusion:
         return self.encoder(images.to(self.device, non_blocking=True) / 255, draws)
 
     def unread(self, prompt):
-        """The end of a prompt that is too long for the text encoder; "" if it reads all of it."""
-        how = {"truncation": True, "return_overflowing_tokens": True}
-        words = self.pipeline.tokenizer
-        _, *rest = words(prompt, **how).input_ids  # in pieces of the longest length
-        return " ".join(words.decode(piece, skip_special_tokens=True) for piece in rest).strip()
+        """The end of a prompt that no text encoder reads; "" if one of them reads all of it."""
+        how, found = {"truncation": True, "return_overflowing_tokens": True}, []
+        for name in self.tokenizers:
+            words = self.pipeline.components[name]
+            # in pieces of the longest length
+            _, *rest = words(prompt, max_length=self.READS.get(name), **how).input_ids
+            rest = [words.decode(piece, skip_special_tokens=True) for piece in rest]
+            found.append(" ".join(rest).strip())
+        return min(found, key=len, default="")
 
     @torch.no_grad()
     def _condition(self, prompt):
@@ -337,6 +344,7 @@ class StableDiffusion3(StableDiffusion):
     NONE, OPTIONS = ("image_encoder", "feature_extractor"), {}
     EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")
     PROMPTS = {"prompt_2": None, "prompt_3": None}  # None: the same
+    READS = {"tokenizer_3": 256}  # by default, though T5 could read more
 
     def _widths(self, configs):
         transformer, one, two = (
@@ -382,9 +390,6 @@ class DiT(StableDiffusion):
 
     def _check_widths(self, configs):
         pass  # no texts
-
-    def unread(self, prompt):
-        return ""
 
     def _condition(self, place):
         """`condition`: of a class's place among ImageNet-1K's 1000; None: the null class."""

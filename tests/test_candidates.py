@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from distillation import gen_syn_image
+from distillation import gen_prototype, gen_syn_image
 from matching import candidates, generate_soft_label, models
 from matching import images as image_sets
 from scripts import files
-from tests.conftest import STAGE_2, everything, make_random, tree
+from tests.conftest import STAGE_1, STAGE_2, copy, everything, make_random, reseal, tree
 from validate import train_FKD
 
 SIX = ["--ipc", "6", "--num_prototypes", "2"]  # three of each prototype
@@ -51,13 +52,32 @@ def test_the_rule(keep, logits, best):
     assert candidates.choose(WRONG, 1, "hard")[0] == 2  # the closest to right
 
 
-def opinion(teacher, path, target):
+def opinion(teacher, path, target, classes):
     """(taken for its class, probability of that) of one PNG."""
-    model, _ = models.load_teacher("convnet_mini", teacher, "digits", ("0", "1", "2"), 32)
+    model, _ = models.load_teacher("convnet_mini", teacher, "digits", classes, 32)
     x = torch.tensor(np.asarray(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None] / 255
     with torch.no_grad():
         p = model((x - 0.5) / 0.5).softmax(1)[0]
     return p.argmax().item() == target, p[target].item()
+
+
+def check_choice(folder, source, teacher, classes, keep):
+    """Each image is the one of its three that the teacher says; returns how many there are."""
+    rows = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
+    theirs = image_sets.read_rows("", source, files.read_json(source / "manifest.json"))
+    for row in rows:
+        c, prototype = row["folder"], int(row["file_name"][-5])
+        names = [f"{c}/{c}_{i:04d}.png" for i in range(prototype, 6, 2)]
+        target = classes.index(c)
+        seen = {name: opinion(teacher, source / name, target, classes) for name in names}
+        right = [name for name in names if seen[name][0]]
+        sign = -1 if keep == "hard" and right else 1
+        assert row["source"] == max(right or names, key=lambda name: sign * seen[name][1])
+        assert row["probability"] == pytest.approx(seen[row["source"]][1], abs=1e-4)
+        assert (folder / row["file_name"]).read_bytes() == (source / row["source"]).read_bytes()
+        for name in ("seed", "prototype", "cluster_size", "prompt"):
+            assert row[name] == theirs[row["source"]][name]
+    return len(rows)
 
 
 @pytest.mark.parametrize("keep", ["confident", "hard"])
@@ -65,24 +85,27 @@ def test_one_of_each_prototype_is_kept(keep, three, teacher, arguments, capsys):
     folder = candidates.main(arguments("--keep", keep))
     assert folder.name == f"digits_ipc2_{keep}_convnet_mini_from_{three.name}"
     assert "6 of 6 images made" in capsys.readouterr().out
-    rows = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
-    theirs = image_sets.read_rows("", three, files.read_json(three / "manifest.json"))
-    for row in rows:
-        c, prototype = row["class_index"], int(row["file_name"][-5])
-        names = [f"{c}/{c}_{i:04d}.png" for i in range(prototype, 6, 2)]
-        seen = {name: opinion(teacher, three / name, c) for name in names}
-        right = [name for name in names if seen[name][0]]
-        sign = -1 if keep == "hard" and right else 1
-        assert row["source"] == max(right or names, key=lambda name: sign * seen[name][1])
-        assert row["probability"] == pytest.approx(seen[row["source"]][1], abs=1e-4)
-        assert (folder / row["file_name"]).read_bytes() == (three / row["source"]).read_bytes()
-        for name in ("seed", "prototype", "cluster_size", "prompt"):
-            assert row[name] == theirs[row["source"]][name]
+    assert check_choice(folder, three, teacher, ("0", "1", "2"), keep) == 6
     for shard in ("1/2", "0/2"):
         again = candidates.main(
             arguments("--keep", keep, "--shard", shard, "--save_init_image_path", "two")
         )
     assert tree(again) == tree(folder)
+
+
+def test_a_teacher_of_more_classes_with_logits_that_half_precision_rounds(
+    model, teacher, arguments, tmp_path
+):
+    """Digits 1 and 2 are its columns 0 and 1 here; 256 more in each logit changes no softmax."""
+    large = copy(teacher, tmp_path)
+    weights = load_file(large / "model.safetensors")
+    save_file({**weights, "1.9.bias": weights["1.9.bias"] + 256}, large / "model.safetensors")
+    reseal(large)
+    made = gen_prototype.main([*STAGE_1, *model, "--classes", "1-2"])
+    argv = [*STAGE_2, *model, "--prototype_path", str(made), "--num_inference_steps", "5", *SIX]
+    [source] = gen_syn_image.main(argv)
+    folder = candidates.main(arguments("--teacher_checkpoint", large, path=source))
+    assert check_choice(folder, source, large, ("1", "2"), "confident") == 4
 
 
 def test_the_images_are_images_like_any_other(three, arguments, teacher):

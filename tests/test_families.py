@@ -168,15 +168,36 @@ def test_the_vae_of_an_sdxl_stays_in_fp32_where_it_overflows(spoilt, models):
     assert load(folder, dtype="bf16", part="encoder").networks["vae"].dtype == torch.bfloat16
 
 
-def test_the_parts_of_t5_that_overflow_in_fp16_stay_in_fp32():
-    """As where transformers loads it in fp16."""
-    folder, part = tiny_models.folder("sd3_t5"), "text_encoder_3"
-    how = {"subfolder": part, "dtype": torch.float16}
+@pytest.mark.parametrize("dtype, apart", [("fp16", {torch.float32}), ("bf16", set())])
+def test_the_parts_of_t5_that_overflow_in_fp16_stay_in_fp32(dtype, apart):
+    """As where transformers loads it in this precision, also after something was made again."""
+    folder, part, half = tiny_models.folder("sd3_t5"), "text_encoder_3", generators.DTYPES[dtype]
+    how = {"subfolder": part, "dtype": half}
     stock = transformers.T5EncoderModel.from_pretrained(folder, **how).state_dict()
-    ours = load(folder, dtype="fp16").networks[part].state_dict()
-    types = {name: tensor.dtype for name, tensor in ours.items()}
-    assert types == {name: tensor.dtype for name, tensor in stock.items()}
-    assert {*types.values()} == {torch.float16, torch.float32}
+    model = load(folder, dtype=dtype)
+    for _ in range(2):
+        ours = model.networks[part].state_dict()
+        types = {name: tensor.dtype for name, tensor in ours.items()}
+        assert types == {name: tensor.dtype for name, tensor in stock.items()}
+        assert {*types.values()} == {half, *apart}
+        assert all(torch.equal(tensor, stock[name]) for name, tensor in ours.items())
+        with model.in_fp32():
+            assert {p.dtype for p in model.networks[part].parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3", "dit"])  # whose samplers do not scale what is read
+def test_half_precision_starts_from_the_noise_of_fp32(family, models):
+    starts = []
+
+    def note(_, args, kwargs):
+        starts.append(args[0] if args else kwargs["hidden_states"])
+
+    for model in (load(tiny_models.folder(family), dtype="bf16"), models[family]):
+        hook = model.networks[model.DENOISER].register_forward_pre_hook(note, with_kwargs=True)
+        made(model, range(2), guidance=1.0, steps=2)
+        hook.remove()
+    half, full = starts[0], starts[len(starts) // 2]
+    assert half.dtype == torch.bfloat16 and torch.equal(half, full.to(torch.bfloat16))
 
 
 def test_offloading_changes_no_byte(family, models):
@@ -308,6 +329,23 @@ def test_mode_guidance_of_other_samplers_is_refused(spoilt, refused):
     refused(lambda argv: load(*argv, scheduler="dpmpp", **guide), [spoilt("sd")], *words)
 
 
+# ---- prompts
+
+
+LONG = [("sdxl", 40, "b"), ("sd3", 40, "b"), ("sd3_t5", 40, ""), ("sd3_t5", 300, "b")]
+
+
+@pytest.mark.parametrize("family, words, unread", [*LONG, ("dit", 500, "")])
+def test_only_what_no_text_encoder_reads_is_unread(family, words, unread, models):
+    """CLIP reads 32 tokens here, T5 256: what is unread changes no condition."""
+    model = models[family]
+    assert model.unread(" ".join("a" * 9)) == ""
+    assert model.unread(" ".join("a" * words + "b"))[-1:] == unread
+    if family != "dit":
+        pair = [model.condition(" ".join("a" * words + last)) for last in "bc"]
+        assert all(map(torch.equal, *pair)) == bool(unread)
+
+
 # ---- what is refused, in stage 1 already
 
 
@@ -371,5 +409,4 @@ def test_only_one_size_of_a_dit(models, refused):
     refused(lambda argv: models["dit"].latent_shape(64), [], "--size 64", "32 px only")
     assert models["sdxl"].latent_shape(36) == (4, 9, 9)
     refused(lambda argv: models["sd3"].latent_shape(36), [], "--size 36", "multiple of 8")
-    assert models["dit"].unread("a" * 500) == "" and models["sdxl"].unread("a b " * 50)
     assert generators.load(str(tiny_models.folder("dit")), CPU, part="encoder").native_size == 32

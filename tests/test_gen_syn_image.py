@@ -182,6 +182,8 @@ def test_the_releases_single_file_gives_the_same_images(
     assert f"{name}: 0 done, 20 to do" in capsys.readouterr().out
     [folder] = gen_syn_image.main(argv)
     assert folder.name == name and pngs(folder).items() > pngs(images).items()
+    assert {row["cluster_size"] for row in rows_of(folder)} == {None}  # nobody knows
+    assert "stand for a single" not in (folder / "README.md").read_text()
 
     [folder] = gen_syn_image.main([*argv, "--release_prompts"])
     assert "_kmexpand2_releaseprompts_" in folder.name and rows_of(folder)[0]["prompt"] == "two"
@@ -291,6 +293,18 @@ def test_both_stages_with_another_family(family):
         noise, text = gen_syn_image.main([*argv, "--arm", "noise", "text"])
         assert min(differences(noise, text)) > 2
         assert files.read_json(text / "manifest.json")["start"]["calls"] == 6
+
+
+def test_a_vae_that_shifts_otherwise_is_another_one(refused):
+    first = with_family("sd3", *FIRST, "--latent_cache", "cache")
+    prototypes = gen_prototype.main(first)
+    other = change_model([0, tiny_models.folder("sd3")], "vae/config.json", shift_factor=0.1)
+    other = ["--diffusion_checkpoints_path", str(other)]
+    argv = with_family("sd3", *SECOND, *other, "--prototype_path", prototypes)
+    refused(gen_syn_image.main, argv, f"--prototype_path {prototypes}: made with the VAE")
+    refused(gen_prototype.main, [*first, *other], "vae_sha256")
+    gen_prototype.main([*first, *other, "--save_prototype_path", "other"])
+    assert len(list(Path("cache").iterdir())) == 2
 
 
 def test_a_dit_takes_the_classes_of_imagenet_only(refused, model):
@@ -474,11 +488,17 @@ def test_black_images_are_drawn_again_with_another_seed(images, stage_2, monkeyp
     assert all(np.ptp(Image.open(folder / row["file_name"])) > 0 for row in rows)
 
 
-def test_images_with_nan_are_made_again_in_fp32(images, stage_2, monkeypatch, capsys):
+GUIDED = ["--guide", "mode", "--guide_weight", "3", "--num_inference_steps", "4"]
+
+
+@pytest.mark.parametrize("how", [[], GUIDED])
+def test_images_with_nan_are_made_again_in_fp32(how, stage_2, monkeypatch, capsys):
+    """From the same noise; with --guide mode to the same prototypes."""
+    [whole] = gen_syn_image.main([*stage_2, *how, "--save_init_image_path", "whole"])
     spoilt = spoil(monkeypatch, float("nan"), 2)
-    [folder] = gen_syn_image.main(stage_2)
+    [folder] = gen_syn_image.main([*stage_2, *how])
     assert len(spoilt) == 2 and capsys.readouterr().err.count("made again in fp32") == 2
-    assert max(differences(folder, images)) <= 1
+    assert max(differences(folder, whole)) <= 1
 
 
 def test_an_image_that_stays_flat_is_an_error(stage_2, monkeypatch, refused):

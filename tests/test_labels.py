@@ -129,11 +129,17 @@ def test_top_logits_are_the_largest_and_the_rest_is_what_the_others_weigh(stored
     assert np.exp(found[:, 1].numpy() / 4) == pytest.approx(weighs, rel=1e-5)
 
 
-@pytest.mark.parametrize("top_k", [None, 2])
-def test_label_bytes_are_those_of_the_file(stored, tmp_path, top_k):
-    settings = {"batch_size": 8, "use_fp16": True, "label_top_k": top_k}
-    size = write_top(tmp_path, stored, top_k, top_k and 4.0).stat().st_size
-    assert size <= module.label_bytes(21, 3, settings) < size + 1500
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+@pytest.mark.parametrize("half", [True, False])
+def test_label_bytes_are_those_of_the_file(stored, tmp_path, half, top_k):
+    settings = {"batch_size": 8, "use_fp16": half, "label_top_k": top_k}
+    stored = {**stored, "logits": stored["logits"].to(torch.half if half else torch.float)}
+    path = write_top(tmp_path, stored, top_k, top_k and 4.0)
+    estimate, once = module.label_bytes(21, 3, settings), ("epoch", "temperature")
+    tensors = {name: t for name, t in load_file(path).items() if name not in once}
+    tensors["start"] = tensors["start"][1:]
+    assert estimate - 1500 == sum(tensor.nbytes for tensor in tensors.values())
+    assert path.stat().st_size <= estimate
 
 
 def test_truncated_and_foreign_files_are_refused(stored, tmp_path):

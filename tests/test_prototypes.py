@@ -90,9 +90,9 @@ def test_gmm_is_em_with_one_variance_per_component():
     draw, means = np.random.default_rng(0), np.zeros((2, 4))
     means[1, 0] = 6
     which = np.arange(250) < 50
-    rows = (
-        means[which.astype(int)] + draw.standard_normal((250, 4)) * np.where(which, 0.3, 4)[:, None]
-    )
+    stretched = np.array([5, 4, 4, 2.5])  # so "diag" and "full" find other means
+    rows = means[which.astype(int)]
+    rows = rows + draw.standard_normal((250, 4)) * np.where(which[:, None], 0.3, stretched)
     data = rows.reshape(250, 1, 2, 2).astype(np.float16)
     rows, variance, share = (
         data.reshape(250, 4).astype(float),

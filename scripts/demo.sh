@@ -42,9 +42,13 @@ for images in $D4M digits_ipc10_random digits_ipc10_decoded digits_ipc10_text; d
         --seeds 0 1 2 --temperature 20 --cos --adamw_lr 0.005 --num_workers 0 \
         --output_dir "$OUT/students" &
     soft=$!
-    run -m validate.train_FKD --train_dir "$OUT/images/$images" --model convnet_mini \
-        --hard_label --epochs 75 --batch_size 25 --min_scale_crops 0.5 --flip 0 --mix_type cutmix \
-        --seeds 0 1 2 --cos --adamw_lr 0.005 --num_workers 0 --output_dir "$OUT/students" &
+    (
+        export TQDM_DISABLE=1 # one bar is enough
+        run -m validate.train_FKD --train_dir "$OUT/images/$images" --model convnet_mini \
+            --hard_label --epochs 75 --batch_size 25 --min_scale_crops 0.5 --flip 0 \
+            --mix_type cutmix --seeds 0 1 2 --cos --adamw_lr 0.005 --num_workers 0 \
+            --output_dir "$OUT/students"
+    ) &
     await $soft $!
 done
 

@@ -71,8 +71,8 @@ class StableDiffusion:
 
         from scripts import pipeline_stable_diffusion_gen_latents as gen_latents
 
-        transformers.utils.logging.disable_progress_bar()  # of a second, a line in a log
         for library in (diffusers, transformers):
+            library.utils.logging.disable_progress_bar()  # of a second, a line in a log
             logging.getLogger(library.__name__).handlers[0].addFilter(_is_not_of_a_long_prompt)
         configs = {name: config for name, config in how["configs"].items() if config is not None}
         self._check_widths(configs)

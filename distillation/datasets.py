@@ -420,6 +420,8 @@ def in_cifar(dataset, root, split, flag, download=False):
     try:
         data = cls[dataset](root, train=split == "train", download=download)
     except (RuntimeError, OSError) as error:  # damaged, or cannot be downloaded
+        if download:
+            refuse(f"--download: {error}; unpack {cls[dataset].url} in {root} by hand")
         refuse(f"{flag} {root}: {error}; {dataset} needs {ALL[dataset].needs}")
     targets = np.asarray(data.targets)
     rows = {name: np.flatnonzero(targets == c).tolist() for c, name in enumerate(data.classes)}
@@ -486,7 +488,8 @@ CIFAR_TEACHER = TeacherRecipe(200, 128, 0.1, 5e-4, 0, "pad_crop", 0.5)
 DIGITS_TEACHER = TeacherRecipe(15, 50, 0.02, 5e-4, 1, "pad_crop", 0.0)
 
 WNIDS = "train/<wnid>/ for training, val/<wnid>/ (or flat val/ with its ground truth) for tests"
-CIFAR = "cifar-10-batches-py/ or cifar-100-python/ (--download), or train/<class name>/ with images"
+CIFAR10 = "cifar-10-batches-py/ (--download fetches it), or train/<class name>/ with images"
+CIFAR100 = "cifar-100-python/ (--download fetches it), or train/<class name>/ with images"
 ANY = "train/<class>/ with images (val/<class>/ for tests), or the <class>/ folders themselves"
 
 CIFAR10_COLOURS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -500,8 +503,8 @@ ALL = {
     "imagewoof": DataSet(in_wnid_folders, WNIDS, IMAGENET_TEACHER, 9025),
     "imagenet100": DataSet(in_wnid_folders, WNIDS, IMAGENET_TEACHER, 126689),
     "tiny_imagenet": DataSet(in_wnid_folders, WNIDS, TINY_TEACHER, 100000, 64),
-    "cifar10": DataSet(in_cifar, CIFAR, CIFAR_TEACHER, 50000, 32, 512, *CIFAR10_COLOURS),
-    "cifar100": DataSet(in_cifar, CIFAR, CIFAR_TEACHER, 50000, 32, 512, *CIFAR100_COLOURS),
+    "cifar10": DataSet(in_cifar, CIFAR10, CIFAR_TEACHER, 50000, 32, 512, *CIFAR10_COLOURS),
+    "cifar100": DataSet(in_cifar, CIFAR100, CIFAR_TEACHER, 50000, 32, 512, *CIFAR100_COLOURS),
     "digits": DataSet(in_scikit_learn, None, DIGITS_TEACHER, 1352, 32, 32, *DIGITS_COLOURS),
     "imagefolder": DataSet(in_folders, ANY, IMAGENET_TEACHER, None),
 }
@@ -553,6 +556,10 @@ def open_split(
     classes    None for all, or folder names, indices and ranges ("0-9") of the class list
     """
     facts, where = ALL[dataset], f"{flag} {root or ''}".strip()
+    if download and facts.find is not in_cifar:
+        refuse(f"--download: CIFAR-10 and CIFAR-100 can be downloaded, not {dataset}")
+    if download and root:
+        Path(root).mkdir(parents=True, exist_ok=True)
     if facts.needs and not (root and Path(root).is_dir()):
         refuse(f"{where}: no such folder; {dataset} needs {facts.needs}")
     by_class, arrays = facts.find(dataset, root and Path(root), split, flag, download)

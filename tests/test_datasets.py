@@ -200,8 +200,10 @@ def test_a_root_that_is_missing_and_a_failed_download(tmp_path, refused, monkeyp
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", download)
-    words = (tmp_path, "no route to host", "cifar-10-batches-py")
-    refused(lambda argv: open_split(*argv, download=True), ["cifar10", tmp_path], *words)
+    words = ("--download", "no route to host", "cifar-10-python.tar.gz", "new/data")
+    refused(lambda argv: open_split(*argv, download=True), ["cifar10", "new/data"], *words)
+    words = ("--download", "not imagenet")
+    refused(lambda argv: open_split(*argv, download=True), ["imagenet", "."], *words)
 
 
 def test_squash_is_the_releases_resize():

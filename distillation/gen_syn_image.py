@@ -158,8 +158,10 @@ def synthesize(model, settings, classes, stream, inputs, parts, root, process, w
     inputs     for args.json
     parts      {setting of stage 1: [what it adds to the folder's name]}
     """
-    seed = (inputs["prototype_arguments"] or {}).get("seed")
-    name = image_folder.folder_name(settings, parts, seed)
+    of_prototypes, pixels = inputs["prototype_arguments"] or {}, settings["image_size"]
+    name = image_folder.folder_name(settings, parts, of_prototypes.get("seed"))
+    if process.is_main and (made := of_prototypes.get("size") or pixels) < pixels:
+        warn(f"--image_size {pixels}: images are made at {made} px and enlarged")
     where, resumable = ("--save_init_image_path", root, name, "images"), ("batch_size",)
     conditions = prototype_files.class_conditions(settings["dataset"], classes, model)
     numbers = (settings["ipc"], settings["num_prototypes"])

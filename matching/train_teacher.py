@@ -216,8 +216,8 @@ def finish(out, lessons):
     made_of = {"dataset": split.dataset, "arch": out.settings["arch"], "image_size": lessons.size}
     made_of |= {"mean": facts.mean, "std": facts.std, "classes": datasets.class_table(split)}
     derived = {"results.json": lambda: files.json_text(results)}
-    out.finish({**made_of, "top1": top1}, derived, "epochs")
-    print(f"{out.folder}: top-1 {top1:.2f}, top-5 {top5:.2f}")
+    said = f"top-1 {top1:.2f}, top-5 {top5:.2f}"
+    out.finish({**made_of, "top1": top1}, derived, "epochs", result=said)
 
 
 if __name__ == "__main__":

@@ -365,7 +365,7 @@ def train(out, seeds, lessons, forward, make_tester, checkpoint_every, track=Non
                 every = settings["eval_every"]
                 if done == epochs or every and row["epoch"] % every == 0:
                     row |= test(learner.tested)
-                    bar.set_postfix(seed=seed, top1=f"{row['top1']:.2f}")
+                    bar.set_postfix_str(f"seed {seed}, epoch {done}: top-1 {row['top1']:.2f}")
                 learner.rows.append(row)
                 out.made += 1
                 if track:

@@ -271,13 +271,14 @@ class Output:
 
     # ---- the end
 
-    def finish(self, facts, derived=None, words="units", then=None):
+    def finish(self, facts, derived=None, words="units", then=None, result=None):
         """When all units are there: the derived files, the manifest, timing.json; a closing line.
 
         facts     {name: value} for the next stage, beside settings and inputs
         derived   {file name: function that returns its text}: made from the units (images.jsonl)
         words     what the units are called
         then      module and flags of the command that takes the folder on, to be printed
+        result    what was found, to be printed
         """
         self.flush()
         self.leave_if_asked()
@@ -291,7 +292,8 @@ class Output:
             write_timing(self.folder, self.tag)
         left = "; other processes have the rest" if missing else ""
         made = f"{self.made} of {self.units} {words} made in {cost}{left}"
-        print(f"{self.folder}: {'finished before' if self.complete and not self.made else made}")
+        made = "finished before" if self.complete and not self.made else made
+        print(f"{self.folder}: {made}" + f"; {result}" * bool(result))
         launcher = os.environ.get("D4M_NEXT")  # of a launcher; "none": of a script of many stages
         if then and not missing and self.process.is_main and launcher != "none":
             print("next:", launcher or shlex.join(["python", "-m", *map(str, then)]))
@@ -329,7 +331,7 @@ def plan(folder, done, todo, needed, waits_for=None):
     """
     space = f"{needed / 2**20:.1f} MiB of {files.free_space(folder) / 2**20:.0f} MiB free"
     waits = f"; waits for {waits_for}" if waits_for else ""
-    print(f"plan: {folder}: {done} done, {todo} to do, {space}{waits}")
+    print(f"plan: {folder}: {done} done, {todo} files to do, {space}{waits}")
 
 
 def awaited(path, module):

@@ -421,17 +421,20 @@ class _LogFile:
 
     def __init__(self, file):
         self.file, self.said, self.drawn = file, time.monotonic(), False
+        self.shown, self.last = False, ""  # of this bar
 
     def write(self, text):
         drawn = "\r" in text
         if drawn:
-            text = one_line(text.rsplit("\r", 1)[-1])
-            if not text or time.monotonic() - self.said < LOG_EVERY:
+            self.last = one_line(text.rsplit("\r", 1)[-1]) or self.last
+            if not self.last or time.monotonic() - self.said < LOG_EVERY:
                 text = ""
             else:
-                self.said, text = time.monotonic(), text + "\n"
-        elif (self.drawn or "\x1b" in text) and not one_line(text):  # to another bar's line
-            drawn, text = True, ""
+                self.said, self.shown = time.monotonic(), True
+                text, self.last = f"{self.last}\n", ""
+        elif (self.drawn or "\x1b" in text) and not one_line(text):  # its end, or to another's line
+            drawn, text = True, f"{self.last}\n" if self.shown and self.last else ""
+            self.shown, self.last = False, ""
         self.drawn = drawn
         return self.file.write(text)
 

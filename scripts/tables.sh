@@ -141,12 +141,12 @@ table() {
     fi
     if [ -n "$CHECK" ]; then
         printf %s "$PLANS" | awk '
-            match($0, /: [0-9]+ done, [0-9]+ to do, [0-9.]+ MiB of [0-9]+ MiB free/) {
+            match($0, /: [0-9]+ done, [0-9]+ files to do, [0-9.]+ MiB of [0-9]+ MiB free/) {
                 split(substr($0, RSTART + 2), word, " ")
-                folders++; done += word[1]; todo += word[3]; needed += word[6]; free = word[9]
+                folders++; done += word[1]; todo += word[3]; needed += word[7]; free = word[10]
             }
             END {
-                printf "sum: %d folders: %d done, %d to do, %.1f MiB of %d MiB free\n",
+                printf "sum: %d folders: %d done, %d files to do, %.1f MiB of %d MiB free\n",
                     folders, done, todo, needed, free
             }'
     else

@@ -153,12 +153,12 @@ def test_what_cannot_be_chosen_from_is_refused(three, images, arguments, tmp_pat
 def test_a_dry_run_names_the_folder_and_what_comes_before(three, arguments, tmp_path, capsys):
     candidates.main(arguments("--dry_run"))
     name = f"digits_ipc2_confident_convnet_mini_from_{three.name}"
-    assert capsys.readouterr().out.startswith(f"plan: out/{name}: 0 done, 6 to do")
+    assert capsys.readouterr().out.startswith(f"plan: out/{name}: 0 done, 6 files to do")
     path = "out/cifar10_ipc40_s0.7_g8_kmexpand1_protos10"
     candidates.main(["--image_path", path, "--teacher_checkpoint", "teachers/x", "--dry_run"])
     line = capsys.readouterr().out
     name = "cifar10_ipc10_confident_resnet18_from_cifar10_ipc40_s0.7_g8_kmexpand1_protos10"
-    assert f"output/images/{name}: 0 done, 100 to do, 0.2 MiB" in line
+    assert f"output/images/{name}: 0 done, 100 files to do, 0.2 MiB" in line
     assert "protos10: python -m distillation.gen_syn_image makes it" in line
     assert "teachers/x: python -m matching.train_teacher makes it" in line
     assert everything(tmp_path) == set()

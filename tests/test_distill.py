@@ -56,4 +56,4 @@ def test_what_it_cannot_do_is_refused(argv, refused, capsys):
     refused(distill.main, [*argv, "--num_prototypes", "1"], "--num_prototypes 1", "--ipc 2")
     refused(distill.main, [*argv, "--size", "30"], "--size 30", "multiple of 4")
     distill.main([*argv, "--dry_run"])
-    assert "0 done, 6 to do" in capsys.readouterr().out
+    assert "0 done, 6 files to do" in capsys.readouterr().out

@@ -87,7 +87,9 @@ def test_a_dry_run_of_each_stage_before_anything_exists(capsys):
             continue
         importlib.import_module(module).main([*argv, "--dry_run"])
         for plan in capsys.readouterr().out.splitlines():
-            folder, rest = re.match(r"plan: (\S+): 0 done, [1-9]\d* to do, (.*)", plan).groups()
+            folder, rest = re.match(
+                r"plan: (\S+): 0 done, [1-9]\d* files to do, (.*)", plan
+            ).groups()
             waits_for = set(re.findall(r"(\S+): python -m", rest))
             assert waits_for <= planned
             assert ("--hard_label" in argv) == ("_hard_" in folder)

@@ -151,15 +151,15 @@ def test_a_dry_run_names_folder_epochs_bytes_and_what_comes_before(
 ):
     label("labels", "--dry_run")
     [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"plan: labels/{NAME}: 0 done, 3 to do, 0.0 MiB")
+    assert line.startswith(f"plan: labels/{NAME}: 0 done, 3 files to do, 0.0 MiB")
     # images of 10 classes that stage 2 has yet to make, and a teacher that nobody has trained
     argv = ["--data", "images/cifar10_ipc10_s0.7_g8_kmexpand1", str(random), "--dry_run"]
     main([*argv, "--teacher_checkpoint", "teachers/x", "--mix_type", "cutmix"])
     first, second = capsys.readouterr().out.splitlines()
     name = "cifar10_ipc10_s0.7_g8_kmexpand1_resnet18_mix-cutmix"
-    assert first.startswith(f"plan: output/labels/{name}: 0 done, 300 to do, 1.7 MiB")
+    assert first.startswith(f"plan: output/labels/{name}: 0 done, 300 files to do, 1.7 MiB")
     assert "kmexpand1: python -m distillation.gen_syn_image makes it" in first
     assert "teachers/x: python -m matching.train_teacher makes it" in first
-    assert f"{random.name}_resnet18_mix-cutmix: 0 done, 300 to do, 0.5 MiB" in second
+    assert f"{random.name}_resnet18_mix-cutmix: 0 done, 300 files to do, 0.5 MiB" in second
     assert everything(tmp_path) == set()
     refused(main, [*argv, "--dataset", "cifar100"], "cifar100", "digits")

@@ -383,11 +383,11 @@ def test_a_damaged_log_stops_nothing(damage):
 def test_a_dry_run_says_what_would_be_made_and_makes_nothing(capsys, refused, monkeypatch):
     stage(["--dry_run"])
     line = capsys.readouterr().out
-    assert "root/stem: 0 done, 5 to do" in line and "MiB free" in line and not everything(".")
+    assert "root/stem: 0 done, 5 files to do" in line and "MiB free" in line and not everything(".")
     stopped(1)
     before = everything(".")
     stage(["--dry_run"])
-    assert "2 done, 3 to do" in capsys.readouterr().out and everything(".") == before
+    assert "2 done, 3 files to do" in capsys.readouterr().out and everything(".") == before
     refused(stage, ["--dry_run", "--source", "t"], '"s"', '"t"')  # as the run would
     monkeypatch.setattr(files, "free_space", lambda folder: 1)
     refused(stage, ["--dry_run"], "needs about")

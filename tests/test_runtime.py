@@ -247,6 +247,16 @@ def test_a_log_has_a_line_of_progress_now_and_then(every):
     assert (b"lib: " in run.stderr) if every == "0" else run.stderr == b""
 
 
+def test_a_log_shows_the_end_of_a_bar_that_it_showed(tmp_path):
+    with open(tmp_path / "log", "w+") as file:
+        log = runtime._LogFile(file)
+        log.said -= runtime.LOG_EVERY
+        for text in ("\r1/3", "\r2/3", "\r3/3", "\n", "\r0/9", "\r9/9", "\n"):
+            log.write(text)
+        file.seek(0)
+        assert file.read() == "1/3\n3/3\n"
+
+
 SLOW = """
 class Items:
     def __getitem__(self, key): time.sleep(0.1); return key

@@ -85,10 +85,10 @@ def test_what_cannot_be_matched_is_refused(arguments, weights, tmp_path, refused
 def test_a_dry_run_plans_images(random, arguments, tmp_path, capsys):
     stm.main(arguments("out", "--dry_run"))
     line = capsys.readouterr().out
-    assert line.startswith(f"plan: out/{random.name}_stm_it2_b2: 0 done, 12 to do, 0.0 MiB")
+    assert line.startswith(f"plan: out/{random.name}_stm_it2_b2: 0 done, 12 files to do, 0.0 MiB")
     stm.main(["--image_path", "out/imagenet_ipc10_s0.7_g8_kmexpand1", "--dry_run"])
     line = capsys.readouterr().out
-    assert "imagenet_ipc10_s0.7_g8_kmexpand1_stm: 0 done, 10000 to do, 1435.5 MiB" in line
+    assert "imagenet_ipc10_s0.7_g8_kmexpand1_stm: 0 done, 10000 files to do, 1435.5 MiB" in line
     assert "kmexpand1: python -m distillation.gen_syn_image makes it" in line
     assert everything(tmp_path) == set()
 

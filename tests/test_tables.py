@@ -149,7 +149,7 @@ def test_a_stop_signal_reaches_the_stage_and_ends_the_table(tmp_path, number):
 
 
 def test_dry_run_reaches_every_stage_and_the_last_line_is_the_sum(tmp_path):
-    plan = 'echo "plan: a: b/$$: 3 done, 10 to do, 1.5 MiB of 900 MiB free; waits for c: d"'
+    plan = 'echo "plan: a: b/$$: 3 done, 10 files to do, 1.5 MiB of 900 MiB free; waits for c: d"'
     python = stub(tmp_path, plan)
     ended = shell("validate/table1.sh", "--dry_run", PYTHON=python, NUM_GPUS="8", IPC="10")
     calls = (tmp_path / "calls").read_text().splitlines()
@@ -157,7 +157,7 @@ def test_dry_run_reaches_every_stage_and_the_last_line_is_the_sum(tmp_path):
     *plans, last = ended.stdout.splitlines()
     n = len(lines_of(1, IPC="10"))
     assert len(plans) == len(calls) == n
-    total = f"{3 * n} done, {10 * n} to do, {1.5 * n:.1f} MiB of 900 MiB free"
+    total = f"{3 * n} done, {10 * n} files to do, {1.5 * n:.1f} MiB of 900 MiB free"
     assert last == f"sum: {n} folders: {total}"
     ended = shell("validate/table1.sh", "--dry_run", PYTHON=stub(tmp_path, "exit 2"))
     assert ended.returncode == 2

@@ -75,5 +75,5 @@ def test_images_that_changed_and_odd_or_edited_manifests_are_refused(name, image
 
 def test_a_dry_run_without_images(capsys):
     take_classes.main(["--image_path", "output/imagenet_ipc10_x", "--dry_run"])
-    assert "0 done, 2000 to do" in (printed := capsys.readouterr().out)
+    assert "0 done, 2000 files to do" in (printed := capsys.readouterr().out)
     assert "waits for output/imagenet_ipc10_x: python -m distillation.gen_syn_image" in printed

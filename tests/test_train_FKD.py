@@ -72,7 +72,7 @@ def test_stored_and_online_labels_train_the_same_student(train, drawn, online, t
 
 def test_results_say_what_was_trained(train, random, labels, tmp_path, capsys):
     folder = train("--seeds", 0, 1)
-    *_, result, _, then = capsys.readouterr().out.splitlines()
+    *_, result, then = capsys.readouterr().out.splitlines()
     assert result.endswith("(n = 2) on 3 of 10 classes") and then.startswith("next: python -m ")
     found, made = results(folder), files.read_json(labels / "manifest.json")
     scores, said = found["summary"]["last"]["top1"], found["arguments"]
@@ -430,15 +430,15 @@ def test_dry_run_says_what_would_be_trained_and_what_comes_before(
         return next(s for s in capsys.readouterr().out.splitlines() if s.startswith("plan: "))
 
     line = plan("--seeds", 0, 1)
-    assert "_convnet_mini_schedule-cosine_T4_seeds-0+1: 0 done, 4 to do" in line
+    assert "_convnet_mini_schedule-cosine_T4_seeds-0+1: 0 done, 4 files to do" in line
     assert not (tmp_path / "out").exists()
     refused(lambda argv: train("--dry_run", "--batch_size", 4), [], "--batch_size 4")
     train()
-    assert "2 done, 0 to do" in plan()
+    assert "2 done, 0 files to do" in plan()
     absent = tmp_path / "labels" / labels.name
     line = plan(labels=absent)
     assert f"waits for {absent}: python -m matching.generate_soft_label" in line
-    assert f"{labels.name}_convnet_mini_schedule-cosine_T4: 0 done, 2 to do, 0.0 MiB" in line
+    assert f"{labels.name}_convnet_mini_schedule-cosine_T4: 0 done, 2 files to do, 0.0 MiB" in line
     begun = copy(labels, tmp_path)
     (begun / output.MANIFEST).unlink()
     assert f"waits for {begun}" in plan(labels=begun)

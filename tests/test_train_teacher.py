@@ -136,7 +136,7 @@ def test_flags_that_make_no_sense_are_refused(tmp_path, capsys, refused):
     train(tmp_path / "out", "--dry_run", "--bn_batch", 5)
     assert not (tmp_path / "out").exists()
     name = "digits_convnet_mini_epochs1_classes-0-2_max12"
-    assert f"{name}: 0 done, 2 to do" in capsys.readouterr().out
+    assert f"{name}: 0 done, 2 files to do" in capsys.readouterr().out
     crops = ["--min_scale_crops", "0.9", "--max_scale_crops", "0.1"]
     for argv, *words in (
         (["--dataset", "cifar10", "--data_dir", tmp_path / "none", "--dry_run"], "--data_dir"),

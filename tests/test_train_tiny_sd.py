@@ -180,7 +180,7 @@ def test_refusals(flags, words, refused):
 
 def test_dry_run_makes_nothing(capsys):
     train("m", "--dry_run")
-    assert "plan: m: 0 done, 1 to do" in capsys.readouterr().out and not everything(".")
+    assert "plan: m: 0 done, 1 files to do" in capsys.readouterr().out and not everything(".")
 
 
 def test_the_perceptual_distance_is_zero_for_equal_images_and_moves_the_decoded_ones():

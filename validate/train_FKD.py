@@ -241,12 +241,11 @@ def finish(out, lessons):
     facts = {"dataset": images.dataset, "classes": classes, "images": images.facts()}
     top1 = scores["last"]["top1"]
     over = "initial weights" + " and draws" * out.settings["vary_draws"]
-    spread = "" if top1["std"] is None else f" +- {top1['std']:.2f} over {over}"
+    spread = "" if top1["std"] is None else f" ± {top1['std']:.2f} over {over}"
     part = datasets.of_all(images.dataset, len(images.folders))
     spread += f" (n = {top1['n']})" + f" on {part}" * bool(part)
-    print(f"{out.folder}: top-1 {top1['mean']:.2f}{spread}")
-    then = ["misc.report", out.folder.parent.parent]
-    out.finish(facts, {"results.json": lambda: files.json_text(results)}, "epochs", then)
+    then, result = ["misc.report", out.folder.parent.parent], f"top-1 {top1['mean']:.2f}{spread}"
+    out.finish(facts, {"results.json": lambda: files.json_text(results)}, "epochs", then, result)
 
 
 def evaluate_weights(path, settings, train_dir, val_dir, forward, process, num_workers):

@@ -152,7 +152,8 @@ def get_args(argv=None):
     parser.heading("teacher")
     network = {"default": "resnet18", "help": models.known_names()}
     setting("-a", "--arch", type=models.model_name, **network)
-    setting("--seed", type=natural, default=0, short="seed", help="of weights and batches")
+    # far from a student's: one of the same network would begin with the teacher's own weights
+    setting("--seed", type=natural, default=1000, short="seed", help="of weights and batches")
     parser.flag("--output_dir", default="output/teachers", help="the folder is made below this one")
     training.add_training_flags(parser)
     runtime.add_process_flags(parser)

@@ -21,7 +21,7 @@ case "$TEACHER" in
     *) RATE=0.1 ;;
 esac
 TEACHER_LR="${TEACHER_LR:-${LR:-$RATE}}"
-TEACHER_SEED="${TEACHER_SEED:-0}"
+TEACHER_SEED="${TEACHER_SEED:-1000}"
 
 run -m matching.train_teacher \
     --dataset cifar100 \

@@ -19,7 +19,7 @@ case "$TEACHER" in
     *) RATE=0.2 ;;
 esac
 TEACHER_LR="${TEACHER_LR:-${LR:-$RATE}}"
-TEACHER_SEED="${TEACHER_SEED:-0}"
+TEACHER_SEED="${TEACHER_SEED:-1000}"
 
 run -m matching.train_teacher \
     --dataset tiny_imagenet \

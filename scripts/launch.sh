@@ -207,7 +207,8 @@ teacher_name() {
     esac
     printf %s "${1}_$2$(unless epochs "${TEACHER_EPOCHS:-$3}" "$3")"
     printf %s "$(unless b "${TEACHER_BATCH:-$4}" "$4")"
-    printf %s "$(unless lr "$(plain "${TEACHER_LR:-$5}")" "$5")$(unless seed "${TEACHER_SEED:-0}" 0)"
+    printf %s "$(unless lr "$(plain "${TEACHER_LR:-$5}")" "$5")"
+    printf %s "$(unless seed "${TEACHER_SEED:-1000}" 1000)"
 }
 
 labels_name() {

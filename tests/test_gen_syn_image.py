@@ -125,10 +125,10 @@ def test_a_dry_run_plans_every_arm_and_writes_nothing(stage_2, model, capsys):
     before = everything(".")
     gen_syn_image.main([*stage_2, "--dry_run", "--arm", "d4m", "text"])
     plans = [line for line in capsys.readouterr().out.splitlines() if line.startswith("plan: ")]
-    assert len(plans) == 2 and f"{NAME}: 0 done, 6 to do" in plans[0]
+    assert len(plans) == 2 and f"{NAME}: 0 done, 6 files to do" in plans[0]
     gen_syn_image.main([*STAGE_2, *model, "--prototype_path", "output/gone", "--dry_run"])
     printed = capsys.readouterr().out
-    assert "0 done, 20 to do" in printed
+    assert "0 done, 20 files to do" in printed
     assert "waits for output/gone: python -m distillation.gen_prototype" in printed
     assert everything(".") == before
 
@@ -179,7 +179,7 @@ def test_the_releases_single_file_gives_the_same_images(
     argv = [*STAGE_2, *model, "--prototype_path", "release.json"]
     gen_syn_image.main([*argv, "--dry_run"])
     name = "digits_ipc2_s0.7_g8_kmexpand2_steps2"
-    assert f"{name}: 0 done, 20 to do" in capsys.readouterr().out
+    assert f"{name}: 0 done, 20 files to do" in capsys.readouterr().out
     [folder] = gen_syn_image.main(argv)
     assert folder.name == name and pngs(folder).items() > pngs(images).items()
     assert {row["cluster_size"] for row in rows_of(folder)} == {None}  # nobody knows

@@ -64,7 +64,7 @@ def run_stages(out):
         main_of(module)([*map(str, argv), flag, str(root)])
         [made[name]] = [p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
 
-    teacher = "--arch convnet_mini --epochs 3 --batch_size 15".split()
+    teacher = "--arch convnet_mini --epochs 3 --batch_size 15 --seed 0".split()
     stage("teacher", "matching.train_teacher", "--output_dir", *digits, *chosen, *teacher)
     latents = [*digits, *sd, *chosen, *two, "--batch_size", "8"]
     stage("prototypes", "distillation.gen_prototype", "--save_prototype_path", *latents)

@@ -90,6 +90,12 @@ def test_results_say_what_was_trained(train, random, labels, tmp_path, capsys):
     assert folder.name.endswith("_mix-cutmix_convnet_mini_schedule-cosine_T4_seeds-0+1")
 
 
+def test_a_student_that_begins_with_its_teachers_weights_is_named(train, capsys):
+    train("--seeds", 0, 1000)
+    [said] = [line for line in capsys.readouterr().err.splitlines() if "began with" in line]
+    assert said.startswith("warning: --seeds 1000: this student") and "convnet_mini" in said
+
+
 def test_every_option_of_the_recipes_runs(train, drawn, online, small_net):  # noqa: F811
     flags = ["--loss", "mse_ce", "--ema", 0.9, "--model", small_net, "--epochs", 1]
     edc, plain = train(*flags, "--bn_refresh"), train(*flags)

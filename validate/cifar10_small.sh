@@ -103,7 +103,7 @@ images() { # of the arm: the teacher, stages 1 and 2
     run -m matching.train_teacher --dataset cifar10 --data_dir "$DATA_DIR" --arch $NETWORK \
         --max_images_per_class $TEACHER_IMAGES --epochs "$TEACHER_EPOCHS" \
         --batch_size $TEACHER_BATCH --learning_rate 0.01 --weight_decay 5e-4 --augment pad_crop \
-        --flip 0.5 --eval_every 10 --num_workers $WORKERS --output_dir "$OUT/teachers"
+        --flip 0.5 --seed 0 --eval_every 10 --num_workers $WORKERS --output_dir "$OUT/teachers"
     if [ "$KIND" = random ]; then
         run -m distillation.random_real --dataset cifar10 --data_dir "$DATA_DIR" --ipc "$IPC" \
             --seed "$DRAW" --save_init_image_path "$OUT/images"
@@ -162,7 +162,7 @@ among() { # WANTED OFFERED: those of OFFERED that are wanted; nothing wanted mea
     done
 }
 
-TEACHER="$(TEACHER_LR=0.01 teacher_name cifar10 $NETWORK)$(unless max $TEACHER_IMAGES 0)"
+TEACHER="$(TEACHER_LR=0.01 teacher_name cifar10 $NETWORK)$(unless max $TEACHER_IMAGES 0)_seed0"
 [ -f "$MODEL/manifest.json" ] || [ "${DRY_RUN:-0}" != 0 ] ||
     refuse "MODEL $MODEL: not there; make it with MODEL=$MODEL sh misc/train_tiny_sd_cf10.sh"
 PLAN="$(DRY_RUN=1 && design)"

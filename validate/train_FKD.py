@@ -21,7 +21,7 @@ from matching import batches, evaluation, generate_soft_label, models, ranks, tr
 from matching import images as image_sets
 from matching.lessons import BATCH_SETTINGS, Lessons, drawn
 from scripts import files, output, runtime
-from scripts.runtime import Parser, number, refuse
+from scripts.runtime import Parser, number, refuse, warn
 
 RETIRED = {
     "--keep_topk": "nothing used it",
@@ -181,6 +181,8 @@ def main(argv=None):
     where, on_train = ("--val_dir", args.val_dir), args.test_on_train
     test = evaluation.open_test(*where, images.dataset, images.folders, on_train=on_train)
     check_apart(args.val_dir, test, images, lessons.facts, args.test_on_train)
+    if process.is_main:
+        warn_of_equal_weights(settings["model"], args.seeds, lessons.facts)
     if 1 in (chunk, lessons.count):
         what = f"--bn_batch {chunk}: {settings['model']}"
         models.check_single(lessons.network, settings["input_size"], what)
@@ -208,6 +210,14 @@ def check_apart(val_dir, test, images, teachers, allowed):
     sources = [(a["images_sha256"], a["max_images_per_class"]) for a in made_of]
     sources += [images.source]
     evaluation.check_apart("--val_dir", val_dir, test, images.paths(), sources, allowed)
+
+
+def warn_of_equal_weights(model, seeds, teachers):
+    """Say which students begin with the weights that their teacher began with."""
+    own = [t["arguments"] for t in teachers if t["arguments"] and t["arch"] == model]
+    for seed in sorted({made["seed"] for made in own} & {*seeds}):
+        same = f"begins with the weights that its teacher ({model}, seed {seed}) began with"
+        warn(f"--seeds {seed}: this student {same}, so it follows it more closely than others")
 
 
 def log_row(accelerator, settings, seed, row):

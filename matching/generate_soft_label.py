@@ -81,7 +81,8 @@ def missing_inputs(images, checkpoints):
     """For --dry_run: what to run before these images and teachers can be read, or ""."""
     trained = [path for path in checkpoints or [] if not models.is_public(path)]
     sources = [output.awaited(path, "matching.train_teacher") for path in trained]
-    return "; ".join(filter(None, [output.awaited(images, "distillation.gen_syn_image"), *sources]))
+    maker = "random_real" if "_random" in Path(images).name else "gen_syn_image"
+    return "; ".join(filter(None, [output.awaited(images, f"distillation.{maker}"), *sources]))
 
 
 # ---- epochs

@@ -34,6 +34,16 @@ def test_every_folder_is_trained_on_by_one_recipe(tmp_path):
     assert several == [True, False, *[True] * 8, False]  # a figure and a report: one process
 
 
+def test_a_teachers_folder_says_its_network_and_size(tmp_path):
+    said = ' "arch": "convnet_w64",\n "image_size": 64,\n'
+    (tmp_path / "manifest.json").write_text('{\n "arguments": {\n  "arch": "x"\n },\n' + said)
+    own = {"DATASET": "imagefolder", "TEACHER_CHECKPOINT": str(tmp_path)}
+    run = commands("validate/compare.sh", "x_ipc2_y", *FLAGS, **own)
+    [soft, _] = [argv for _, module, argv in run if module == "validate.train_FKD"][:2]
+    found = importlib.import_module("validate.train_FKD").get_args(soft)
+    assert (found.arch, found.model, found.input_size) == (["convnet_w64"], "convnet_w64", 64)
+
+
 def test_what_cannot_be_compared_is_one_line(tmp_path):
     other, path = "cifar10_ipc50_x", str(tmp_path)
     (tmp_path / "0").mkdir()
@@ -46,6 +56,8 @@ def test_what_cannot_be_compared_is_one_line(tmp_path):
     for words, folders in wrong.items():
         ended = shell("validate/compare.sh", *folders)
         assert ended.returncode == 2 and words in ended.stderr and ended.stderr.count("\n") == 1
+    ended = shell("validate/compare.sh", "x_ipc2_y", DRY_RUN="1", DATASET="imagefolder")
+    assert ended.returncode == 2 and "set TEACHER_CHECKPOINT" in ended.stderr
     ended = shell("validate/compare.sh", "digits_ipc10_x", other, DRY_RUN="1")
     assert ended.returncode == 2 and f"{other}: 50 images per class, not IPC=10" in ended.stderr
 

@@ -7,6 +7,7 @@
 #   sh validate/compare.sh output/images/cifar10_ipc10_s0.7_g8_kmexpand1 /data/rded
 #   DATASET=cifar10 sh validate/compare.sh /data/sre2l /data/rded    where no folder says it
 #   TEACHER_CHECKPOINT=output/teachers/mine sh validate/compare.sh ...      else it is trained first
+#   DATASET=imagefolder DATA_DIR=my-images TEACHER_CHECKPOINT=... BATCH_SIZE=50 sh ...     your own
 #   sh validate/compare.sh A B --dry_run       checks everything, says what would be made
 #   DRY_RUN=1 sh validate/compare.sh A B       prints the commands
 #
@@ -54,8 +55,18 @@ done
 FLAGS="$(quoted "$@")" GIVEN="$(quoted "$@")"
 eval "set -- $FOLDERS"
 set -- "$@" "$OUT/images/${DATASET}_ipc${IPC}_random$(unless seed "${SEED:-0}" 0)"
+made() { sed -n "s/^ \"$1\": \"*\([^\",]*\)\"*,*\$/\1/p" "$TEACHER_CHECKPOINT/manifest.json"; }
+if [ -f "${TEACHER_CHECKPOINT:-}/manifest.json" ]; then
+    TEACHER="${TEACHER:-$(made arch)}" INPUT_SIZE="${INPUT_SIZE:-$(made image_size)}"
+    export INPUT_SIZE
+elif [ "$DATASET:${TEACHER_CHECKPOINT:-}" = imagefolder: ]; then
+    refuse "DATASET=imagefolder: set TEACHER_CHECKPOINT, a folder of matching.train_teacher"
+fi
+[ "$DATASET" != imagefolder ] || STUDENT="${STUDENT:-$TEACHER}"
 TWICE="$(printf '%s\n' "$@" | sed 's:.*/::' | sort | uniq -d)"
 [ -z "$TWICE" ] || refuse "two folders are called" $TWICE"; rename one"
+TOLD="${LAUNCHER##*/}: DATASET=$DATASET IPC=$IPC OUT=$OUT"
+[ "${DRY_RUN:-0}" != 0 ] || echo "$TOLD" >&2
 
 if [ -z "${TEACHER_CHECKPOINT:-}" ]; then
     case "$DATASET" in cifar* | tiny_imagenet | digits) stage matching/train_teacher ;; esac
@@ -90,4 +101,7 @@ for FOLDER; do
     stage validate/train_FKD --hard_label
 done
 NUM_GPUS=1 TORCHRUN_ARGS= # one process
-[ -n "$CHECK" ] || step run -m misc.report "$OUT"
+[ -n "$CHECK" ] || {
+    step run -m misc.report "$OUT"
+    [ "${DRY_RUN:-0}" != 0 ] || echo "$OUT/compare.png"
+}

@@ -402,29 +402,27 @@ def markdown(about, rows):
 
 
 def plot(rows, network):
-    """Figure: top-1 of every arm with its interval, one panel per labels, grouped by IPC."""
+    """Figure: top-1 of every arm, its mean with the interval and its draws, by labels and IPC."""
     found, plt = main_cells(rows, network), figures.pyplot()
-    figure, panels = plt.subplots(1, 2, figsize=(figures.PAGE, 2.8))
     arms = ordered({arm for place in found.values() for arm in place})
+    size = (figures.PAGE, 0.28 * len(arms) + 0.9)
+    figure, panels = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
     for axes, labels in zip(panels, ("soft", "hard")):
-        for n, ipc in enumerate((1, 10, 50)):
+        for n, ipc in enumerate(sorted({ipc for ipc, _ in found})):
             groups = of_place(found, ipc, labels)
             values = intervals([list(draws.values()) for draws in groups.values()])
-            for arm, (mean, half) in zip(groups, values):
-                place = arms.index(arm)
-                x = n + 0.8 * (place + 0.5) / len(arms) - 0.4
-                style = {"color": f"C{place % 6}", "fmt": figures.MARKERS[place % 8]}
-                style |= {"capsize": 2, "markersize": 3.5}
-                axes.errorbar(x, mean, half or 0, label=name_of(arm), **style)
-                dots = groups[arm].values()
-                axes.scatter([x] * len(dots), dots, s=3, color="0.6", zorder=0)
-        axes.set_xticks(range(3), ["IPC 1", "IPC 10", "IPC 50"])
-        axes.set(title=f"{labels} labels", ylabel="Top-1 accuracy (%)", xlim=(-0.5, 2.5))
-        axes.grid(True, axis="y")
-    drawn = {title: h for axes in panels for h, title in zip(*axes.get_legend_handles_labels())}
-    titles = [name_of(arm) for arm in arms]
-    where = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.02)}
-    panels[1].legend([drawn[title] for title in titles], titles, **where)
+            style = {"fmt": figures.MARKERS[n], "color": f"C{n}", "capsize": 2, "markersize": 4}
+            for (arm, draws), (mean, half) in zip(groups.items(), values):
+                y = arms.index(arm)
+                axes.scatter(draws.values(), [y + 0.3] * len(draws), s=3, color="0.6")
+                axes.errorbar(mean, y, xerr=half, **style, label=f"IPC {ipc}")
+        axes.set_yticks(range(len(arms)), map(name_of, arms))
+        axes.set(title=f"{labels} labels", xlabel="Top-1 accuracy (%)")
+        axes.grid(True, axis="x")
+    panels[0].invert_yaxis()
+    drawn = dict(zip(*panels[0].get_legend_handles_labels()[::-1]))
+    if len(drawn) > 1:
+        panels[1].legend(drawn.values(), drawn.keys(), loc="best")
     return figure
 
 

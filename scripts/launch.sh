@@ -128,6 +128,13 @@ next_launcher() { # what a finished stage names as the next command; the variabl
 }
 
 TOLD=
+case " $* " in
+    *" --help "* | *" -h "*) # what stands at the top of the script, then the stage's own
+        sed -n '2,${/^#/!q;s/^#$//;s/^# //;p;}' "$LAUNCHER"
+        grep -q '^run -m' "$LAUNCHER" || exit 0
+        TOLD=none
+        ;;
+esac
 values() {
     [ -z "$TOLD" ] && [ "${DRY_RUN:-0}" = 0 ] || return 0
     TOLD="${LAUNCHER##*/}:"

@@ -152,10 +152,14 @@ class Settings(dict):
         return parts
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class _Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        silent = action.default is None or action.default is False or "[" in (action.help or "[")
-        return action.help if silent else super()._get_help_string(action)
+        default = action.default
+        silent = default in (None, False, argparse.SUPPRESS) or action.const is not None
+        if silent or "[" in (action.help or "["):
+            return action.help
+        words = " ".join(map(str, default)) if isinstance(default, list) else default
+        return f"{action.help} (default: {words})"
 
 
 class Parser(argparse.ArgumentParser):

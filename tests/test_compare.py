@@ -44,6 +44,12 @@ def test_a_teachers_folder_says_its_network_and_size(tmp_path):
     assert (found.arch, found.model, found.input_size) == (["convnet_w64"], "convnet_w64", 64)
 
 
+def test_its_help_is_what_stands_at_its_top():
+    ended = shell("validate/compare.sh", "--help", PYTHON="none")
+    assert ended.returncode == 0 and ended.stdout.startswith("Any image folders under one recipe")
+    assert "\n  DATASET=cifar10 sh validate/compare.sh" in ended.stdout and not ended.stderr
+
+
 def test_what_cannot_be_compared_is_one_line(tmp_path):
     other, path = "cifar10_ipc50_x", str(tmp_path)
     (tmp_path / "0").mkdir()

@@ -9,7 +9,8 @@ Minimises KL(teacher(x), student(x)) over the replayed crops of the labels (the 
 that the teacher labels during training (--online: same draws, same numbers), or trains on class
 indices (--hard_label). Writes OUTPUT_DIR/<name>/results.json (arguments, a row per epoch, last and
 best top-1/top-5 by seed, mean and std over initial weights), the weights, and manifest.json. The
-same command goes on from the last checkpoint of a stopped run, to the same weights.
+same command goes on from the last checkpoint of a stopped run, to the same weights. Defaults are
+those of the release's parser; the paper's values are in validate/train_FKD.sh.
 """
 
 import argparse

@@ -59,6 +59,8 @@ def test_each_step_takes_what_an_earlier_one_makes(scale, tmp_path):
             kept = candidates.kept_per_class("", Path(args.image_path).name, None)
             folder = candidates.folder_name(Path(args.image_path).name, kept, s)
             made.add(f"{args.save_init_image_path}/{folder}")
+        elif name == "generate_soft_label":
+            assert args.data[0] in made and args.label_top_k == 1
         else:
             row = dict(word.split("=") for word in program[:-1])
             assert args.train_dir in made and {*args.seeds, args.fkd_seed} == {int(row["draw"])}
@@ -66,7 +68,8 @@ def test_each_step_takes_what_an_earlier_one_makes(scale, tmp_path):
             assert f"_seed{row['draw']}" in args.train_dir
             assert (row["epochs"], row["batch_size"]) == (str(args.epochs), str(args.batch_size))
             assert args.hard_label == (row["labels"] == "hard") and args.eval_every == 0
-            assert args.hard_label or args.teacher_checkpoint[0] in made
+            assert args.hard_label or args.fkd_path or args.teacher_checkpoint[0] in made
+            assert (row["arm"] == "top_1") == bool(args.fkd_path)
             count += 1
     assert count > 50
 

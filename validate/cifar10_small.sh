@@ -60,19 +60,21 @@ design() {
     GAINS="weighted mode keep_confident keep_hard gmm" # what may lift D4M (docs/gains.md)
     rows 300 "$GAINS" 10 "1 2 3 4 5 6 7 8" $NETWORK d4m
     rows 300 dpmpp 10 "1 2 3 4 5 6 7 8" $NETWORK d4m # another sampler (docs/generators.md)
+    rows 300 top_1 10 "1 2 3 4 5 6 7 8" $NETWORK d4m soft # a tenth of the labels, as 100 of 1000
     rows 300 "d4m random" 10 "1 2 3 4" resnet18 d4m soft # the slowest
 }
 
 # ARM: its stages' flags beside D4M's, and what they add to the names of prototypes and images
 # (PARTS_1) or of images alone (PARTS_2). A new arm is one line here, and a place in the design
 arm() {
-    KIND=d4m STRENGTH=0.7 GUIDANCE=8 COUNT=$IPC KEEP=
+    KIND=d4m STRENGTH=0.7 GUIDANCE=8 COUNT=$IPC KEEP= STORED=
     STAGE_1= PARTS_1= STAGE_2= PARTS_2= STAGE_4=
     case "$1" in
         d4m) ;;
         random | text | noise | decoded) KIND="$1" ;;
         text_g[1-9]*) KIND=text GUIDANCE="${1#text_g}" PARTS_2="_g$GUIDANCE" ;;
         weighted) STAGE_4="--loss_weights cluster" ;;
+        top_1) STORED="--label_top_k 1 --temperature 20" ;;
         gmm) STAGE_1="--kmeans gmm" PARTS_1=_kmeans-gmm ;;
         dpmpp) STAGE_2="--scheduler dpmpp --num_inference_steps 20" PARTS_2=_steps20_scheduler-dpmpp ;;
         mode) STRENGTH=1 STAGE_2="--guide mode" PARTS_2=_guide-mode ;;
@@ -99,7 +101,7 @@ recipe() { # RECIPE EPOCHS: its flags for STUDENT
     FLAGS="--epochs $N --batch_size $B --bn_batch $B --min_scale_crops $CROPS $FLAGS"
 }
 
-images() { # of the arm: the teacher, stages 1 and 2
+images() { # EPOCHS: of the arm: the teacher, stages 1 and 2, and 3 where its labels are stored
     run -m matching.train_teacher --dataset cifar10 --data_dir "$DATA_DIR" --arch $NETWORK \
         --max_images_per_class $TEACHER_IMAGES --epochs "$TEACHER_EPOCHS" \
         --batch_size $TEACHER_BATCH --learning_rate 0.01 --weight_decay 5e-4 --augment pad_crop \
@@ -121,6 +123,10 @@ images() { # of the arm: the teacher, stages 1 and 2
     [ -z "$KEEP" ] || run -m matching.candidates --image_path "$OUT/images/${IMAGES#*_from_}" \
         --keep "$KEEP" --arch $NETWORK --teacher_checkpoint "$OUT/teachers/$TEACHER" \
         --save_init_image_path "$OUT/images"
+    [ -z "$STORED" ] || run -m matching.generate_soft_label --data "$OUT/images/$IMAGES" \
+        --arch $NETWORK --teacher_checkpoint "$OUT/teachers/$TEACHER" --epochs "${EPOCHS:-$1}" \
+        --batch_size $BATCH_SIZE --min_scale_crops 0.08 --mix_type cutmix --cutmix 1.0 \
+        --fkd_seed "$DRAW" --num_workers $WORKERS --fkd_path "$OUT/labels" $STORED
 }
 
 student() { # LABEL: one row
@@ -131,6 +137,7 @@ student() { # LABEL: one row
         soft) # labelled while the student trains: the numbers of stage 3, and each crop made once
             set -- --online --arch $NETWORK --temperature 20 --loss kl \
                 --teacher_checkpoint "$OUT/teachers/$TEACHER"
+            [ -z "$STORED" ] || set -- --fkd_path "$OUT/labels" --temperature 20 --loss kl
             ;;
     esac
     run -m validate.train_FKD --train_dir "$OUT/images/$IMAGES" --val_dir "$DATA_DIR" \
@@ -144,7 +151,7 @@ rows() { # EPOCHS ARMS IPCS DRAWS STUDENTS RECIPES [LABELS]: all of them; both k
         for DRAW in $(among "$DRAWS" "$4"); do
             for ARM in $(among "$ARMS" "$2"); do
                 arm "$ARM"
-                images
+                images "$1"
                 for STUDENT in $(among "$STUDENTS" "$5"); do
                     for RECIPE in $(among "$RECIPES" "$6"); do
                         recipe "$RECIPE" "$1"

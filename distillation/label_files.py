@@ -51,6 +51,8 @@ def read_label_file(path, folders, dataset="imagefolder"):
     keys, prompts, say = _keys(lines, folders, where)
     rows = [(n, _prompt(prompt, f"{where}, line {n}")) for n, prompt in enumerate(prompts, 1)]
     _check_prompts(rows, folders, where)
+    if not keys and all(" " in p and p.split(" ")[0] in folders for _, p in rows):
+        warn(f"{where}: every prompt begins with a class's name; is the TAB behind it missing?")
     if keys:
         rows = _by_folder(zip(keys, rows), folders, where)
     if len(rows) != len(folders):
@@ -295,7 +297,8 @@ def _by_folder(pairs, folders, where):
         rows[folder] = row
     missing = [folder for folder in folders if folder not in rows]
     if missing:
-        refuse(f"{where}: has no line for {len(missing)} class folders, first {missing[0]}")
+        count = f"{len(missing)} of {len(folders)} class folders"
+        refuse(f"{where}: no line for {count}, first {missing[0]}")
     return [rows[folder] for folder in folders]
 
 

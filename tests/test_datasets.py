@@ -365,7 +365,7 @@ MALFORMED = {
     keyed("0123446789"): "line 6: the folder 4 stands twice",
     changed(3, "2\ttwo"): "some lines have a folder name",
     keyed("012345678x"): "line 10: there is no class folder 'x'",
-    keyed("012345678"): "no line for 1 class folders, first 9",
+    keyed("012345678"): "no line for 1 of 10 class folders, first 9",
     lines(DIGITS[:9]): "has 9 prompts, there are 10 classes",
     changed(8, "sev\x00en"): "line 8: holds the control character",
     "\n".join(DIGITS).encode("utf-16"): "not UTF-8",

@@ -199,6 +199,9 @@ def test_prompts_that_fit_other_folders(tmp_path, refused, capsys):
     prompts = ["held by a springer", "springer", "fish"]
     assert read(tmp_path, "\n".join(prompts), folders, "imagefolder") == prompts
     assert "warning: --label_file_path" in capsys.readouterr().err
+    prompts = [f"{folder} at sea" for folder in folders]
+    assert read(tmp_path, "\n".join(prompts), folders, "imagefolder") == prompts
+    assert "is the TAB behind it missing?" in capsys.readouterr().err
     keyed = "\n".join(f"{f}\t{p}" for f, p in zip(folders, folders[::-1]))  # as one wants
     assert read(tmp_path, keyed, folders, "imagefolder") == folders[::-1]
     assert "line 1: 'tench' is the prompt of tench" in capsys.readouterr().err

@@ -5,7 +5,8 @@
 
 Writes report.html (one file; no network, no script) and results.csv (one line per student) there,
 and prints the results as markdown. A setting is named by what differs from the others of its table,
-as the manifests say; draws and seeds are told apart.
+as the manifests say; draws and seeds are told apart. A folder below that has a report of its own
+(output/demo) is another run and is left out.
 """
 
 import base64
@@ -17,7 +18,6 @@ import os
 import platform
 import re
 import shlex
-import urllib.parse
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -40,12 +40,12 @@ STAGES = {  # of a manifest: (title, folder of its outputs, what to say where no
     "soft_labels": ("3 soft labels", "labels", "no student of these labels yet"),
     "student": ("4 students", "students", ""),
 }
-KINDS, WHICH = ("soft", "hard"), ("last", "best")  # labels; epoch
-NOT_RUN = {"soft": None, "hard": None, "paper": None, "why": [], "absent": "not run"}  # a row
-NO_EFFECT = ("loss", "temperature", "ce_weight", "use_fp16")  # with hard labels
+KINDS = ("soft", "hard")  # labels
+NO_EFFECT = ("online", "loss", "temperature", "ce_weight", "use_fp16")  # with hard labels
 REAL_ARMS = ("random", "decoded")  # above MANY classes, shown of SOME only
-MANY, SOME = 100, 10
-PER_CLASS, PER_PAGE = 10, 12_000  # thumbnails at most
+MANY, SOME, FEW = 100, 10, 6  # FEW: points of a curve
+PER_CLASS, PER_ROW, PER_PAGE = 10, 20, 12_000  # thumbnails at most
+QUICK = 10_000  # test images at most for accuracy by class, if nobody asks for it
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888")
 DASHES = ("", "5 2", "1.5 1.5", "6 2 1.5 2")
 DAMAGE = (Refusal, OSError, KeyError, TypeError, AttributeError, ValueError, IndexError)
@@ -100,17 +100,26 @@ def reason(error, folder):
 
 
 def find_runs(root):
-    """(every Run below `root`, stage by stage; {name: path} of the other folders)."""
-    runs, others = [], {}
+    """(Runs below `root`, stage by stage; {name: path} of other folders; those left out)."""
+    runs, others, apart = [], {}, []
     for where, below, names in os.walk(root):
         below[:] = sorted(name for name in below if not name.startswith("."))
-        if {output.ARGS, output.MANIFEST, "results.json"} & {*names}:
+        if Path(where) != root and "report.html" in names:
+            apart.append(Path(where).relative_to(root).as_posix())
+            below.clear()
+        elif {output.ARGS, output.MANIFEST, "results.json"} & {*names}:
             runs.append(open_run(Path(where), root))
             below.clear()
         else:
             others[os.path.basename(where)] = Path(where)
     order = [*STAGES, *(run.stage for run in runs)]
-    return sorted(runs, key=lambda run: order.index(run.stage)), others
+    return sorted(runs, key=lambda run: order.index(run.stage)), others, apart
+
+
+def flags_of(run):
+    """{"--flag": its last word} of the command that made a folder, as its log says."""
+    words = [str(word) for row in run.log for word in row.get("command") or []]
+    return dict(zip(words, words[1:]))
 
 
 def lacking(runs):
@@ -196,8 +205,7 @@ def read_results(runs, trouble):
             r["made"] = made.get(r["arguments"].get("images"), {})
             every = {**r["made"], **r["trained"]}
             r["draw"] = {name: value for name, value in every.items() if name.endswith("seed")}
-            values = [[float(value) for value in r[which]["values"]] for which in WHICH]
-            r |= dict(zip(WHICH, map(evaluation.summary, values))) | {"run": run}
+            values, r["run"] = [map(float, r[which]["values"]) for which in ("last", "best")], run
             r["students"] = list(zip(r["arguments"]["seeds"], *values, strict=True))
             seeds = [one["rows"] for one in run.results["seeds"]]
             columns = ("epoch", "top1", "loss")
@@ -222,85 +230,82 @@ def name_settings(results):
         r["name"] = ", ".join([name + f" ({part})" * bool(part), *words])
         groups[r["name"], r["labels"], json.dumps(r["draw"])].append(r)
     for same in groups.values():
-        seeds = [seed for r in same for seed, *_ in r["students"]]
-        if len(set(seeds)) < len(seeds):  # no setting differs: another model, or another machine
+        students = {one for r in same for one in r["students"]}
+        if len({seed for seed, *_ in students}) < len(students):  # another model, or machine
             for r in same:
                 r["name"] += f" [{r['run'].folder.name}]"
 
 
-def counted(numbers, word):
-    """[3, 5], "seed" -> "3 or 5 seeds"."""
-    return " or ".join(map(str, numbers)) + f" {word}" + "s" * (numbers != [1])
-
-
 def cell(results):
-    """The mean and ± of one setting, last and best; `over` what ± is, `within` a draw, `draws`.
+    """{"mean", "std", ...} of one setting; `over` what ± is, `within` a draw, `draws`.
 
     One draw: ± is over its students. Several: over the means of the draws. No results: None.
     """
     if not results:
         return None
-    groups = defaultdict(list)
+    groups = defaultdict(dict)  # {draw: {seed: its top-1}}; two folders may hold the same student
     for r in results:
-        groups[json.dumps(r["draw"])].append(r)
-    counts = sorted({sum(r["last"]["n"] for r in group) for group in groups.values()})
-    over = counted(counts, "seed")
+        groups[json.dumps(r["draw"])] |= {seed: top1 for seed, top1, _ in r["students"]}
+    counts = sorted({len(group) for group in groups.values()})
+    over = " or ".join(map(str, counts)) + " seed" + "s" * (counts != [1])
     over = f"{len(groups)} draws of {over}" if len(groups) > 1 else over
     varied = any(r["arguments"].get("vary_draws") for r in results)
-    found = {"over": over + ", each its own draws" * varied, "within": None}
-    for which in reversed(WHICH):
-        values = [[v for r in group for v in r[which]["values"]] for group in groups.values()]
-        drawn = [evaluation.summary(group) for group in values]
-        found[which] = drawn[0]
-        if len(groups) > 1:
-            found[which] = evaluation.summary([one["mean"] for one in drawn])
-            spreads = [one["std"] ** 2 for one in drawn if one["std"] is not None]
-            found["within"] = float(np.mean(spreads) ** 0.5) if spreads else None
+    drawn = [evaluation.summary([*group.values()]) for group in groups.values()]
+    found = {"over": over + ", each its own draws" * varied, "within": None, **drawn[0]}
+    if len(groups) > 1:
+        found |= evaluation.summary([one["mean"] for one in drawn])
+        spreads = [one["std"] ** 2 for one in drawn if one["std"] is not None]
+        found["within"] = float(np.mean(spreads) ** 0.5) if spreads else None
     draws = [r["draw"] for r in results]
     listed = {n: dict.fromkeys(str(draw.get(n)) for draw in draws) for n in differing(draws, True)}
     return found | {"draws": "; ".join(f"{n} {', '.join(v)}" for n, v in listed.items())}
 
 
-def make_tables(results, root, notes):
+def make_tables(results, runs, root, notes):
     """One table per data set, images per class and student; notes: what could not be looked up."""
-    teachers, cells, why, tables = {}, {}, {}, []
+    teachers, cells, why, tables = defaultdict(list), {}, {}, []
     try:
-        teachers = paper_tables.find_teachers(root)
+        finished = [run for run in runs if run.results and not run.trouble]
+        for run in (run for run in finished if run.stage == "teacher"):
+            score = f"{run.results['last']['top1']:.1f} ({run.folder.name})"
+            teachers[run.results["arguments"]["dataset"]].append(score)
         if any(r["dataset"] in paper_tables.DATASET_TITLES for r in results):
             rows, others = paper_tables.measured(root, generators.DEFAULT_CHECKPOINT)
             filled = [row for row in reversed(rows) if "path" in (row.get("result") or {})]
             cells = {row["result"]["path"]: row for row in filled}
             why = {other["path"]: other["why"] for other in others}
-    except Refusal as error:
+    except DAMAGE as error:
         notes.append(f"The teachers and the paper's numbers could not be looked up: {error}")
     groups = defaultdict(list)
     for r in results:
         groups[r["dataset"], r["ipc"] or 0, r["student"]].append(r)
     for (dataset, ipc, student), own in sorted(groups.items()):
+        titles = paper_tables.DATASET_TITLES.get(dataset), paper_tables.MODEL_TITLES.get(student)
         name_settings(own)
         own.sort(key=place)
-        rows = defaultdict(lambda: {**NOT_RUN, "soft": [], "hard": []})
+        rows = defaultdict(lambda: {"soft": [], "hard": [], "paper": None, "why": []})
         for r in own:
             row = rows[r["name"]]
             row[r["labels"]].append(r)
             row["paper"] = cells.get(r["path"], row["paper"])
-            if (r["arm"], r["labels"]) == ("d4m", "soft"):
+            if (r["arm"], r["labels"], bool(titles[0])) == ("d4m", "soft", True):
                 row["why"] = why.get(r["path"], row["why"])
         for row in rows.values():
             row |= {kind: cell(row[kind]) for kind in KINDS}
         overs = [row[kind]["over"] for row in rows.values() for kind in KINDS if row[kind]]
-        for arch in (arch for name, arch in teachers if name == dataset):
-            teacher = teachers[dataset, arch]
-            found = {**teacher, "over": counted([teacher["last"]["n"]], "seed"), "draws": ""}
-            rows[f"full data: the teacher, {arch}"] = {**NOT_RUN, "hard": found, "absent": ""}
+        over = max(overs, key=overs.count)
+        spread = "one seed" if over == "1 seed" else f"± over {over}"
         many = f"{ipc} images" if ipc else "different numbers of images"
         table = {"title": f"{dataset}, {many} per class, student {student}", "rows": rows}
-        table |= {"dataset": dataset, "over": max(overs, key=overs.count), "results": own}
+        table |= {"dataset": dataset, "results": own, "over": over}
+        found = ", ".join(teachers[dataset])
+        table["teachers"] = f"Teachers, on real images: {found}." * bool(found)
+        table["spread"] = spread + " where nothing else is said" * (len(set(overs)) > 1)
+        table["kinds"] = [kind for kind in KINDS if any(row[kind] for row in rows.values())]
         table["tested"] = sorted({r["arguments"].get("test_images") or 0 for r in own})
-        titles = paper_tables.DATASET_TITLES.get(dataset), paper_tables.MODEL_TITLES.get(student)
-        lines = [row for row in paper_tables.PAPER_ROWS if paper_tables.table_of(row) < 3]
+        lines = [row for row in paper_tables.PAPER_ROWS if row.get("ipc", ipc) == ipc]
         lines = [row for row in lines if (row["dataset"], row.get("student")) == titles]
-        lines = [row for row in lines if row.get("ipc", ipc) == ipc]
+        lines = [row for row in lines if paper_tables.table_of(row) < 3]
         scores = [paper_tables.number(row["top1"], row.get("std")) for row in lines]
         table["published"] = [f"{row['method']} {score}" for row, score in zip(lines, scores)]
         tables.append(table)
@@ -336,7 +341,9 @@ def svg(figure):
 
 
 def draw_curves(results):
-    """[{"kind", "legend", "drawn": {title: SVG}}]: a line per student, a colour per setting."""
+    """[{"kind", "legend", "drawn": {title: SVG}, "tested": epochs}]: a line per student."""
+    from matplotlib.ticker import LogLocator
+
     found, styles = [], {}
     for n, name in enumerate(dict.fromkeys(r["name"] for r in results)):
         styles[name] = COLOURS[n % len(COLOURS)], DASHES[n // len(COLOURS) % len(DASHES)]
@@ -349,17 +356,22 @@ def draw_curves(results):
                     colour, dashes = styles[name]
                     dashes = (0, [float(n) for n in dashes.split()]) if dashes else "-"
                     points = [(row[0] + 1, row[column]) for row in rows if row[column] is not None]
-                    style = {"color": colour, "ls": dashes, "lw": 1, "ms": 2.5, "alpha": 0.8}
-                    axes.plot(*zip(*points), marker="o" * (len(points) < 12), **style)
+                    few = len(points) < FEW  # a line would say what nobody measured
+                    style = {"color": colour, "ls": "" if few else dashes, "marker": "o" * few}
+                    axes.plot(*zip(*points), lw=1, ms=3, alpha=0.8, **style)
                 axes.set(xlabel="epoch", ylabel=title)
                 axes.grid(True, alpha=0.3)
-                if column == 2 and 0 < axes.dataLim.y0 < np.inf:
+                low, high = axes.dataLim.intervaly
+                if column == 2 and 0 < 20 * low < high < np.inf:
                     axes.set_yscale("log")
+                    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-                    axes.yaxis.set_minor_formatter(lambda *_: "")
+                    axes.minorticks_off()
                 drawn[title] = svg(figure)
         legend = {r["name"]: styles[r["name"]] for r in own}
-        found += [{"kind": kind, "legend": legend, "drawn": drawn}] if own else []
+        rows = [row for r in own for rows in r["curves"] for row in rows if row[1] is not None]
+        item = {"kind": kind, "legend": legend, "drawn": drawn}
+        found += [{**item, "tested": sorted({row[0] + 1 for row in rows})}] if own else []
     return found
 
 
@@ -381,7 +393,7 @@ def draw_latents(run, others):
             figures.scatter(axes, pca.transform(rows), colour, s=area, alpha=0.75)
             first, second = 100 * pca.explained_variance_ratio_
             axes.set(xlabel=f"PC 1 ({first:.0f} %)", ylabel=f"PC 2 ({second:.0f} %)")
-            drawn[f"Prototypes of {len(chosen)} classes; area: size of the cluster"] = svg(figure)
+            drawn[f"Principal components, {len(chosen)} classes; area: cluster size"] = svg(figure)
         for name, path in others.items():
             if name.startswith(f"{source.dataset}-latents-"):
                 with contextlib.suppress(*DAMAGE):  # those of another size
@@ -389,7 +401,7 @@ def draw_latents(run, others):
                     drawn["Latents, in the colour of the nearest prototype (star)"] = svg(figure)
     prompts = [figures.short(source.classes[position]["prompt"]) for position in chosen]
     hexes = ["#" + bytes((255 * colour[:3]).round().astype("u1")).hex() for colour in colours]
-    legend = {prompt: (colour, "") for prompt, colour in zip(prompts, hexes)}
+    legend = {prompt: (colour, None) for prompt, colour in zip(prompts, hexes)}
     return {"name": run.name, "legend": legend, "drawn": drawn}
 
 
@@ -399,8 +411,13 @@ def draw_latents(run, others):
 def by_class(result, data_dir, process, test_sets):
     """{class folder: top-1 in percent}, mean over a result's saved students."""
     run, given, facts = result["run"], result["arguments"], datasets.ALL[result["dataset"]]
+    own = flags_of(run).get("--val_dir", "")
+    if Path(own).is_dir() and given["test_images"] <= QUICK:
+        data_dir = own
     if not run.manifest:
         refuse("no weights beside results.json")
+    if facts.needs and not data_dir:
+        refuse("it takes --data_dir, the real data set's root, to test the students class by class")
     folders, size = [c["folder"] for c in run.manifest["classes"]], given["input_size"]
     key = result["dataset"], *folders, size, given["test_resize"], given["test_on_train"]
     if key not in test_sets:
@@ -424,9 +441,9 @@ def by_class(result, data_dir, process, test_sets):
 
 def add_classes(table, data_dir, process, test_sets):
     """`classes` of a table: (settings, rows of the worst classes first), or why there is none."""
-    soft, columns = any(r["labels"] == "soft" for r in table["results"]), {}
+    columns = {}
     for r in table["results"]:
-        if r["name"] not in columns and (r["labels"] == "soft") == soft:
+        if r["name"] not in columns and r["labels"] == table["kinds"][0]:
             try:
                 columns[r["name"]] = by_class(r, data_dir, process, test_sets)
             except DAMAGE as error:
@@ -460,23 +477,27 @@ def open_sets(runs, others, results, trouble):
 
     def read(run):
         arm, paths, rows = run.manifest["arm"], defaultdict(list), {}
-        same = [made_by(r.manifest) for r in own if r.manifest["arm"] == arm]
+        same = [r.manifest for r in own if r.manifest["dataset"] == run.manifest["dataset"]]
+        same = [made_by(manifest) for manifest in same if manifest["arm"] == arm]
         words = in_words(made_by(run.manifest), differing(same, draws=True))
         for name in filter(lambda name: "/" in name, sorted(run.manifest["files"])):
             paths[name.split("/")[0]].append(run.folder / name)
         for line in (run.folder / "images.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             rows[run.folder / row["file_name"]] = row
+            if arm == "decoded":
+                row.pop("seed", None)  # no noise
         prompts = {c["folder"]: c["prompt"] for c in run.manifest["classes"]}
         title = ", ".join([title_of(arm), *words])
         item = {"arm": arm, "title": title, "prompts": prompts, "paths": paths, "rows": rows}
         found[run.manifest["dataset"]].append(item)
 
     list(each(own, read, trouble))
-    foreign = {(r["images"], r["dataset"]) for r in results if r["arm"] == "foreign"}
-    for name, dataset in sorted(foreign):
+    foreign = {(r["images"], r["dataset"]): r["run"] for r in results if r["arm"] == "foreign"}
+    for (name, dataset), run in foreign.items():
         with contextlib.suppress(*DAMAGE), contextlib.redirect_stderr(io.StringIO()):
-            opened = image_sets.open_images("", others[name], dataset)
+            folder = others.get(name) or Path(flags_of(run)["--train_dir"])  # it may lie anywhere
+            opened = image_sets.open_images("", folder, dataset)
             known = datasets.known_prompts(dataset)
             item = {"prompts": {f: known.get(f, f) for f in opened.folders}, "rows": {}}
             item["paths"] = dict(zip(opened.folders, opened.paths()))
@@ -488,37 +509,34 @@ def open_sets(runs, others, results, trouble):
 
 
 def make_gallery(found, root):
-    """[{"dataset", "classes", "most", "some"}] of `open_sets`, with thumbnails."""
+    """[{"dataset", "titles", "classes", "most", "row", "some"}] of `open_sets`, with thumbnails."""
     galleries, jobs = [], []
     for dataset, sets in found.items():
         prompts = {f: p for s in sets for f, p in s["prompts"].items()}
         few = SOME if len(prompts) > MANY else len(prompts)
-        some = set(figures.choose_classes(None, list(prompts), few))
+        some, first = (figures.choose_classes(None, list(prompts), n) for n in (few, SOME))
         count = sum(len(some if s["arm"] in REAL_ARMS else prompts) for s in sets)
         most = max(1, min(PER_CLASS, PER_PAGE // len(found) // max(1, count)))
         side, classes = 128 if count * most <= 2000 else 96, []
         for folder, prompt in prompts.items():
             shown = []
             for s in sets:
-                paths = s["paths"].get(folder, [])
-                if not paths or (s["arm"] in REAL_ARMS and folder not in some):
-                    continue
-                pictures = []
+                hidden = s["arm"] in REAL_ARMS and folder not in some
+                paths, pictures = [] if hidden else s["paths"].get(folder, []), []
                 for path in paths[:most]:
-                    link = urllib.parse.quote(path.relative_to(root).as_posix())
+                    link = os.path.relpath(path, root)
                     pictures.append({"link": link, "name": path.name, **s["rows"].get(path, {})})
                     jobs.append((pictures[-1], path, side))
-                item = {"title": s["title"], "prompt": pictures[0].get("prompt")}
-                shown.append({**item, "count": len(paths), "pictures": pictures})
-            asked = {item["prompt"] for item in shown if item["prompt"]}
+                shown.append({"title": s["title"], "count": len(paths), "pictures": pictures})
+            asked = {picture.get("prompt") for s in shown for picture in s["pictures"]} - {None}
             item = {"title": figures.short(prompt, 40), "folder": folder, "prompts": asked}
-            classes.append({**item, "sets": shown})
-        item = {"dataset": dataset, "classes": classes, "most": most}
+            classes.append({**item, "sets": shown, "first": folder in first})
+        item = {"dataset": dataset, "titles": [s["title"] for s in sets], "classes": classes}
+        item |= {"most": most, "row": max(2, min(most, PER_ROW // len(sets)))}
         galleries.append(item | {"some": few if few < len(prompts) else None})
 
     def draw(job):
-        picture, path, side = job
-        picture["src"] = thumbnail(path, side)
+        job[0]["src"] = thumbnail(*job[1:])
 
     if jobs:
         image_sets.in_threads(draw, jobs, os.cpu_count() or 1, "thumbnails")
@@ -529,14 +547,13 @@ def make_gallery(found, root):
 
 
 def costs(runs):
-    """{title of a stage: (its Runs, the sums and largest values of their timing.json)}"""
+    """{title of a stage: number of its folders, sums and largest values of their timing.json}"""
     found = {}
     for stage in dict.fromkeys(run.stage for run in runs if run.timing):
-        own, total = [run for run in runs if run.stage == stage and run.timing], {}
-        for name in ("seconds", "process_seconds", "host_mib", "cuda_mib"):
-            values = [run.timing.get(name, 0) for run in own]
-            total[name] = sum(values) if "seconds" in name else max(values)
-        found[STAGES.get(stage, (stage,))[0]] = own, total
+        own = [run.timing for run in runs if run.stage == stage and run.timing]
+        total = {n: sum(t.get(n, 0) for t in own) for n in ("seconds", "process_seconds")}
+        total |= {n: max(t.get(n, 0) for t in own) for n in ("host_mib", "cuda_mib")}
+        found[STAGES.get(stage, (stage,))[0]] = total | {"folders": len(own)}
     return found
 
 
@@ -559,37 +576,31 @@ def versions(runs):
     return {"report written with": here, **made}
 
 
-def markdown(tables, stages):
+def markdown(tables):
     """The short tables that are printed."""
-    texts, of_stages = [], []
+    texts = []
     for table in tables:
         lines = []
         for name, row in table["rows"].items():
             line = {"trained on": name}
-            for kind in KINDS:
-                last = row[kind]["last"] if row[kind] else {}
-                words = paper_tables.number(last["mean"], last["std"]) if last else row["absent"]
-                differs = last and row[kind]["over"] != table["over"]
-                line[kind] = words + (f" ({row[kind]['over']})" if differs else "")
+            for kind in table["kinds"]:
+                found = row[kind]
+                words = paper_tables.number(found["mean"], found["std"]) if found else "not run"
+                differs = found and found["over"] != table["over"]
+                line[kind] = words + (f" ({found['over']})" if differs else "")
             lines.append(line)
-        note = f"Top-1 of the last epoch, in percent; ± over {table['over']}."
-        texts.append(paper_tables.markdown(table["title"], note, "trained on, soft, hard", lines))
-    for title, (runs, total) in stages.items():
-        line = {"stage": title, "folders": str(len(runs)), "seconds": f"{total['seconds']:.0f}"}
-        of_stages.append(line)
-    if of_stages:
-        form = "Without the start of Python.", "stage, folders, seconds"
-        texts.append(paper_tables.markdown("Time", *form, of_stages))
+        note = f"Top-1 of the last epoch, in percent; {table['spread']}. {table['teachers']}"
+        columns = ", ".join(["trained on", *table["kinds"]])
+        texts.append(paper_tables.markdown(table["title"], note.strip(), columns, lines))
     return "\n".join(texts)
 
 
 def csv_text(tables):
     """One line per student; a column for each setting that has several values."""
     results = [r for table in tables for r in table["results"]]
-    settings, head = [{**r["made"], **r["trained"]} for r in results], ["dataset", "ipc", "student"]
-    head += ["name", "labels", "student_seed", "top1", "best_top1", "folder"]
-    values = {n: {json.dumps(g[n]) for g in settings if n in g} for n in differing(settings, True)}
-    names, text = [n for n in values if len(values[n]) > 1 and n not in head], io.StringIO()
+    settings, text = [{**r["made"], **r["trained"]} for r in results], io.StringIO()
+    head = "dataset ipc student name labels student_seed top1 best_top1 folder".split()
+    names = [n for n in differing(settings, True) if n not in (*head, "seeds")]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head + names)
     for r, given in zip(results, settings):
@@ -599,11 +610,10 @@ def csv_text(tables):
 
 
 def get_args(argv=None):
-    retired = dict.fromkeys(("--dataset", "--ipc"), "every data set below OUTPUT is shown")
-    parser = Parser("misc.report", __doc__, retired)
-    parser.flag("root", nargs="?", metavar="OUTPUT", help="holds images/, students/, ... [output]")
-    parser.flag("--output_root", help="same as OUTPUT")
-    parser.flag("--data_dir", help="the real data set's root, for accuracy by class")
+    parser, what = Parser("misc.report", __doc__), "holds images/, students/, ..."
+    parser.flag("root", nargs="?", metavar="OUTPUT", default="output", help=what)
+    where = "the real data set's root, for accuracy by class [small sets: as stage 4 was told]"
+    parser.flag("--data_dir", help=where)
     parser.flag("--device", default="auto", help="where students are tested, class by class")
     return parser.parse_args(argv)
 
@@ -613,13 +623,14 @@ def main(argv=None):
     import jinja2
 
     args = get_args(argv)
-    root = Path(args.root or args.output_root or "output")
-    runs, others = find_runs(root)
+    root = Path(args.root)
+    runs, others, apart = find_runs(root)
+    left = f"Left out, with a report of their own: {', '.join(apart)}.\n" if apart else ""
     if not runs:
-        refuse(f"{root}: holds no output of any stage")
+        refuse(f"{root}: holds no output of any stage. {left}".strip())
     notes, trouble = [], []
     results = read_results(runs, trouble)
-    tables, stages = make_tables(results, root, notes), costs(runs)
+    tables = make_tables(results, runs, root, notes)
     process, test_sets = this_process(args.device), {}
     for table in tables:
         table["curves"] = draw_curves(table["results"])
@@ -627,15 +638,15 @@ def main(argv=None):
     prototypes = [run for run in runs if run.manifest and run.stage == "prototypes"]
     latents = list(each(prototypes, lambda run: draw_latents(run, others), trouble))
     galleries = make_gallery(open_sets(runs, others, results, trouble), root)
-    facts = {"title": root.resolve().name, "runs": runs, "lacking": lacking(runs) + trouble}
-    facts |= {"tables": tables, "notes": notes, "latents": latents, "galleries": galleries}
-    facts |= {"stages": stages, "commands": commands(runs), "versions": versions(runs)}
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    how = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    template = jinja2.Environment(loader=loader, **how).get_template("report.html.j2")
-    files.write(root / "report.html", template.render(facts, kinds=KINDS, flat=flat))
+    facts = {"title": root.resolve().name, "runs": runs, "apart": apart, "notes": notes}
+    facts |= {"lacking": lacking(runs) + trouble, "latents": latents, "galleries": galleries}
+    facts |= {"tables": tables, "stages": costs(runs), "commands": commands(runs)}
+    text, how = Path(__file__).with_suffix(".html.j2").read_text("utf-8"), {"autoescape": True}
+    template = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, **how)
+    page = template.render(facts, versions=versions(runs), few=FEW, flat=flat)
+    files.write(root / "report.html", page)
     files.write(root / "results.csv", csv_text(tables))
-    print(f"\n{markdown(tables, stages)}\n{root / 'results.csv'}\n{root / 'report.html'}")
+    print(f"\n{markdown(tables)}\n{left}{root / 'results.csv'}\n{root / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How fast each stage is: the release's way of working and ours, in turns, on the same inputs.
 
     python -m misc.benchmark                             # all stages, on the GPU if there is one
-    python -m misc.benchmark --device cpu --stage 3 4 --profile
+    python -m misc.benchmark --device cpu --stage 3 4
 
 The release's way is a small reference of ours at the settings of its launchers: what is called
 `release` here. On a GPU both run Stable Diffusion 1.5's configuration with random weights (speed
@@ -11,14 +11,12 @@ after each stage. Outputs that differ end it with status 1.
 """
 
 import copy
-import cProfile
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import platform
-import pstats
 import re
 import resource
 import subprocess
@@ -72,14 +70,6 @@ def spent(device):
         torch.cuda.synchronize(device)
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return time.perf_counter(), sum(u.ru_utime + u.ru_stime for u in used)
-
-
-def top_costs(function, rows=8):
-    """[(what, seconds)] that a call spends most of its time in."""
-    profiler = cProfile.Profile()
-    profiler.runcall(function)
-    top = sorted(pstats.Stats(profiler).stats.items(), key=lambda item: -item[1][2])[:rows]
-    return [(f"{Path(file).name}:{name}", round(row[2], 4)) for (file, _, name), row in top]
 
 
 def commit():
@@ -161,9 +151,9 @@ def one_thread(device):
 class Bench:
     """Device, sizes, pictures and a temporary folder; the rows as they come."""
 
-    def __init__(self, device, size, pictures, root, profile, arch):
+    def __init__(self, device, size, pictures, root, arch):
         self.device, self.size, self.pictures, self.root = device, size, pictures, root
-        self.profile, self.arch, self.rows, self.gpu = profile, arch, [], device.type == "cuda"
+        self.arch, self.rows, self.gpu = arch, [], device.type == "cuda"
         self.process, self.folders = runtime.Process(0, 1, device), 0
 
     def output(self, stage, settings):
@@ -226,8 +216,6 @@ class Bench:
             if target:
                 fast = row["ratio"] >= target and row["ours"] >= row.get("least", 0)
                 row |= {"target": target, "met": bool(agree and fast)}
-            if self.profile:
-                row["top_costs"] = {n: top_costs(ways[n]) for n in ("release", name)}
             self.rows.append(row)
             print(table([row], head=len(self.rows) == 1), flush=True)
 
@@ -429,13 +417,9 @@ def stage_2(bench):
     facts |= {"target": 6 * bench.gpu, "precision": model.facts["precision"]}
     bench.race(2, "prototypes to PNGs", "image", ways, (few, many), same, **facts)
 
-    own, fewer = (
-        runtime.Settings({**settings, **changed}, settings.defaults, settings.shorts)
-        for changed in (
-            {"num_inference_steps": 50},
-            {"num_inference_steps": 20, "noise_level": "paper"},
-        )
-    )
+    changes = {"num_inference_steps": 50}, {"num_inference_steps": 20, "noise_level": "paper"}
+    facts = settings.defaults, settings.shorts
+    own, fewer = (runtime.Settings({**settings, **changed}, *facts) for changed in changes)
     folder = str(generator_folder(bench.root, bench.size, bench.gpu))
     other = generators.load(folder, bench.device, scheduler="dpmpp")
     ways = {"release": partial(ours, settings=own), "DPM++, 20 steps": partial(ours, other, fewer)}
@@ -734,10 +718,6 @@ def markdown(result):
         f"{', '.join(f'{name} {rounded(x)}' for name, x in result['ceilings'].items())}.",
         f"Peak memory up to each stage, both ways in it: {json.dumps(result['peak_memory'])}.",
     ]
-    for row in result["rows"]:
-        for name, costs in row.get("top_costs", {}).items():
-            lines.append(f"Top costs, stage {row['stage']}, {row['what']}, {name}:")
-            lines.append("\n".join(f"- {seconds:.3f} s `{what}`" for what, seconds in costs))
     return "\n\n".join(lines) + "\n"
 
 
@@ -749,8 +729,6 @@ def get_args(argv=None):
     parser.flag("--images", default=os.environ.get("D4M_TEST_DATA"), metavar="DIR", help=words)
     words = "of stages 3-4 [resnet18; on a CPU convnet_mini]"
     parser.flag("--arch", type=models.model_name, help=words)
-    words = "name what each way spends its time in (one more turn)"
-    parser.flag("--profile", action="store_true", help=words)
     words = "only see that all of it runs; the figures mean nothing"
     parser.flag("--quick", action="store_true", help=words)
     folder = Path("output/benchmarks")
@@ -766,10 +744,10 @@ def main(argv=None):
     if device.type == "cuda":
         name = re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
     name += "-stage" + "".join(map(str, stages)) if stages != list(STAGES) else ""
-    name += f"-{args.arch}".replace(":", "-") * bool(args.arch) + "-profile" * args.profile
+    name += f"-{args.arch}".replace(":", "-") * bool(args.arch)
     arch = args.arch or ("resnet18" if device.type == "cuda" else "convnet_mini")
     words = ["python -m misc.benchmark --device", device.type, "--stage", *map(str, stages)]
-    words += ["--arch", arch] * bool(args.arch) + ["--profile"] * args.profile
+    words += ["--arch", arch] * bool(args.arch)
     started, size = time.perf_counter(), SIZES["quick" if args.quick else device.type]
     pictures, kind = photographs(args.images, 16 if args.quick else 256)
     result = {"command": " ".join(words), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
@@ -777,7 +755,7 @@ def main(argv=None):
     result |= {"versions": output.library_versions(), "peak_memory": {}}
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="d4m-benchmark-") as root:
-        bench = Bench(device, size, pictures, Path(root), args.profile, arch)
+        bench = Bench(device, size, pictures, Path(root), arch)
         result["ceilings"] = bench.ceilings
         for stage in stages:
             STAGES[stage](bench)

@@ -126,7 +126,7 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="d4m-gpu-check-") as root:
         os.chdir(root)  # the stages' default folders
-        bench = benchmark.Bench(device, size, [], Path(root), False, None)
+        bench = benchmark.Bench(device, size, [], Path(root), None)
         facts = {"machine": benchmark.machine(device), "versions": output.library_versions()}
         facts |= {"commit": benchmark.commit(), "ceilings": bench.ceilings}
         found = sizes(bench) if args.part == "sizes" else [pipeline(bench)]

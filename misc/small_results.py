@@ -11,7 +11,6 @@ import importlib
 import math
 import re
 import shlex
-import subprocess
 import time
 from itertools import product
 from pathlib import Path
@@ -48,19 +47,6 @@ SMALL = 1.5  # points of top-1: a smaller effect may stay open
 
 
 # ---- running
-
-
-def commit():
-    """The last commit that changed the stages, "+changes" if they differ from it now; "" outside
-    a repository."""
-    stages = ("scripts", "distillation", "matching", "validate/train_FKD.py")
-
-    def git(*words):
-        command = ["git", "-C", Path(__file__).parents[1], *words, "--", *stages]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    last = git("log", "-1", "--format=%h").stdout.strip()
-    return last + "+changes" * bool(last and git("diff", "--quiet", "HEAD").returncode)
 
 
 def key_of(row):
@@ -125,7 +111,7 @@ def run_plan(plan, root, known, minutes):
             if stage not in done:
                 run_step(*stage)
                 done.add(stage)
-        found = row | result_of(run_step(*student)) | {"commit": commit()}
+        found = row | result_of(run_step(*student)) | {"commit": benchmark.commit() or ""}
         output.append_log(root, **found)
         known.add(key_of(row))
         print(*key_of(row), f"top-1 {found['top1']:.2f}", flush=True)
@@ -397,7 +383,7 @@ def markdown(about, rows):
     figure = "![top-1 by arm, IPC and labels, with 95 % intervals](cifar10_small.png)"
     lines += ["", figure, "", *main_table(main_cells(rows, network)), ""]
     commits = ", ".join(sorted({row["commit"] for row in rows}))
-    lines += [DETAILS.format(**filled), *describe(about), f"- stages at commit {commits}"]
+    lines += [DETAILS.format(**filled), *describe(about), f"- run at commit {commits}"]
     lines += [PAIRS, *pair_table(rows), TRIAL.format(**filled), *pair_table(rows, later=True)]
     return "\n".join(lines) + "\n"
 

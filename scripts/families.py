@@ -264,7 +264,6 @@ class StableDiffusion:
             num_inference_steps=steps,
             output_type="latent",
             **self._conditioning(conditions, negative),
-            **self._extras(latents),
         ).images
 
     def _conditioning(self, conditions, negative):
@@ -274,10 +273,6 @@ class StableDiffusion:
             told[name] = torch.cat(rows).to(dtype)
             told[f"negative_{name}"] = none.to(dtype).expand_as(told[name])
         return told
-
-    def _extras(self, latents):
-        """What else the pipeline is told."""
-        return {}
 
     @torch.no_grad()
     def decode(self, latents, check=True):
@@ -355,10 +350,6 @@ class StableDiffusion3(StableDiffusion):
             "d_model", takes[0]
         )  # CLIP's are padded to it
         return takes, (width, sum(part.get("projection_dim", 512) for part in (one, two)))
-
-    def _extras(self, latents):
-        height, width = (side * self.pipeline.vae_scale_factor for side in latents.shape[2:])
-        return {"height": height, "width": width}
 
 
 class DiT(StableDiffusion):

@@ -57,4 +57,8 @@ class StableDiffusionXLLatents2ImgPipeline(Latents2Img, StockXL):
 
 
 class StableDiffusion3Latents2ImgPipeline(Latents2Img, Stock3):
-    """Of Stable Diffusion 3.x."""
+    """Of Stable Diffusion 3.x, whose stock has to be told the size."""
+
+    def __call__(self, prompt=None, latents=None, **kwargs):
+        height, width = (side * self.vae_scale_factor for side in latents.shape[2:])
+        return super().__call__(prompt, latents, height=height, width=width, **kwargs)

@@ -59,7 +59,7 @@ def test_its_tables_say_what_the_json_says(result):
 
 def bench(tmp_path):
     size = {"turns": 2}
-    return benchmark.Bench(torch.device("cpu"), size, [], tmp_path, False, "convnet_mini")
+    return benchmark.Bench(torch.device("cpu"), size, [], tmp_path, "convnet_mini")
 
 
 def test_a_row_knows_whether_its_target_is_met(tmp_path, monkeypatch):
@@ -97,9 +97,8 @@ def test_outputs_that_differ_end_it_with_status_1(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(benchmark.crops, "crop_on_cpu", changed)
     monkeypatch.delenv("D4M_TEST_DATA", raising=False)
     with pytest.raises(SystemExit) as leaving:
-        benchmark.main([*QUICK, "--stage", "3", "--profile", "--out", str(tmp_path)])
-    found = files.read_json(tmp_path / "cpu-stage3-profile.json")
-    assert "Top costs, stage 3, crops" in (tmp_path / "cpu-stage3-profile.md").read_text()
+        benchmark.main([*QUICK, "--stage", "3", "--out", str(tmp_path)])
+    found = files.read_json(tmp_path / "cpu-stage3.json")
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert leaving.value.code == 1 and not found["rows"][0]["agree"]
     assert len(errors) == len(found["differ"]) and "stage 3, crops replayed" in errors[0]

@@ -210,14 +210,18 @@ def test_other_prompts_give_other_images(images, stage_2, refused):
 
 
 def test_another_sampler_and_noise_level_are_named_and_recorded(images, stage_2, capsys):
-    [folder] = gen_syn_image.main([*stage_2, "--scheduler", "dpmpp", "--noise_level", "paper"])
-    assert folder.name == NAME.replace("_steps2_", "_noise-paper_steps2_scheduler-dpmpp_")
+    flags = ["--scheduler", "dpmpp", "--noise_level", "paper", "--image_size", "40"]
+    [folder] = gen_syn_image.main([*stage_2, *flags])
+    parts = "_noise-paper_steps2_scheduler-dpmpp_imagesize40_"
+    assert folder.name == NAME.replace("_steps2_", parts)
     manifest, plain = (files.read_json(f / "manifest.json") for f in (folder, images))
     assert manifest["arguments"]["scheduler"] == "dpmpp"
     start, usual = manifest["start"], plain["start"]
     assert (start["noise_level"], usual["noise_level"]) == ("paper", "schedule")
     assert (usual["strength"], usual["timestep"], usual["calls"]) == (0.7, 1, 2)
-    assert f"d4m: starts at t = {start['timestep']:g}: signal / noise" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"d4m: starts at t = {start['timestep']:g}: signal / noise" in said
+    assert "images are made at 32 px and enlarged" in said
     assert not pngs(folder).items() & pngs(images).items()
     card = (folder / "README.md").read_text()
     assert "- scheduler: dpmpp\n" in card and "- noise_level: paper\n" in card

@@ -218,7 +218,8 @@ def declare(parser):
     weight = {"type": number(float, above=0), "default": 0.1, "short": "guideweight"}
     setting("--guide_weight", **weight, help="lambda of --guide mode")
     setting("--num_prototypes", type=count, default=ipc, short="protos", help="per class [ipc]")
-    setting("--negative_prompt", default="cartoon, anime, painting", short="neg")
+    away = "what guidance leads away from"
+    setting("--negative_prompt", default="cartoon, anime, painting", short="neg", help=away)
     image_folder.add_size_flags(parser)
     # differs from the release: its checker stays on and saves flagged images black
     checker = "the checkpoint's own; a flagged image is drawn again with the next seed"

@@ -9,6 +9,7 @@ draw of every batch and the teacher's logits in fp16 (FKD: fast knowledge distil
 """
 
 import argparse
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def missing_inputs(images, checkpoints):
     """For --dry_run: what to run before these images and teachers can be read, or ""."""
     trained = [path for path in checkpoints or [] if not models.is_public(path)]
     sources = [output.awaited(path, "matching.train_teacher") for path in trained]
-    maker = "random_real" if "_random" in Path(images).name else "gen_syn_image"
+    maker = "random_real" if re.search("_random(?!.*_stm)", Path(images).name) else "gen_syn_image"
     return "; ".join(filter(None, [output.awaited(images, f"distillation.{maker}"), *sources]))
 
 

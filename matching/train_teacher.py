@@ -218,7 +218,14 @@ def finish(out, lessons):
     made_of |= {"mean": facts.mean, "std": facts.std, "classes": datasets.class_table(split)}
     derived = {"results.json": lambda: files.json_text(results)}
     said = f"top-1 {top1:.2f}, top-5 {top5:.2f}"
-    out.finish({**made_of, "top1": top1}, derived, "epochs", result=said)
+    root = output.data_dir_of(out.folder)
+    then = ["distillation.distill", "--dataset", split.dataset]
+    then += ["--data_dir", root] if root else []
+    images = out.folder.parents[1].glob(f"images/{split.dataset}_ipc*/{output.MANIFEST}")
+    for path in sorted(images)[:1]:
+        then = ["matching.generate_soft_label", "--data", path.parent, "--arch", made_of["arch"]]
+        then += ["--teacher_checkpoint", out.folder]
+    out.finish({**made_of, "top1": top1}, derived, "epochs", then, said)
 
 
 if __name__ == "__main__":

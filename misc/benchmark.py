@@ -73,10 +73,15 @@ def spent(device):
 
 
 def commit():
-    """The commit of this tree, "+ changes" if it has any; None outside a repository."""
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+changes"]
-    run = subprocess.run(words, capture_output=True, text=True)
-    return run.stdout.strip() or None
+    """The commit of this tree, "+changes" if its code has any; None outside a repository."""
+
+    def git(*words):
+        command = ["git", "-C", Path(__file__).parents[1], *words]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    last = git("rev-parse", "--short", "HEAD").stdout.strip()
+    dirty = git("diff", "--quiet", "HEAD", "--", ".", ":!misc/results", ":!misc/benchmarks")
+    return last + "+changes" * bool(dirty.returncode) if last else None
 
 
 def machine(device):

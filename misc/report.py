@@ -3,10 +3,10 @@
     python -m misc.report output/demo                        # also half-way through a run
     python -m misc.report output --data_dir data/imagenet    # with the accuracy of every class
 
-Writes report.html (one file; no network, no script) and results.csv (one line per student) there,
-and prints the results as markdown. A setting is named by what differs from the others of its table,
-as the manifests say; draws and seeds are told apart. A folder below that has a report of its own
-(output/demo) is another run and is left out.
+Writes report.html (one file; no network, no script) and results.csv (one line per student of a
+folder) there, and prints the results as markdown. A setting is named by what differs from the
+others of its table, as the manifests say; draws and seeds are told apart. A folder below that has
+a report of its own (output/demo) is another run and is left out.
 """
 
 import base64
@@ -45,7 +45,7 @@ NO_EFFECT = ("online", "loss", "temperature", "ce_weight", "use_fp16")  # with h
 REAL_ARMS = ("random", "decoded")  # above MANY classes, shown of SOME only
 MANY, SOME, FEW = 100, 10, 6  # FEW: points of a curve
 PER_CLASS, PER_ROW, PER_PAGE = 10, 20, 12_000  # thumbnails at most
-QUICK = 10_000  # test images at most for accuracy by class, if nobody asks for it
+QUICK = 2000  # test images at most for accuracy by class, where nobody says --data_dir
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888")
 DASHES = ("", "5 2", "1.5 1.5", "6 2 1.5 2")
 DAMAGE = (Refusal, OSError, KeyError, TypeError, AttributeError, ValueError, IndexError)
@@ -119,6 +119,7 @@ def find_runs(root):
 def flags_of(run):
     """{"--flag": its last word} of the command that made a folder, as its log says."""
     words = [str(word) for row in run.log for word in row.get("command") or []]
+    words = [part for word in words for part in word.split("=", word.startswith("--"))]
     return dict(zip(words, words[1:]))
 
 
@@ -289,7 +290,8 @@ def make_tables(results, runs, root, notes):
             row[r["labels"]].append(r)
             row["paper"] = cells.get(r["path"], row["paper"])
             if (r["arm"], r["labels"], bool(titles[0])) == ("d4m", "soft", True):
-                row["why"] = why.get(r["path"], row["why"])
+                odd = why.get(r["path"], row["why"])
+                row["why"] = [word for word in odd if not word.startswith(("images ", "count "))]
         for row in rows.values():
             row |= {kind: cell(row[kind]) for kind in KINDS}
         overs = [row[kind]["over"] for row in rows.values() for kind in KINDS if row[kind]]
@@ -411,15 +413,22 @@ def draw_latents(run, others):
 def by_class(result, data_dir, process, test_sets):
     """{class folder: top-1 in percent}, mean over a result's saved students."""
     run, given, facts = result["run"], result["arguments"], datasets.ALL[result["dataset"]]
-    own = flags_of(run).get("--val_dir", "")
-    if Path(own).is_dir() and given["test_images"] <= QUICK:
-        data_dir = own
+    own = flags_of(run).get("--val_dir")
+    if own and Path(own).is_dir() and (data_dir or given["test_images"] <= QUICK):
+        data_dir = own  # one report may be of several data sets
     if not run.manifest:
         refuse("no weights beside results.json")
     if facts.needs and not data_dir:
-        refuse("it takes --data_dir, the real data set's root, to test the students class by class")
+        refuse(f"--data_dir {own or 'ROOT'}, the real data set's, tests students class by class")
     folders, size = [c["folder"] for c in run.manifest["classes"]], given["input_size"]
-    key = result["dataset"], *folders, size, given["test_resize"], given["test_on_train"]
+    key = (
+        result["dataset"],
+        str(data_dir),
+        *folders,
+        size,
+        given["test_resize"],
+        given["test_on_train"],
+    )
     if key not in test_sets:
         where = "--data_dir", data_dir, result["dataset"], folders
         split = evaluation.open_test(*where, on_train=given["test_on_train"])
@@ -493,15 +502,17 @@ def open_sets(runs, others, results, trouble):
         found[run.manifest["dataset"]].append(item)
 
     list(each(own, read, trouble))
-    foreign = {(r["images"], r["dataset"]): r["run"] for r in results if r["arm"] == "foreign"}
-    for (name, dataset), run in foreign.items():
+    inside = {run.folder.name for run in own}
+    outside = {(r["images"], r["dataset"]): r for r in results if r["images"] not in inside}
+    for (name, dataset), r in outside.items():
         with contextlib.suppress(*DAMAGE), contextlib.redirect_stderr(io.StringIO()):
-            folder = others.get(name) or Path(flags_of(run)["--train_dir"])  # it may lie anywhere
+            given = Path(flags_of(r["run"]).get("--train_dir", ""))  # it may lie anywhere
+            folder = given if given.name == name and given.is_dir() else others[name]
             opened = image_sets.open_images("", folder, dataset)
             known = datasets.known_prompts(dataset)
             item = {"prompts": {f: known.get(f, f) for f in opened.folders}, "rows": {}}
             item["paths"] = dict(zip(opened.folders, opened.paths()))
-            found[dataset].append({"arm": "foreign", "title": f"foreign: {name}", **item})
+            found[dataset].append({"arm": r["arm"], "title": r["name"], **item})
     order = [*REAL_ARMS, *figures.ARMS, "foreign"]
     for sets in found.values():
         sets.sort(key=lambda s: order.index(s["arm"]) if s["arm"] in order else len(order))
@@ -596,7 +607,7 @@ def markdown(tables):
 
 
 def csv_text(tables):
-    """One line per student; a column for each setting that has several values."""
+    """One line per student of a folder; a column for each setting that has several values."""
     results = [r for table in tables for r in table["results"]]
     settings, text = [{**r["made"], **r["trained"]} for r in results], io.StringIO()
     head = "dataset ipc student name labels student_seed top1 best_top1 folder".split()

@@ -221,12 +221,13 @@ def main_cells(rows, network):
 
 def best_text(rows, network):
     """The text-to-image arm with the highest mean of soft labels on the later draws, or None."""
-    means = {}
+    texts = {}
     for (*where, _, labels), arms in cells(rows, later=True).items():
         if (*where, labels) == (10, "d4m", network, "soft"):
-            texts = {arm: draws for arm, draws in arms.items() if arm.startswith("text")}
-            means |= {arm: fmean(draws.values()) for arm, draws in texts.items()}
-    return max(means, key=means.get, default=None)
+            texts |= {arm: draws for arm, draws in arms.items() if arm.startswith("text")}
+    if len({tuple(draws) for draws in texts.values()}) > 1:  # some are not there yet
+        return None
+    return max(texts, key=lambda arm: fmean(texts[arm].values()), default=None)
 
 
 def name_of(arm):
@@ -269,8 +270,9 @@ The pictures were re-encoded as JPEG before they came here: results are of "CIFA
 Recipe d4m has the loss, temperature, crops and CutMix of D4M's ImageNet recipe at 32 px, in batches
 of 25: its batch of 1024 would be one AdamW step per epoch. There are 1,200 steps at every IPC: 300
 epochs at IPC 10, as the recipe, 1,200 at IPC 1 and 60 at IPC 50. Soft labels are made while the
-student trains, with the numbers of stage 3. ± and [ ] are 95 % intervals by Student's t over draws;
-fewer than {draws} draws share one variance, pooled over the arms beside them.
+student trains, with the numbers of stage 3. ± and [ ] are 95 % intervals by Student's t over draws,
+for this generator and this teacher, which all draws share; fewer than {draws} draws share one
+variance, pooled over the arms beside them as if they scattered alike.
 """
 PAIRS = """
 All rows, and D4M minus each arm, paired by draw. No verdict beyond the claims above: among so many

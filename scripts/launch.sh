@@ -120,11 +120,12 @@ next_launcher() { # what a finished stage names as the next command; the variabl
         gen_prototype*) set -- distillation/gen_syn_image "${NAME#gen_prototype}" ;;
         gen_syn_image*) set -- matching/matching "${NAME#gen_syn_image}" ;;
         distill*) set -- matching/matching "${NAME#distill}" ;;
+        train_teacher*) set -- distillation/distill "${NAME#train_teacher}" ;;
         matching*) set -- validate/train_FKD "${NAME#matching}" ;;
         *) return 0 ;;
     esac
     [ -f "$1$2" ] || set -- "$1" .sh # of ImageNet
-    echo "sh $1$2, with the same variables"
+    [ ! -f "$1$2" ] || echo "sh $1$2, with the same variables"
 }
 
 TOLD=

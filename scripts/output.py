@@ -185,7 +185,7 @@ class Output:
                 self.settings[name] = old
                 continue
             values = f"{name} {_short(old)}, now {name} {_short(new)}"
-            refuse(f"{self.flag} {self.folder}: begun with {values}; choose another folder")
+            refuse(f"{self.flag} {self.folder}: begun with {values}; remove it or choose another")
 
     # ---- units
 
@@ -357,6 +357,8 @@ def _difference(before, now):
 
 
 def _short(value):
+    if isinstance(value, str) and len(value) > 60:  # a hash as a rule
+        value = f"{value[:12]}..."
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -155,8 +155,8 @@ class Settings(dict):
 class _Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
         default = action.default
-        silent = default in (None, False, argparse.SUPPRESS) or action.const is not None
-        if silent or "[" in (action.help or "["):
+        silent = any(default is one for one in (None, False, argparse.SUPPRESS))
+        if silent or action.const is not None or "[" in (action.help or "["):
             return action.help
         words = " ".join(map(str, default)) if isinstance(default, list) else default
         return f"{action.help} (default: {words})"
@@ -206,6 +206,8 @@ class Parser(argparse.ArgumentParser):
             if flag in self.retired:
                 refuse(f"{flag}: {self.retired[flag]}")
         args, rest = super().parse_known_args(words, namespace)
+        if getattr(args, "download", False) and args.dry_run:  # writes nothing
+            args.download = False
         defaults = {name: self.get_default(name) for name in self.shorts}
         for name, default in self.computed.items():
             defaults[name] = default(args)

@@ -10,14 +10,14 @@ FLAGS = ["--num_workers", "0"]
 def test_every_folder_is_trained_on_by_one_recipe(tmp_path):
     folders = ["x/digits_ipc10_s0.7_g8_kmexpand1", "x/digits_ipc10_s0.5_g8_kmexpand1", "/y/it's $1"]
     run = commands("validate/compare.sh", *folders, *FLAGS, OUT="a b", SEEDS="3 4")
-    modules = ["matching.train_teacher", "distillation.random_real", "misc.figures"]
+    modules = ["distillation.random_real", "misc.figures", "matching.train_teacher"]
     assert [module for _, module, _ in run] == [
         *modules,
         *["validate.train_FKD"] * 8,
         "misc.report",
     ]
     parsed = [importlib.import_module(module).get_args(argv) for _, module, argv in run[:-1]]
-    teacher, random, figure, *students = parsed
+    random, figure, teacher, *students = parsed
     every = [*folders, "a b/images/digits_ipc10_random"]
     assert (random.dataset, random.ipc) == ("digits", 10)
     assert figure.images == every and figure.dataset == "digits"
@@ -64,6 +64,9 @@ def test_what_cannot_be_compared_is_one_line(tmp_path):
         assert ended.returncode == 2 and words in ended.stderr and ended.stderr.count("\n") == 1
     ended = shell("validate/compare.sh", "x_ipc2_y", DRY_RUN="1", DATASET="imagefolder")
     assert ended.returncode == 2 and "set TEACHER_CHECKPOINT" in ended.stderr
+    own = {"DATASET": "imagefolder", "TEACHER_CHECKPOINT": "typo"}
+    ended = shell("validate/compare.sh", "x_ipc2_y", DRY_RUN="1", **own)
+    assert ended.returncode == 2 and "typo: has no manifest.json; set TEACHER" in ended.stderr
     ended = shell("validate/compare.sh", "digits_ipc10_x", other, DRY_RUN="1")
     assert ended.returncode == 2 and f"{other}: 50 images per class, not IPC=10" in ended.stderr
 

@@ -12,7 +12,7 @@ import pytest
 import torchvision
 from PIL import Image
 
-from distillation import datasets
+from distillation import datasets, random_real
 from distillation.datasets import BadImage, open_split, read_rgb
 from distillation.label_files import known_prompts, read_label_file
 from tests.conftest import picture, picture_folder
@@ -202,6 +202,8 @@ def test_a_root_that_is_missing_and_a_failed_download(tmp_path, refused, monkeyp
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", download)
     words = ("--download", "no route to host", "cifar-10-python.tar.gz", "new/data")
     refused(lambda argv: open_split(*argv, download=True), ["cifar10", "new/data"], *words)
+    argv = ["--dataset", "cifar10", "--data_dir", "typo", "--download", "--dry_run"]
+    refused(random_real.main, argv, "--data_dir typo: no such folder")
     words = ("--download", "not imagenet")
     refused(lambda argv: open_split(*argv, download=True), ["imagenet", "."], *words)
 

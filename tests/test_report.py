@@ -182,6 +182,22 @@ def test_the_whole_chain(chain, capsys):
     assert page.count(f'href="{picture.relative_to(chain)}"') == 2
 
 
+def test_a_student_is_tested_class_by_class_on_its_own_test_images(chain, tmp_path, monkeypatch):
+    runs, _, _ = report.find_runs(chain)
+    [table] = report.make_tables(report.read_results(runs, []), runs, chain, [])
+    [result], opened, known, seen = table["results"], report.evaluation.open_test, {}, []
+
+    def open_test(flag, root, *more, **how):
+        seen.append(root)
+        return opened(flag, None, *more, **how)
+
+    monkeypatch.setattr(report.evaluation, "open_test", open_test)
+    for place in map(str, (tmp_path, chain)):
+        run = result["run"]._replace(log=[{"command": ["x", f"--val_dir={place}"]}])
+        report.by_class({**result, "run": run}, None, report.this_process("cpu"), known)
+    assert seen == [str(tmp_path), str(chain)]
+
+
 def test_a_run_with_a_report_of_its_own_is_left_out(tmp_path, capsys, refused):
     add(tmp_path / "demo", "a", "d4m", "images", 40.0)
     written(tmp_path / "demo", capsys)

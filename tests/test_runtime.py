@@ -191,6 +191,19 @@ def python(code, **environment):
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=60)
 
 
+def test_help_shows_defaults_as_they_are_typed(capsys):
+    parser = Parser("tests.help", "A parser.")
+    parser.setting("--warmup", type=float, default=0.0, help="epochs")
+    parser.setting("--arms", nargs="+", default=["d4m", "text"], help="of 5 %% at most")
+    parser.flag("--quiet", action="store_true", help="no bars")
+    parser.flag("--more", help="[all]")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    words = capsys.readouterr().out
+    assert "epochs (default: 0.0)" in words and "5 % at most (default: d4m text)" in words
+    assert words.count("default") == 2
+
+
 def test_help_without_docstrings():
     run = python("Parser('a.b', one_line.__doc__).parse_args(['--help'])", PYTHONOPTIMIZE="2")
     assert run.returncode == 0 and b"python -m a.b" in run.stdout, run.stderr

@@ -52,6 +52,7 @@ design() {
     MAIN="d4m random text noise decoded"
     rows 300 "$MAIN" 10 "1 2 3 4 5 6 7 8" $NETWORK d4m
     rows 300 "text text_g1 text_g2 text_g4" 10 "9 10" $NETWORK d4m soft
+    rows 300 text_g4 10 "1 2 3 4 5 6 7 8" $NETWORK d4m # the best of these
     rows 1200 "$MAIN" 1 "1 2 3 4" $NETWORK d4m
     for N in 300 100 60; do rows $N "d4m random" 10 "9 10" $NETWORK d4m; done
     rows 60 "$MAIN" 50 "1 2 3 4" $NETWORK d4m
@@ -76,7 +77,10 @@ arm() {
         weighted) STAGE_4="--loss_weights cluster" ;;
         top_1) STORED="--label_top_k 1 --temperature 20" ;;
         gmm) STAGE_1="--kmeans gmm" PARTS_1=_kmeans-gmm ;;
-        dpmpp) STAGE_2="--scheduler dpmpp --num_inference_steps 20" PARTS_2=_steps20_scheduler-dpmpp ;;
+        dpmpp)
+            STAGE_2="--scheduler dpmpp --num_inference_steps 20 --noise_level paper"
+            PARTS_2=_noise-paper_steps20_scheduler-dpmpp
+            ;;
         mode) STRENGTH=1 STAGE_2="--guide mode" PARTS_2=_guide-mode ;;
         keep_confident | keep_hard) # of four images per prototype
             KEEP="${1#keep_}" COUNT=$((4 * IPC))

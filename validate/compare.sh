@@ -2,7 +2,8 @@
 # Any image folders under one recipe, that of the data set's own launcher: ours, SRe2L's, RDED's,
 # anybody's ImageFolder, and as many random real images. Each gives students on soft labels (made
 # by the teacher while they train, not stored) and on hard ones, over SEEDS: a table (printed, and
-# OUT/results.csv, OUT/report.html) and a figure (OUT/compare.png).
+# OUT/results.csv, OUT/report.html) and a picture of each class (OUT/compare.png). The folders hold
+# equally many images of each class.
 #
 #   sh validate/compare.sh output/images/cifar10_ipc10_s0.7_g8_kmexpand1 /data/rded
 #   DATASET=cifar10 sh validate/compare.sh /data/sre2l /data/rded    where no folder says it
@@ -62,15 +63,16 @@ if [ -f "${TEACHER_CHECKPOINT:-}/manifest.json" ]; then
 elif [ "$DATASET:${TEACHER_CHECKPOINT:-}" = imagefolder: ]; then
     refuse "DATASET=imagefolder: set TEACHER_CHECKPOINT, a folder of matching.train_teacher"
 fi
-[ "$DATASET" != imagefolder ] || STUDENT="${STUDENT:-$TEACHER}"
+if [ "$DATASET" = imagefolder ]; then
+    [ -n "${TEACHER:-}" ] || refuse "$TEACHER_CHECKPOINT: has no manifest.json; set TEACHER"
+    STUDENT="${STUDENT:-$TEACHER}"
+fi
 TWICE="$(printf '%s\n' "$@" | sed 's:.*/::' | sort | uniq -d)"
 [ -z "$TWICE" ] || refuse "two folders are called" $TWICE"; rename one"
 TOLD="${LAUNCHER##*/}: DATASET=$DATASET IPC=$IPC OUT=$OUT"
 [ "${DRY_RUN:-0}" != 0 ] || echo "$TOLD" >&2
 
-if [ -z "${TEACHER_CHECKPOINT:-}" ]; then
-    case "$DATASET" in cifar* | tiny_imagenet | digits) stage matching/train_teacher ;; esac
-fi
+IS_GIVEN="${TEACHER_CHECKPOINT:-}"
 of_dataset
 stage distillation/random_real
 
@@ -94,6 +96,9 @@ if [ -z "$CHECK" ]; then # D4M's are called by what one has and another has not
     )
 fi
 
+case "$IS_GIVEN:$DATASET" in # behind the figure, which wants the right classes
+    :cifar* | :tiny_imagenet | :digits) stage matching/train_teacher ;;
+esac
 for FOLDER; do
     IMAGES="${FOLDER##*/}"
     FLAGS="$(quoted --train_dir "$FOLDER" --dataset "$DATASET") $GIVEN"

@@ -346,8 +346,9 @@ def sentences(rows, network):
     judged = verdicts([(ours, soft.get(arm, {})) for arm in arms])
     claims = []
     for arm, claim, (word, details) in zip(arms, CLAIMS.values(), judged):
-        which = f" ({name_of(arm)})" if claim == CLAIMS[BEST_TEXT] and arm else ""
-        claims.append(f"- **{word}**: {claim}{which}: {details}")
+        if claim == CLAIMS[BEST_TEXT] and arm:
+            claim = claim.replace("guidance", f"guidance, {arm.partition('_g')[2] or 8}")
+        claims.append(f"- **{word}**: {claim}: {details}")
     places = [(labels, arm) for labels in ("soft", "hard") for arm in of_place(found, 10, labels)]
     places = [(labels, arm) for labels, arm in places if arm in GAINS]
     sides = [(of_place(found, 10, labels), arm) for labels, arm in places]

@@ -209,7 +209,10 @@ def test_claims_are_of_the_main_draws_and_text_at_its_best_guidance():
     rows += [row_of("random", d, 70, student="resnet18") for d in range(1, 9)]
     claims, gains = small_results.sentences(rows, "convnet_w64")
     assert "**seen**" in claims[0] and "50.0 against 48.0, +2.0 [" in claims[0]
-    assert "**the opposite is seen**" in claims[1] and "guidance, 2 (table 4): 50.0 against 52.0" in claims[1]
+    assert (
+        "**the opposite is seen**" in claims[1]
+        and "guidance, 2 (table 4): 50.0 against 52.0" in claims[1]
+    )
     assert "**not run**" in claims[2] and "**not run**" in claims[3] and len(claims) == 4
     assert (
         len(gains) == 1

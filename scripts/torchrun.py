@@ -5,6 +5,7 @@
 On its own it ends both with status 1 and a traceback.
 """
 
+import logging
 import os
 import signal
 
@@ -18,6 +19,7 @@ from scripts.runtime import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_STOPPED, STOP_S
 def main():
     forwarded = (*STOP_SIGNALS, signal.SIGINT, signal.SIGQUIT)
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(number.name for number in forwarded))
+    logging.raiseExceptions = False  # a second signal may come while the first one is logged
     try:
         run.main()
     except SignalException as error:  # its processes have said so, and left

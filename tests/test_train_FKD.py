@@ -449,7 +449,7 @@ def test_dry_run_says_what_would_be_trained_and_what_comes_before(
     (begun / output.MANIFEST).unlink()
     assert f"waits for {begun}" in plan(labels=begun)
     line = plan(images=tmp_path / "digits_ipc4_random", labels=absent)
-    assert "python -m distillation.gen_syn_image" in line
+    assert "python -m distillation.random_real" in line
     nette = {"images": tmp_path / "imagenette_ipc1_random", "labels": absent}
     refused(lambda argv: train("--dry_run", **nette), [], "--val_dir")  # the rest is checked
 

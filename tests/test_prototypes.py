@@ -115,7 +115,7 @@ def test_gmm_is_em_with_one_variance_per_component():
     assert np.array_equal(again.latents, found.latents)
 
 
-@pytest.mark.filterwarnings("ignore")  # scikit-learn: fewer distinct points than clusters
+@pytest.mark.filterwarnings("ignore:.*distinct clusters")
 @pytest.mark.parametrize("k, n", [(1, 1), (10, 60)])
 @pytest.mark.parametrize("method", ["minibatch", "gmm"])
 def test_a_class_of_one_repeated_picture_has_finite_prototypes(method, k, n):

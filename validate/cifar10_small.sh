@@ -151,15 +151,17 @@ student() { # LABEL: one row
 }
 
 rows() { # EPOCHS ARMS IPCS DRAWS STUDENTS RECIPES [LABELS]: all of them; both kinds of labels
+    S="$(among "$STUDENTS" "$5")" R="$(among "$RECIPES" "$6")" L="$(among "$LABELS" "${7:-soft hard}")"
+    [ -n "$S" ] && [ -n "$R" ] && [ -n "$L" ] || return 0 # nor images for no student
     for IPC in $(among "$IPCS" "$3"); do
         for DRAW in $(among "$DRAWS" "$4"); do
             for ARM in $(among "$ARMS" "$2"); do
                 arm "$ARM"
                 images "$1"
-                for STUDENT in $(among "$STUDENTS" "$5"); do
-                    for RECIPE in $(among "$RECIPES" "$6"); do
+                for STUDENT in $S; do
+                    for RECIPE in $R; do
                         recipe "$RECIPE" "$1"
-                        for LABEL in $(among "$LABELS" "${7:-soft hard}"); do student "$LABEL"; done
+                        for LABEL in $L; do student "$LABEL"; done
                     done
                 done
             done

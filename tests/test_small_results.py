@@ -246,7 +246,7 @@ def test_the_committed_page_is_what_its_rows_say(tmp_path, refused):
 def test_the_whole_experiment_at_toy_scale(tmp_path, photographs):
     """Every kind of arm with the digits' model; a second run makes nothing, and a row that is made
     again from nothing is the same row."""
-    arms = ["d4m", "decoded", "gmm", "keep_hard", "mode", "noise", "random", "weighted"]
+    arms = ["combined", "d4m", "decoded", "keep_hard", "mode", "noise", "random", "weighted"]
     variables = {"MODEL": MODEL, "OUT": str(tmp_path / "out"), "ARMS": " ".join(arms)}
     variables |= {"IPCS": "10", "DRAWS": "1", "STUDENTS": "convnet_w64", "RECIPES": "d4m"}
     variables |= {"DATA_DIR": str(photographs / "cifar10"), "EPOCHS": "2"}

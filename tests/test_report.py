@@ -120,8 +120,9 @@ def test_a_setting_is_named_by_what_differs(tmp_path, capsys, random):
 def test_what_no_setting_tells_apart_is_named_by_its_folder(tmp_path, capsys):
     for name, mean in (("a", 40.0), ("b", 60.0)):
         add(tmp_path, name, "d4m", "images", mean)
-    printed, _, _ = written(tmp_path, capsys)
+    printed, page, _ = written(tmp_path, capsys)
     assert "| D4M [a] | 40.0 ± 1.0 |" in printed and "| D4M [b] | 60.0 ± 1.0 |" in printed
+    assert "its images are not shown: " in page  # for nobody made them here
 
 
 def test_a_student_that_stands_in_two_folders_counts_once(tmp_path, capsys):

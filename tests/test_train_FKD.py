@@ -96,6 +96,13 @@ def test_a_student_that_begins_with_its_teachers_weights_is_named(train, capsys)
     assert said.startswith("warning: --seeds 1000: this student") and "convnet_mini" in said
 
 
+def test_a_batch_of_all_images_is_named(drawn, capsys):
+    drawn("--hard_label", "--batch_size", 12, "--epochs", 2)
+    assert "--batch_size 12: all 12 images in one: 2 steps of the" in capsys.readouterr().err
+    drawn("--hard_label", "--batch_size", 11, "--epochs", 2)
+    assert "--batch_size 11" not in capsys.readouterr().err
+
+
 def test_every_option_of_the_recipes_runs(train, drawn, online, small_net):  # noqa: F811
     flags = ["--loss", "mse_ce", "--ema", 0.9, "--model", small_net, "--epochs", 1]
     edc, plain = train(*flags, "--bn_refresh"), train(*flags)

@@ -184,6 +184,9 @@ def main(argv=None):
     check_apart(args.val_dir, test, images, lessons.facts, args.test_on_train)
     if process.is_main:
         warn_of_equal_weights(settings["model"], args.seeds, lessons.facts)
+        if settings["batch_size"] >= lessons.count:
+            batch = f"--batch_size {settings['batch_size']}: all {lessons.count} images in one"
+            warn(f"{batch}: {settings['epochs']} steps of the optimiser in all")
     if 1 in (chunk, lessons.count):
         what = f"--bn_batch {chunk}: {settings['model']}"
         models.check_single(lessons.network, settings["input_size"], what)

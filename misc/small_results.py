@@ -16,6 +16,8 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean, variance
 
+import numpy as np
+
 from misc import benchmark, figures
 from scripts import files, output, runtime
 from scripts.runtime import Parser, entry_point, number, refuse
@@ -35,9 +37,10 @@ GAINS = {  # what may lift D4M
 # what saves time or space, in no sentence
 VARIANTS = GAINS | {"dpmpp": "D4M, DPM++ with 20 steps", "top_1": "D4M, --label_top_k 1 of 10"}
 DRAWS = 8  # of the main rows; later draws choose settings, and count in no claim
+NEW = 4  # the claims were committed before this draw and those behind it, and after draws 1 to 3
 BEST_TEXT = "text, its best guidance"  # of those that were tried on the later draws
-# The primary claims, named before any of their rows was run: with soft labels at IPC 10, over DRAWS
-# draws, D4M's images are worth more than those of the other arm.
+# The primary claims: with soft labels at IPC 10, over DRAWS draws, D4M's images are worth more than
+# those of the other arm.
 CLAIMS = {
     "random": "Distilled images are worth more than as many random real ones",
     BEST_TEXT: "Prototypes help: more than text-to-image at its own best guidance (table 4)",
@@ -157,41 +160,60 @@ def differences(better, worse):
     return [better[draw] - worse[draw] for draw in sorted(better.keys() & worse.keys())]
 
 
+def against(arms, plain="d4m"):
+    """{arm: (mean of `plain` minus it, half of its 95 % interval or None)} of {arm: {draw: top1}}.
+
+    DRAWS draws: by their own differences. Fewer: arms of the same draws share the residual variance
+    of randomised blocks, s^2 = sum r^2 / ((arms - 1) (draws - 1)); a difference has 2 s^2 / draws.
+    """
+    from scipy.stats import t
+
+    ours, found = arms.get(plain, {}), {}
+    for arm in arms.keys() - {plain}:
+        gap, half = differences(ours, arms[arm]), None
+        blocks = [list(d.values()) for d in arms.values() if d.keys() == ours.keys()]
+        if len(gap) >= DRAWS:
+            [(_, half)] = intervals([gap])
+        elif 1 < len(gap) == len(ours) == len(arms[arm]):
+            x = np.array(blocks)
+            residual = x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
+            free = (x.shape[0] - 1) * (x.shape[1] - 1)
+            half = t.ppf(0.975, free) * math.sqrt(2 * (residual**2).sum() / free / len(gap))
+        if gap:
+            found[arm] = fmean(gap), half
+    return found
+
+
 def verdicts(pairs):
     """One sentence's parts for each ({draw: top1} of ours, of the other): a paired t-test with
     Holm's correction over all of them; what is not complete counts as p = 1.
 
-    Returns [(word, details)]: seen, the opposite is seen, not seen (the interval excludes effects
-    of SMALL and more), open, or not run.
+    Returns [(word, details)]: seen, costs, not seen (the interval excludes gains of SMALL and
+    more), open, or not finished.
     """
     from scipy.stats import ttest_1samp
 
     gaps = [differences(*pair) for pair in pairs]
-    complete = [len(gap) >= DRAWS for gap in gaps]
-    tested = zip(gaps, complete)
-    adjusted = holm([float(ttest_1samp(gap, 0).pvalue) if all_ else 1.0 for gap, all_ in tested])
+    whole = [len(gap) >= DRAWS for gap in gaps]
+    p_values = [float(ttest_1samp(gap, 0).pvalue) if w else 1.0 for gap, w in zip(gaps, whole)]
     found = []
-    for (ours, other), gap, p, whole in zip(pairs, gaps, adjusted, complete):
-        if len(gap) < 2:
-            found.append(("not run", f"{len(gap)} of {DRAWS} draws"))
+    for (ours, other), gap, p, complete in zip(pairs, gaps, holm(p_values), whole):
+        if not complete:
+            found.append(("not finished", f"{len(gap)} of {DRAWS} draws"))
             continue
         [(mean, half)] = intervals([gap])
         both = sorted(ours.keys() & other.keys())
         means = [fmean(side[draw] for draw in both) for side in (ours, other)]
-        words = f"{means[0]:.1f} against {means[1]:.1f}, {gap_text(mean, half)}"
-        if not whole:
-            found.append(("open", f"{words}, {len(gap)} of {DRAWS} draws"))
-            continue
         word = "not seen" if mean + half < SMALL else "open"
         if p < 0.05:
-            word = "seen" if mean > 0 else "the opposite is seen"
-        found.append((word, f"{words}, p = {p:.2g}, {len(gap)} draws"))
+            word = "seen" if mean > 0 else "costs"
+        words = f"{means[0]:.1f} against {means[1]:.1f}, {gap_text(mean, half)}"
+        found.append((word, f"{words}, p = {p:.2g}"))
     return found
 
 
 def gap_text(mean, half):
-    # z: no "-0.0"
-    return f"{mean:+z.1f}" + (f" [{mean - half:+z.1f}, {mean + half:+z.1f}]" if half else "")
+    return f"{mean:+.2f}" + (f" [{mean - half:+.2f}, {mean + half:+.2f}]" if half else "")
 
 
 # ---- cells of the page
@@ -238,7 +260,8 @@ def name_of(arm):
 
 def ordered(arms):
     """D4M, what it is compared with, then what may lift it."""
-    known = [*NAMES, *sorted(arm for arm in arms if arm.startswith("text_g"))]
+    texts = sorted(arm for arm in arms if arm.startswith("text_g"))
+    known = ["d4m", "random", "text", *texts, "noise", "decoded", "dpmpp", "top_1", *GAINS]
     return [arm for arm in known if arm in arms] + sorted(set(arms) - set(known))
 
 
@@ -248,48 +271,11 @@ def value_text(mean, half):
 
 # ---- the page
 
-HEAD = """# What is D4M worth? CIFAR-10 and a small Stable Diffusion of our own
-
-Stable Diffusion's weights know the world; these know the 50,000 training pictures of CIFAR-10 and
-nothing else. So this measures the method, not the paper's numbers. **A draw** is one seed of
-everything: the order in which k-means sees the pictures, the real pictures that are chosen, the
-noise of synthesis, crops and CutMix, and the student's initial weights. Every number is a mean over
-draws of top-1 in percent on the 10,000 test pictures, last epoch; arms are compared draw by draw.
-"""
-CLAIMED = """## What is seen
-
-The four primary claims were named before any of these rows was run, after an earlier experiment on
-one draw: soft labels, IPC 10, {network}, {draws} draws. A difference is in points, with its 95 %
-interval; p is of a paired t-test, with Holm's correction over the four. Not seen: effects of
-{small} points and more are excluded. Open: neither seen nor excluded.
-"""
-GAINED = """
-What may lift D4M, against plain D4M, on the same terms, with a Holm correction of its own:
-"""
-DETAILS = """## Details
-
-The pictures were re-encoded as JPEG before they came here: results are of "CIFAR-10, re-encoded".
-Recipe d4m has the loss, temperature, crops and CutMix of D4M's ImageNet recipe at 32 px, in batches
-of 25: its batch of 1024 would be one AdamW step per epoch. There are 1,200 steps at every IPC: 300
-epochs at IPC 10, as the recipe, 1,200 at IPC 1 and 60 at IPC 50. Soft labels are made while the
-student trains, with the numbers of stage 3. ± and [ ] are 95 % intervals by Student's t over draws,
-for this generator and this teacher, which all draws share; fewer than {draws} draws share one
-variance, pooled over the arms beside them as if they scattered alike.
-"""
-PAIRS = """
-All rows, and D4M minus each arm, paired by draw. No verdict beyond the claims above: among so many
-intervals some miss.
-"""
-TRIAL = """
-Draws {first} and later chose settings, and count in nothing above. They show what fewer epochs than
-the recipe's 300 change, and which guidance is best for text-to-image.
-"""
-
 
 def table(head, lines):
     """Markdown, the first column to the left, the others to the right."""
     rule = ["---", *["---:"] * (len(head) - 1)]
-    return ["| " + " | ".join(line) + " |" for line in (head, rule, *lines)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
 
 
 def of_place(found, ipc, labels):
@@ -312,25 +298,22 @@ def main_table(found):
         counts = {len(draws) for draws in of_place(found, *place).values()}
         one = f", n = {counts.pop()}" if len(counts) == 1 else ""
         head.append(f"IPC {place[0]}, {place[1]}{one}")
-    lines = [[texts.get((arm, place), "not run") for place in places] for arm in arms]
+    lines = [[texts.get((arm, place), "") for place in places] for arm in arms]
     return table(head, [[name_of(arm), *line] for arm, line in zip(arms, lines)])
 
 
 def pair_table(rows, later=False):
     """Every arm of the main or the later draws beside D4M, all else equal: one row for both kinds
     of labels."""
-    lines = {}
-    for (*where, labels), arms in sorted(cells(rows, later).items()):
-        plain, names = arms.get("d4m", {}), ordered(arms)
-        gaps = {arm: differences(plain, arms[arm]) for arm in names if arm != "d4m"}
-        gaps = {arm: gap for arm, gap in gaps.items() if gap}
-        texts = dict(zip(gaps, (gap_text(*pair) for pair in intervals(list(gaps.values())))))
-        for arm in names:
+    lines, names = {}, ordered({row["arm"] for row in rows})
+    for (*where, labels), arms in cells(rows, later).items():
+        gaps = against(arms)
+        for arm, draws in arms.items():
             line = lines.setdefault((*where, names.index(arm), arm), {})
-            mean = f"{fmean(arms[arm].values()):.1f}"
-            line[labels] = [mean, texts.get(arm, ""), str(len(arms[arm]))]
+            gap = gap_text(*gaps[arm]) if arm in gaps else ""
+            line[labels] = [f"{fmean(draws.values()):.1f}", gap, str(len(draws))]
     body = []
-    for (ipc, recipe, student, epochs, _, arm), line in lines.items():
+    for (ipc, recipe, student, epochs, _, arm), line in sorted(lines.items()):
         soft, hard = (line.get(labels, [""] * 3) for labels in ("soft", "hard"))
         where = [str(ipc), student, f"{recipe}, {epochs} epochs"]
         draws = " / ".join(dict.fromkeys(filter(None, (soft[2], hard[2]))))
@@ -350,71 +333,66 @@ def sentences(rows, network):
     for arm, claim, (word, details) in zip(arms, CLAIMS.values(), judged):
         if claim == CLAIMS[BEST_TEXT] and arm:
             claim = claim.replace("guidance", f"guidance, {arm.partition('_g')[2] or 8}")
-        claims.append(f"- **{word}**: {claim}: {details}")
+        late = [{d: v for d, v in side.items() if d >= NEW} for side in (ours, soft.get(arm, {}))]
+        if word != "not finished":
+            [interval] = intervals([differences(*late)])
+            details += f" (draws {NEW} to {DRAWS} alone {gap_text(*interval)})"
+        claims.append(f"**{word}**: {claim}: {details}")
     places = [(labels, arm) for labels in ("soft", "hard") for arm in of_place(found, 10, labels)]
     places = [(labels, arm) for labels, arm in places if arm in GAINS]
     sides = [(of_place(found, 10, labels), arm) for labels, arm in places]
     judged = verdicts([(arms[arm], arms.get("d4m", {})) for arms, arm in sides])
     gains = [
-        f"- **{word}**: {name_of(arm)}, {labels} labels: {details}"
+        f"**{word}**: {name_of(arm)}, {labels} labels: {details}"
         for (labels, arm), (word, details) in zip(places, judged)
     ]
     return claims, gains
 
 
-def describe(about):
-    """Where and with what the rows were run."""
-    model, teacher = about["model"], about["teacher"]
-    machine, versions = about["machine"], about["versions"]
-    counts, steps, where = model["parameters"], model["steps"], machine.get("gpu", machine["cpu"])
-    psnr = f"{model['reconstruction_psnr_db']} dB PSNR on {model['reconstruction_psnr_on']}"
-    generator = f"VAE {counts['vae']:,} parameters, {psnr}; UNet {counts['unet']:,} parameters"
-    steps = f"{steps['vae']:,} + {steps['unet']:,} training steps"
-    known = f"{teacher['images_per_class'] or 'all'} pictures per class"
-    used = f"torch {versions['torch']}, diffusers {versions['diffusers']}"
-    return [
-        f"- generator {model['name']}: {generator}; {steps}",
-        f"- teacher {teacher['arch']}, trained on {known}: {teacher['top1']:.1f}",
-        f"- {where}; {used}; `{about['command']}`",
-    ]
-
-
 def markdown(about, rows):
-    network = about["teacher"]["arch"]
-    filled = {"draws": DRAWS, "small": SMALL, "first": DRAWS + 1, "network": network}
+    import jinja2
+
+    network, text = (
+        about["teacher"]["arch"],
+        Path(__file__).with_suffix(".md.j2").read_text("utf-8"),
+    )
     claims, gains = sentences(rows, network)
-    lines = [HEAD, CLAIMED.format(**filled), *claims]
-    lines += [GAINED, *gains] if gains else []
-    figure = "![top-1 by arm, IPC and labels, with 95 % intervals](cifar10_small.png)"
-    lines += ["", figure, "", *main_table(main_cells(rows, network)), ""]
-    commits = ", ".join(sorted({row["commit"] for row in rows}))
-    lines += [DETAILS.format(**filled), *describe(about), f"- run at commit {commits}"]
-    lines += [PAIRS, *pair_table(rows), TRIAL.format(**filled), *pair_table(rows, later=True)]
-    return "\n".join(lines) + "\n"
+    values = about | {"claims": claims, "gains": gains, "draws": DRAWS, "new": NEW, "small": SMALL}
+    values["means"] = main_table(main_cells(rows, network))
+    values |= {"pairs": pair_table(rows), "trial": pair_table(rows, later=True)}
+    values["commits"] = ", ".join(sorted({row["commit"] for row in rows}))
+    how = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    return jinja2.Template(text, **how).render(values)
 
 
 def plot(rows, network):
-    """Figure: top-1 of every arm, its mean with the interval and its draws, by labels and IPC."""
+    """Figure: top-1 of every arm, its mean with the interval and its draws, by IPC and labels."""
     found, plt = main_cells(rows, network), figures.pyplot()
-    arms = ordered({arm for place in found.values() for arm in place})
-    size = (figures.PAGE, 0.28 * len(arms) + 0.9)
-    figure, panels = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
-    for axes, labels in zip(panels, ("soft", "hard")):
-        for n, ipc in enumerate(sorted({ipc for ipc, _ in found})):
+    places = sorted({ipc for ipc, _ in found}, key=lambda ipc: (ipc != 10, ipc))
+    arms = [ordered({*of_place(found, n, "soft"), *of_place(found, n, "hard")}) for n in places]
+    heights = [len(names) + 2 for names in arms]
+    how = {"sharey": "row", "squeeze": False, "height_ratios": heights, "layout": "constrained"}
+    size = (figures.PAGE, 0.24 * sum(heights) + 0.4)
+    figure, panels = plt.subplots(len(places), 2, figsize=size, **how)
+    for line, ipc, names in zip(panels, places, arms):
+        for axes, labels in zip(line, ("soft", "hard")):
             groups = of_place(found, ipc, labels)
             values = intervals([list(draws.values()) for draws in groups.values()])
-            style = {"fmt": figures.MARKERS[n], "color": f"C{n}", "capsize": 2, "markersize": 4}
             for (arm, draws), (mean, half) in zip(groups.items(), values):
-                y = arms.index(arm)
+                y, colour = (
+                    names.index(arm),
+                    "C0" if arm == "d4m" else "C1" if arm in VARIANTS else "C2",
+                )
                 axes.scatter(draws.values(), [y + 0.3] * len(draws), s=3, color="0.6")
-                axes.errorbar(mean, y, xerr=half, **style, label=f"IPC {ipc}")
-        axes.set_yticks(range(len(arms)), map(name_of, arms))
-        axes.set(title=f"{labels} labels", xlabel="Top-1 accuracy (%)")
-        axes.grid(True, axis="x")
-    panels[0].invert_yaxis()
-    drawn = dict(zip(*panels[0].get_legend_handles_labels()[::-1]))
-    if len(drawn) > 1:
-        panels[1].legend(drawn.values(), drawn.keys(), loc="best")
+                axes.errorbar(mean, y, xerr=half, fmt="o", color=colour, capsize=2, markersize=4)
+                if arm == "d4m":
+                    axes.axvline(mean, color=colour, linestyle=":", linewidth=0.8)
+            axes.set_yticks(range(len(names)), map(name_of, names))
+            axes.set_title(f"IPC {ipc}, {labels} labels")
+            axes.grid(True, axis="x")
+        line[0].invert_yaxis()
+    for axes in panels[-1]:
+        axes.set_xlabel("Top-1 accuracy (%)")
     return figure
 
 

@@ -32,6 +32,8 @@ GAINS = {  # what may lift D4M
     "keep_confident": "D4M, the most confident of 4 candidates",
     "keep_hard": "D4M, the least confident of 4 candidates",
     "gmm": "D4M, --kmeans gmm",
+    "full": "D4M, --kmeans full",
+    "weighted_full": "D4M, --kmeans full --loss_weights cluster",
     "combined": "D4M, the mixture, mode guidance and the most confident of 4",
 }
 # what saves time or space, in no sentence
@@ -338,13 +340,16 @@ def sentences(rows, network):
             [interval] = intervals([differences(*late)])
             details += f" (draws {NEW} to {DRAWS} alone {gap_text(*interval)})"
         claims.append(f"**{word}**: {claim}: {details}")
-    places = [(labels, arm) for labels in ("soft", "hard") for arm in of_place(found, 10, labels)]
-    places = [(labels, arm) for labels, arm in places if arm in GAINS]
-    sides = [(of_place(found, 10, labels), arm) for labels, arm in places]
-    judged = verdicts([(arms[arm], arms.get("d4m", {})) for arms, arm in sides])
+    named = []
+    for labels in ("soft", "hard"):
+        arms = of_place(found, 10, labels)
+        named += [(f"{name_of(a)}, {labels} labels", arms[a], arms) for a in arms if a in GAINS]
+    for (*where, _, labels), arms in cells(rows).items():
+        if (*where, labels) == (10, "rd3", network, "soft"):
+            named.append(("D4M, recipe rd3, soft labels", arms.get("d4m", {}), soft))
+    judged = verdicts([(ours, arms.get("d4m", {})) for _, ours, arms in named])
     gains = [
-        f"**{word}**: {name_of(arm)}, {labels} labels: {details}"
-        for (labels, arm), (word, details) in zip(places, judged)
+        f"**{word}**: {name}: {details}" for (name, _, _), (word, details) in zip(named, judged)
     ]
     return claims, gains
 

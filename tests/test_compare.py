@@ -1,7 +1,14 @@
-"""validate/compare.sh: every folder, and the random real images, by one recipe."""
+"""validate/compare.sh and best_*.sh: every folder, and random real images, by one recipe."""
 
 import importlib
+import shutil
+from functools import partial
 
+import pytest
+
+from distillation import gen_syn_image, image_folder
+from scripts import output
+from tests.conftest import ROOT
 from tests.test_launchers import commands, shell
 
 FLAGS = ["--num_workers", "0"]
@@ -42,6 +49,21 @@ def test_a_teachers_folder_says_its_network_and_size(tmp_path):
     [soft, _] = [argv for _, module, argv in run if module == "validate.train_FKD"][:2]
     found = importlib.import_module("validate.train_FKD").get_args(soft)
     assert (found.arch, found.model, found.input_size) == (["convnet_w64"], "convnet_w64", 64)
+
+
+def test_a_teacher_that_is_there_is_taken(tmp_path):
+    for script in ROOT.glob("*/*.sh"):
+        (tmp_path / script.parent.name).mkdir(exist_ok=True)
+        shutil.copy(script, tmp_path / script.parent.name)
+    compare = partial(commands, tmp_path / "validate/compare.sh", "x/digits_ipc2_y", *FLAGS)
+    assert "matching.train_teacher" in [module for _, module, _ in compare()]
+    folder = tmp_path / "output/teachers/digits_convnet_mini_epochs3"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{\n "arch": "convnet_mini",\n "image_size": 32\n}')
+    _, _, (_, module, argv), *_ = compare(TEACHER_EPOCHS="3")
+    assert module == "validate.train_FKD"
+    assert argv[argv.index("--teacher_checkpoint") + 1] == str(folder.relative_to(tmp_path))
+    assert "matching.train_teacher" in [module for _, module, _ in compare(OUT="mine")]
 
 
 def test_its_help_is_what_stands_at_its_top():
@@ -99,3 +121,21 @@ def test_as_many_random_real_images_as_the_folders_hold_whatever_they_are_called
     for words, (folders, variables) in wrong.items():
         ended = shell("validate/compare.sh", *folders, **variables)
         assert ended.returncode == 2 and ended.stderr == f"error: {words}\n" and not ended.stdout
+
+
+@pytest.mark.parametrize("name", ["cifar10_small", "imgnt"])
+def test_the_best_launchers_give_both_sets_of_images_one_recipe(name):
+    run = commands(f"validate/best_{name}.sh", *FLAGS, OUT="a b", SEED="7", SEEDS="5")
+    assert run.pop()[1] == "misc.report"
+    parsed = [importlib.import_module(module).get_args(argv) for _, module, argv in run]
+    *teacher, _, images, random, ours, theirs = parsed
+    stem = f"a b/images/{images.dataset}_ipc10"
+    of_d4m = image_folder.folder_name(gen_syn_image.of_arm(images.settings, "d4m"), {}, 7)
+    assert ours.train_dir in (f"a b/images/{of_d4m}", f"a b/images/{of_d4m}_size32")
+    assert theirs.train_dir == f"{stem}_random_seed7" and random.seed == 7
+    assert ours.settings == theirs.settings and ours.online and ours.seeds == [5]
+    assert ours.epochs == 400 and ours.teacher_checkpoint == theirs.teacher_checkpoint
+    for args in teacher:
+        shown = args.settings.only(n for n in args.settings if n != "bn_batch").parts()
+        folder = output.folder_name(f"{args.dataset}_{args.arch}", *shown)
+        assert ours.teacher_checkpoint == [f"a b/teachers/{folder}"]

@@ -55,12 +55,16 @@ design() {
     rows 300 text_g4 10 "1 2 3 4 5 6 7 8" $NETWORK d4m # the best of these
     rows 1200 "$MAIN" 1 "1 2 3 4" $NETWORK d4m
     for N in 300 100 60; do rows $N "d4m random" 10 "9 10" $NETWORK d4m; done
+    rows 1000 "d4m random" 10 "9 10" $NETWORK d4m soft
     rows 60 "$MAIN" 50 "1 2 3 4" $NETWORK d4m
     rows 300 "d4m random" 10 "1 2 3 4" mobilenet_v2 d4m
     rows 400 "d4m random" 10 "1 2 3 4" $NETWORK rd3
+    rows 400 "d4m random" 10 "5 6 7 8" $NETWORK rd3 soft
     GAINS="weighted mode keep_confident keep_hard gmm combined" # may lift D4M (docs/gains.md)
     rows 300 "$GAINS" 10 "1 2 3 4 5 6 7 8" $NETWORK d4m
     rows 300 dpmpp 10 "1 2 3 4 5 6 7 8" $NETWORK d4m # another sampler (docs/generators.md)
+    # clusters of all pictures, not of the last batches; few of them hold a single picture
+    rows 300 "full weighted_full" 10 "1 2 3 4 5 6 7 8" $NETWORK d4m soft
     rows 300 top_1 10 "1 2 3 4 5 6 7 8" $NETWORK d4m soft # a tenth of the labels, as 100 of 1000
     rows 300 "d4m random" 10 "1 2 3 4" resnet18 d4m soft # the slowest
 }
@@ -74,7 +78,11 @@ arm() {
         d4m) ;;
         random | text | noise | decoded) KIND="$1" ;;
         text_g[1-9]*) KIND=text GUIDANCE="${1#text_g}" PARTS_2="_g$GUIDANCE" ;;
-        weighted) STAGE_4="--loss_weights cluster" ;;
+        full) STAGE_1="--kmeans full" PARTS_1=_kmeans-full ;;
+        weighted | weighted_full)
+            [ "$1" = weighted ] || STAGE_1="--kmeans full" PARTS_1=_kmeans-full
+            STAGE_4="--loss_weights cluster"
+            ;;
         top_1) STORED="--label_top_k 1 --temperature 20" ;;
         gmm) STAGE_1="--kmeans gmm" PARTS_1=_kmeans-gmm ;;
         dpmpp)

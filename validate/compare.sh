@@ -7,7 +7,8 @@
 #
 #   sh validate/compare.sh output/images/cifar10_ipc10_s0.7_g8_kmexpand1 /data/rded
 #   DATASET=cifar10 sh validate/compare.sh /data/sre2l /data/rded    where no folder says it
-#   TEACHER_CHECKPOINT=output/teachers/mine sh validate/compare.sh ...      else it is trained first
+#   TEACHER_CHECKPOINT=output/teachers/mine sh validate/compare.sh ...   else the data set's own:
+#                                          that in output/teachers, or it is trained first
 #   DATASET=imagefolder DATA_DIR=my-images TEACHER_CHECKPOINT=... BATCH_SIZE=50 sh ...     your own
 #   sh validate/compare.sh A B --dry_run       checks everything, says what would be made
 #   DRY_RUN=1 sh validate/compare.sh A B       prints the commands
@@ -15,9 +16,9 @@
 # STUDENT, EPOCHS, BATCH_SIZE ...: the launcher's. What is on disk is not made again.
 set -eu
 cd "$(dirname "$(readlink -f "$0")")/.."
-GIVEN="${OUT:-}"
+GIVEN_OUT="${OUT:-}"
 . scripts/tables.sh
-[ -n "$GIVEN" ] || OUT="$OUT/compare"
+[ -n "$GIVEN_OUT" ] || OUT="$OUT/compare"
 
 per_class() { # FOLDER: how many images its class folders hold, each number once
     (
@@ -56,6 +57,10 @@ done
 FLAGS="$(quoted "$@")" GIVEN="$(quoted "$@")"
 eval "set -- $FOLDERS"
 set -- "$@" "$OUT/images/${DATASET}_ipc${IPC}_random$(unless seed "${SEED:-0}" 0)"
+if [ -z "$GIVEN_OUT${TEACHER_CHECKPOINT:-}" ]; then # what train_teacher has made already
+    TEACHER_CHECKPOINT="$(OUT="${OUT%/compare}" && of_dataset && echo "$TEACHER_CHECKPOINT")"
+    [ -f "$TEACHER_CHECKPOINT/manifest.json" ] || TEACHER_CHECKPOINT=
+fi
 made() { sed -n "s/^ \"$1\": \"*\([^\",]*\)\"*,*\$/\1/p" "$TEACHER_CHECKPOINT/manifest.json"; }
 if [ -f "${TEACHER_CHECKPOINT:-}/manifest.json" ]; then
     TEACHER="${TEACHER:-$(made arch)}" INPUT_SIZE="${INPUT_SIZE:-$(made image_size)}"

@@ -1,0 +1,32 @@
+#!/bin/sh
+# The best that we know for D4M, on CIFAR-10 with the small Stable Diffusion of misc/: its images as
+# they are, since nothing that may lift them is seen to (docs/gains.md), students by RD3's recipe,
+# which lifts them most, and as many random real images by the same recipe.
+#
+#   sh validate/best_cifar10_small.sh    on a CPU; DATA_DIR, IPC, STUDENT, SEEDS: the launchers'
+#   SEED=1 sh ...                        another draw of images
+#   DRY_RUN=1 sh ...                     prints the commands; --dry_run checks them
+set -eu
+cd "$(dirname "$(readlink -f "$0")")/.."
+
+DATASET=cifar10 TEACHER="${TEACHER:-convnet_w64}" OUT="${OUT:-output/cifar10_small/best}"
+TEACHER_EPOCHS="${TEACHER_EPOCHS:-60}" TEACHER_BATCH=50 SIZE=32 METHOD=
+DIFFUSION_CHECKPOINT="${DIFFUSION_CHECKPOINT:-misc/tiny-sd-cifar10}"
+export TEACHER_EPOCHS TEACHER_BATCH SIZE DIFFUSION_CHECKPOINT TEACHER_CHECKPOINT
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # networks this small are slower on more
+. scripts/tables.sh
+
+cell() {
+    stage matching/train_teacher --max_images_per_class 500
+    TEACHER_CHECKPOINT="$OUT/teachers/$(teacher_name cifar10 "$TEACHER")_max500"
+    stage distillation/gen_prototype
+    stage distillation/gen_syn_image
+    stage distillation/random_real
+    for IMAGES in "$IMAGES" "cifar10_ipc${IPC}_random$(unless seed "${SEED:-0}" 0)"; do
+        stage validate/train_FKD_rd3
+    done
+}
+
+cells cifar10 "${IPC:-10}" d4m "$TEACHER" "${STUDENT:-$TEACHER}"
+NUM_GPUS=1 TORCHRUN_ARGS= # one process
+[ -n "$CHECK" ] || step run -m misc.report "$OUT"

@@ -14,7 +14,7 @@ from torchvision.datasets import ImageFolder
 from transformers import CLIPTextModel
 
 from distillation import distill, gen_prototype, gen_syn_image, image_folder, prototype_files
-from scripts import files, generators, output
+from scripts import families, files, generators, output
 from tests import tiny_models
 from tests.conftest import STAGE_1, STAGE_2, copy, everything, picture_folder, reseal, tree
 
@@ -251,6 +251,22 @@ def test_mode_guidance(images, stage_2, model, refused):
     refused(gen_syn_image.main, [*where, *guide, "--arm", "d4m", "text"], "only for --arm d4m")
     refused(gen_syn_image.main, [*where, "--guide_weight", "1"], "there is no --guide")
     assert not list(Path("bad").rglob("*.png"))
+
+
+def test_each_image_is_guided_to_its_own_prototype(stage_2, monkeypatch):
+    denoise, calls = families.StableDiffusion.denoise, []
+
+    def noted(model, latents, *how, **more):
+        calls.append((latents, more))
+        return denoise(model, latents, *how, **more)
+
+    monkeypatch.setattr(families.StableDiffusion, "denoise", noted)
+    for flags in ([], ["--guide", "mode", "--num_inference_steps", "4"]):
+        gen_syn_image.main([*stage_2, *flags])
+    half = len(calls) // 2
+    for (prototypes, plain), (noise, guided) in zip(calls[:half], calls[half:], strict=True):
+        assert not plain and torch.equal(guided["modes"], prototypes)
+        assert not torch.equal(noise, prototypes)
 
 
 WNIDS = ["n01440764", "n02102040"]  # ImageNet's classes 0 and 217

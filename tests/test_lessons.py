@@ -17,8 +17,8 @@ from tests.conftest import STAGE_2, copy, reseal
 from tests.test_training import forked, largest_difference, weights
 from validate import train_FKD
 
-STUDENT = ["--model", "convnet_mini", "--hard_label", "--epochs", "2", "--device", "cpu"]
-STUDENT += ["--num_workers", "0", "--batch_size", "4", "--loss_weights", "cluster"]
+STUDENT = ["--model", "convnet_mini", "--epochs", "2", "--device", "cpu", "--num_workers", "0"]
+STUDENT += ["--batch_size", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,9 @@ def synthesized(prototypes, model, root, *flags):
     return gen_syn_image.main([*STAGE_2, *model, *where, *flags])[0]
 
 
-def train(images, root, *flags):
-    argv = ["--train_dir", images, "--output_dir", root, *STUDENT, *flags]
+def train(images, root, *flags, weights=("--loss_weights", "cluster")):
+    argv = ["--train_dir", images, "--output_dir", root, *STUDENT, *weights, *flags]
+    argv += ["--hard_label"] * ("--online" not in flags)
     return train_FKD.main(list(map(str, argv)))
 
 
@@ -91,17 +92,19 @@ def test_a_mixed_image_counts_by_the_shares_of_its_two():
         assert goal.weights.tolist() == [expected[i] for i in own]
 
 
-def test_a_weighted_student_for_any_number_of_processes(images, tmp_path):
+@pytest.mark.parametrize("labels", ["soft", "hard"])
+def test_a_weighted_student_for_any_number_of_processes(labels, images, teacher, tmp_path):
     """Batches of 4 in chunks of 2, on one process, and on two."""
     flags = ["--amp", "fp64", "--bn_batch", 2, "--mix_type", "cutmix"]
+    if labels == "soft":
+        flags += ["--online", "--arch", "convnet_mini", "--teacher_checkpoint", teacher]
     one = train(images, tmp_path / "one", *flags)
     assert "_weights-cluster" in one.name
     assert files.read_json(one / "args.json")["arguments"]["loss_weights"] == "cluster"
     both = partial(train, images, tmp_path / "two", *flags)
     assert forked(both, both) == [0, 0]
     assert largest_difference(weights(one), weights(tmp_path / "two" / one.name)) < 1e-9
-    argv = ["--train_dir", images, "--output_dir", tmp_path, *STUDENT[:-2], *flags]
-    plain = train_FKD.main(list(map(str, argv)))
+    plain = train(images, tmp_path, *flags, weights=())
     assert largest_difference(weights(one), weights(plain)) > 1e-4
     assert plain.name == one.name.replace("_weights-cluster", "")
 

@@ -98,7 +98,7 @@ def test_a_student_that_begins_with_its_teachers_weights_is_named(train, capsys)
 
 def test_a_batch_of_all_images_is_named(drawn, capsys):
     drawn("--hard_label", "--batch_size", 12, "--epochs", 2)
-    assert "--batch_size 12: all 12 images in one: 2 steps of the" in capsys.readouterr().err
+    assert "--batch_size 12: all 12 images are one batch: 2 steps of the" in capsys.readouterr().err
     drawn("--hard_label", "--batch_size", 11, "--epochs", 2)
     assert "--batch_size 11" not in capsys.readouterr().err
 

@@ -185,7 +185,7 @@ def main(argv=None):
     if process.is_main:
         warn_of_equal_weights(settings["model"], args.seeds, lessons.facts)
         if settings["batch_size"] >= lessons.count:
-            batch = f"--batch_size {settings['batch_size']}: all {lessons.count} images in one"
+            batch = f"--batch_size {settings['batch_size']}: all {lessons.count} images are one batch"
             warn(f"{batch}: {settings['epochs']} steps of the optimiser in all")
     if 1 in (chunk, lessons.count):
         what = f"--bn_batch {chunk}: {settings['model']}"

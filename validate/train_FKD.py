@@ -185,8 +185,9 @@ def main(argv=None):
     if process.is_main:
         warn_of_equal_weights(settings["model"], args.seeds, lessons.facts)
         if settings["batch_size"] >= lessons.count:
-            batch = f"--batch_size {settings['batch_size']}: all {lessons.count} images are one batch"
-            warn(f"{batch}: {settings['epochs']} steps of the optimiser in all")
+            one = f"all {lessons.count} images are one batch"
+            steps = f"{settings['epochs']} steps of the optimiser in all"
+            warn(f"--batch_size {settings['batch_size']}: {one}: {steps}")
     if 1 in (chunk, lessons.count):
         what = f"--bn_batch {chunk}: {settings['model']}"
         models.check_single(lessons.network, settings["input_size"], what)

@@ -5,6 +5,7 @@
 # no network. Every result is in $OUT as soon as it is there; a part that fails does not stop the next.
 # On a CPU all of it runs at toy size in under 5 minutes.
 
+case " $* " in *" --help "* | *" -h "*) sed -n '2,${/^#/!q;s/^# //;p;}' "$0" && exit ;; esac
 PYTHON="${PYTHON:-python}"
 OUT="${OUT:-output/gpu_check}"
 cd "$(dirname "$(readlink -f "$0")")/.."

@@ -2,8 +2,8 @@
 # Any image folders under one recipe, that of the data set's own launcher: ours, SRe2L's, RDED's,
 # anybody's ImageFolder, and as many random real images. Each gives students on soft labels (made
 # by the teacher while they train, not stored) and on hard ones, over SEEDS: a table (printed, and
-# OUT/results.csv, OUT/report.html) and a picture of each class (OUT/compare.png). The folders hold
-# equally many images of each class.
+# OUT/results.csv, OUT/report.html) and a picture of each class (OUT/compare_cifar10_ipc10.png). The
+# folders hold equally many images of each class.
 #
 #   sh validate/compare.sh output/images/cifar10_ipc10_s0.7_g8_kmexpand1 /data/rded
 #   DATASET=cifar10 sh validate/compare.sh /data/sre2l /data/rded    where no folder says it
@@ -72,6 +72,7 @@ if [ "$DATASET" = imagefolder ]; then
     [ -n "${TEACHER:-}" ] || refuse "$TEACHER_CHECKPOINT: has no manifest.json; set TEACHER"
     STUDENT="${STUDENT:-$TEACHER}"
 fi
+FIGURE="$OUT/compare_${DATASET}_ipc$IPC"
 TWICE="$(printf '%s\n' "$@" | sed 's:.*/::' | sort | uniq -d)"
 [ -z "$TWICE" ] || refuse "two folders are called" $TWICE"; rename one"
 TOLD="${LAUNCHER##*/}: DATASET=$DATASET IPC=$IPC OUT=$OUT"
@@ -96,7 +97,7 @@ if [ -z "$CHECK" ]; then # D4M's are called by what one has and another has not
     (
         NUM_GPUS=1 TORCHRUN_ARGS= IFS="$NEWLINE"
         set -f
-        step run -m misc.figures grid --dataset "$DATASET" --output "$OUT/compare" \
+        step run -m misc.figures grid --dataset "$DATASET" --output "$FIGURE" \
             --images "$@" --names $NAMES
     )
 fi
@@ -113,5 +114,5 @@ done
 NUM_GPUS=1 TORCHRUN_ARGS= # one process
 [ -n "$CHECK" ] || {
     step run -m misc.report "$OUT"
-    [ "${DRY_RUN:-0}" != 0 ] || echo "$OUT/compare.png"
+    [ "${DRY_RUN:-0}" != 0 ] || echo "$FIGURE.png"
 }

@@ -57,7 +57,7 @@ design() {
     for N in 300 100 60; do rows $N "d4m random" 10 "9 10" $NETWORK d4m; done
     rows 1000 "d4m random" 10 "9 10" $NETWORK d4m soft
     rows 60 "$MAIN" 50 "1 2 3 4" $NETWORK d4m
-    rows 300 "d4m random" 10 "1 2 3 4" mobilenet_v2 d4m soft # 5 minutes a row
+    rows 100 "d4m random" 10 "1 2 3 4" "mobilenet_v2 resnet18" d4m soft # 2 and 8 minutes a row
     rows 400 "d4m random" 10 "1 2 3 4" $NETWORK rd3
     rows 400 "d4m random" 10 "5 6 7 8" $NETWORK rd3 soft
     GAINS="weighted mode keep_confident keep_hard gmm combined" # may lift D4M (docs/gains.md)
@@ -66,7 +66,6 @@ design() {
     # clusters of all pictures, not of the last batches; few of them hold a single picture
     rows 300 "full weighted_full" 10 "1 2 3 4 5 6 7 8" $NETWORK d4m soft
     rows 300 top_1 10 "1 2 3 4 5 6 7 8" $NETWORK d4m soft # a tenth of the labels, as 100 of 1000
-    rows 100 "d4m random" 10 "1 2 3 4" resnet18 d4m soft # 8 minutes a row, the order needs no more
 }
 
 # ARM: its stages' flags beside D4M's, and what they add to the names of prototypes and images

@@ -26,20 +26,22 @@ from scripts.runtime import Parser, entry_point, number, refuse
 KEYS = ("arm", "ipc", "draw", "student", "recipe", "epochs", "batch_size", "labels")
 NAMES = {arm: figures.ARMS[arm][0] for arm in ("d4m", "random", "text", "noise", "decoded")}
 NAMES["noise"] += " (noise)"
-GAINS = {  # what may lift D4M
+NAMES["text"] += ", guidance 8"
+GAINS = {  # what may lift D4M, or other images
     "weighted": "D4M, --loss_weights cluster",
     "mode": "D4M, --guide mode",
     "keep_confident": "D4M, the most confident of 4 candidates",
     "keep_hard": "D4M, the least confident of 4 candidates",
     "gmm": "D4M, --kmeans gmm",
-    "full": "D4M, --kmeans full",
-    "weighted_full": "D4M, --kmeans full --loss_weights cluster",
-    "combined": "D4M, the mixture, mode guidance and the most confident of 4",
+    "combined": "D4M, mixture + mode + most confident",
+    "d4m_rd3": "D4M, recipe rd3",
+    "random_rd3": "Random real, recipe rd3",
 }
 # what saves time or space, in no sentence
 VARIANTS = GAINS | {"dpmpp": "D4M, DPM++ with 20 steps", "top_1": "D4M, --label_top_k 1 of 10"}
 DRAWS = 8  # of the main rows; later draws choose settings, and count in no claim
-NEW = 4  # the claims were committed before this draw and those behind it, and after draws 1 to 3
+# draws from this one on were run when the claims had been committed; when rd3's first had been seen
+NEW, NEW_RD3 = 4, 5
 BEST_TEXT = "text, its best guidance"  # of those that were tried on the later draws
 # The primary claims: with soft labels at IPC 10, over DRAWS draws, D4M's images are worth more than
 # those of the other arm.
@@ -186,11 +188,13 @@ def against(arms, plain="d4m"):
     return found
 
 
-def verdicts(pairs):
+def verdicts(pairs, new, worse):
     """One sentence's parts for each ({draw: top1} of ours, of the other): a paired t-test with
     Holm's correction over all of them; what is not complete counts as p = 1.
 
-    Returns [(word, details)]: seen, costs, not seen (the interval excludes gains of SMALL and
+    new      the first draw to be given apart, too, or None, for each
+    worse    the word for an effect the other way
+    Returns [(word, details)]: seen, `worse`, not seen (the interval excludes gains of SMALL and
     more), open, or not finished.
     """
     from scipy.stats import ttest_1samp
@@ -199,7 +203,7 @@ def verdicts(pairs):
     whole = [len(gap) >= DRAWS for gap in gaps]
     p_values = [float(ttest_1samp(gap, 0).pvalue) if w else 1.0 for gap, w in zip(gaps, whole)]
     found = []
-    for (ours, other), gap, p, complete in zip(pairs, gaps, holm(p_values), whole):
+    for (ours, other), gap, p, complete, first in zip(pairs, gaps, holm(p_values), whole, new):
         if not complete:
             found.append(("not finished", f"{len(gap)} of {DRAWS} draws"))
             continue
@@ -208,9 +212,12 @@ def verdicts(pairs):
         means = [fmean(side[draw] for draw in both) for side in (ours, other)]
         word = "not seen" if mean + half < SMALL else "open"
         if p < 0.05:
-            word = "seen" if mean > 0 else "costs"
-        words = f"{means[0]:.1f} against {means[1]:.1f}, {gap_text(mean, half)}"
-        found.append((word, f"{words}, p = {p:.2g}"))
+            word = "seen" if mean > 0 else worse
+        words = f"{means[0]:.1f} against {means[1]:.1f}, {gap_text(mean, half)}, p = {p:.2g}"
+        if first:
+            late = [ours[draw] - other[draw] for draw in both if draw >= first]
+            words += f" (draws {first} to {DRAWS} alone {gap_text(*intervals([late])[0])})"
+        found.append((word, words))
     return found
 
 
@@ -235,13 +242,15 @@ def cells(rows, later=False):
 
 
 def main_cells(rows, network):
-    """{(ipc, labels): {arm: {draw: top1}}} of recipe d4m on the network; refuses two epochs."""
+    """{(ipc, labels): {arm: {draw: top1}}} on the network, "arm_recipe" of other recipes than d4m;
+    refuses two epochs."""
     found = {}
     for (ipc, recipe, student, epochs, labels), arms in cells(rows).items():
-        if (student, recipe) == (network, "d4m"):
-            if (ipc, labels) in found:
-                refuse(f"--results: IPC {ipc} was run with several epochs, such as {epochs}")
-            found[ipc, labels] = arms
+        place = found.setdefault((ipc, labels), {}) if student == network else {}
+        arms = {a if recipe == "d4m" else f"{a}_{recipe}": draws for a, draws in arms.items()}
+        if place.keys() & arms.keys():
+            refuse(f"--results: IPC {ipc} was run with several epochs, such as {epochs}")
+        place |= arms
     return found
 
 
@@ -328,28 +337,23 @@ def sentences(rows, network):
     """([one sentence per claim], [one per gain and labels])"""
     found, best = main_cells(rows, network), best_text(rows, network)
     soft = of_place(found, 10, "soft")
-    ours = soft.get("d4m", {})
     arms = [best if arm == BEST_TEXT else arm for arm in CLAIMS]
-    judged = verdicts([(ours, soft.get(arm, {})) for arm in arms])
-    claims = []
-    for arm, claim, (word, details) in zip(arms, CLAIMS.values(), judged):
-        if claim == CLAIMS[BEST_TEXT] and arm:
-            claim = claim.replace("guidance", f"guidance, {arm.partition('_g')[2] or 8}")
-        late = [{d: v for d, v in side.items() if d >= NEW} for side in (ours, soft.get(arm, {}))]
-        if word != "not finished":
-            [interval] = intervals([differences(*late)])
-            details += f" (draws {NEW} to {DRAWS} alone {gap_text(*interval)})"
-        claims.append(f"**{word}**: {claim}: {details}")
-    named = []
-    for labels in ("soft", "hard"):
-        arms = of_place(found, 10, labels)
-        named += [(f"{name_of(a)}, {labels} labels", arms[a], arms) for a in arms if a in GAINS]
-    for (*where, _, labels), arms in cells(rows).items():
-        if (*where, labels) == (10, "rd3", network, "soft"):
-            named.append(("D4M, recipe rd3, soft labels", arms.get("d4m", {}), soft))
-    judged = verdicts([(ours, arms.get("d4m", {})) for _, ours, arms in named])
+    pairs = [(soft.get("d4m", {}), soft.get(arm, {})) for arm in arms]
+    judged = verdicts(pairs, [NEW] * len(pairs), "the opposite is seen")
+    guidance = (best or "").partition("_g")[2] or 8
+    words = [claim.replace("guidance", f"guidance, {guidance}") for claim in CLAIMS.values()]
+    claims = [f"**{word}**: {claim}: {more}" for claim, (word, more) in zip(words, judged)]
+    places = [
+        (labels, arm) for labels in ("soft", "hard") for arm in ordered(of_place(found, 10, labels))
+    ]
+    places = [(labels, arm) for labels, arm in places if arm in GAINS]
+    pairs, new = [], [NEW_RD3 if arm.endswith("_rd3") else None for _, arm in places]
+    for labels, arm in places:
+        plain = "random" if arm.startswith("random") else "d4m"
+        pairs.append([of_place(found, 10, labels).get(one, {}) for one in (arm, plain)])
     gains = [
-        f"**{word}**: {name}: {details}" for (name, _, _), (word, details) in zip(named, judged)
+        f"**{word}**: {name_of(arm)}, {labels} labels: {more}"
+        for (labels, arm), (word, more) in zip(places, verdicts(pairs, new, "costs"))
     ]
     return claims, gains
 
@@ -363,9 +367,11 @@ def markdown(about, rows):
     )
     claims, gains = sentences(rows, network)
     values = about | {"claims": claims, "gains": gains, "draws": DRAWS, "new": NEW, "small": SMALL}
-    values["means"] = main_table(main_cells(rows, network))
+    values["means"] = main_table(found := main_cells(rows, network))
+    values["seen"] = sum(line.startswith("**seen**") for line in claims)
+    for arm in ("d4m", "random"):
+        values[arm] = fmean(of_place(found, 10, "soft").get(arm, {0: math.nan}).values())
     values |= {"pairs": pair_table(rows), "trial": pair_table(rows, later=True)}
-    values["commits"] = ", ".join(sorted({row["commit"] for row in rows}))
     how = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     return jinja2.Template(text, **how).render(values)
 
@@ -374,7 +380,8 @@ def plot(rows, network):
     """Figure: top-1 of every arm, its mean with the interval and its draws, by IPC and labels."""
     found, plt = main_cells(rows, network), figures.pyplot()
     places = sorted({ipc for ipc, _ in found}, key=lambda ipc: (ipc != 10, ipc))
-    arms = [ordered({*of_place(found, n, "soft"), *of_place(found, n, "hard")}) for n in places]
+    shown = [{*of_place(found, n, "soft"), *of_place(found, n, "hard")} for n in places]
+    arms = [ordered(names - {"top_1"}) for names in shown]  # far from all others
     heights = [len(names) + 2 for names in arms]
     how = {"sharey": "row", "squeeze": False, "height_ratios": heights, "layout": "constrained"}
     size = (figures.PAGE, 0.24 * sum(heights) + 0.4)
@@ -382,13 +389,13 @@ def plot(rows, network):
     for line, ipc, names in zip(panels, places, arms):
         for axes, labels in zip(line, ("soft", "hard")):
             groups = of_place(found, ipc, labels)
-            values = intervals([list(draws.values()) for draws in groups.values()])
-            for (arm, draws), (mean, half) in zip(groups.items(), values):
-                y, colour = (
-                    names.index(arm),
-                    "C0" if arm == "d4m" else "C1" if arm in VARIANTS else "C2",
-                )
-                axes.scatter(draws.values(), [y + 0.3] * len(draws), s=3, color="0.6")
+            values = dict(
+                zip(groups, intervals([list(draws.values()) for draws in groups.values()]))
+            )
+            for y, arm in [(y, arm) for y, arm in enumerate(names) if arm in groups]:
+                (mean, half), draws = values[arm], groups[arm].values()
+                colour = "C0" if arm == "d4m" else "C1" if arm in VARIANTS else "C2"
+                axes.scatter(draws, [y + 0.3] * len(draws), s=3, color="0.6")
                 axes.errorbar(mean, y, xerr=half, fmt="o", color=colour, capsize=2, markersize=4)
                 if arm == "d4m":
                     axes.axvline(mean, color=colour, linestyle=":", linewidth=0.8)

@@ -123,19 +123,33 @@ def test_as_many_random_real_images_as_the_folders_hold_whatever_they_are_called
         assert ended.returncode == 2 and ended.stderr == f"error: {words}\n" and not ended.stdout
 
 
+@pytest.mark.parametrize("smoke", ["", "1"])
 @pytest.mark.parametrize("name", ["cifar10_small", "imgnt"])
-def test_the_best_launchers_give_both_sets_of_images_one_recipe(name):
-    run = commands(f"validate/best_{name}.sh", *FLAGS, OUT="a b", SEED="7", SEEDS="5")
+def test_the_best_launchers_give_both_sets_of_images_one_recipe(name, smoke):
+    variables = {"SEED": "7", "SEEDS": "5", "SMOKE": smoke}  # of cifar10_small no rehearsal
+    run = commands(f"validate/best_{name}.sh", *FLAGS, OUT="a b", **variables)
     assert run.pop()[1] == "misc.report"
     parsed = [importlib.import_module(module).get_args(argv) for _, module, argv in run]
-    *teacher, _, images, random, ours, theirs = parsed
-    stem = f"a b/images/{images.dataset}_ipc10"
+    _, images, random, *teacher, ours, theirs = parsed
+    root = "a b/smoke" if smoke and name == "imgnt" else "a b"
     of_d4m = image_folder.folder_name(gen_syn_image.of_arm(images.settings, "d4m"), {}, 7)
-    assert ours.train_dir in (f"a b/images/{of_d4m}", f"a b/images/{of_d4m}_size32")
-    assert theirs.train_dir == f"{stem}_random_seed7" and random.seed == 7
+    assert ours.train_dir in (f"{root}/images/{of_d4m}", f"{root}/images/{of_d4m}_size32")
+    assert theirs.train_dir == f"{root}/images/{images.dataset}_ipc10_random_seed7"
     assert ours.settings == theirs.settings and ours.online and ours.seeds == [5]
-    assert ours.epochs == 400 and ours.teacher_checkpoint == theirs.teacher_checkpoint
+    assert random.seed == 7 and random.dataset == images.dataset and ours.epochs == 400
+    assert ours.teacher_checkpoint == theirs.teacher_checkpoint
+    assert len(teacher) == (bool(smoke) or name != "imgnt")  # ImageNet's is torchvision's
     for args in teacher:
         shown = args.settings.only(n for n in args.settings if n != "bn_batch").parts()
         folder = output.folder_name(f"{args.dataset}_{args.arch}", *shown)
-        assert ours.teacher_checkpoint == [f"a b/teachers/{folder}"]
+        assert ours.teacher_checkpoint == [f"{root}/teachers/{folder}"]
+
+
+def test_the_best_launchers_from_elsewhere(tmp_path):
+    for name, folder in (("cifar10_small", "output/cifar10_small/best"), ("imgnt", "output")):
+        run = commands(ROOT / f"validate/best_{name}.sh", cwd=tmp_path)
+        assert run[-1][1:] == ("misc.report", [folder])
+    run = commands("validate/best_cifar10_small.sh", TEACHER_CHECKPOINT="mine")
+    students = [argv for _, module, argv in run if module == "validate.train_FKD"]
+    assert all(argv[argv.index("--teacher_checkpoint") + 1] == "mine" for argv in students)
+    assert "matching.train_teacher" not in [module for _, module, _ in run]

@@ -205,14 +205,16 @@ def test_a_verdict_is_of_paired_draws(gap, scale, word):
 
     other = {draw: 40.0 + 10 * draw for draw in range(1, 9)}
     ours = {draw: v + gap + scale * n for (draw, v), n in zip(other.items(), NOISE)}
-    [(found, details)] = small_results.verdicts([(ours, other)])
+    [(found, details)] = small_results.verdicts([(ours, other)], [None], "costs")
     p = ttest_rel(list(ours.values()), list(other.values())).pvalue
     assert found == word and details.endswith(f"p = {p:.2g}")
-    corrected = small_results.verdicts([(ours, other), (ours, {})])  # what is not there counts
-    assert f"p = {min(1, 2 * p):.2g}" in corrected[0][1] and corrected[1][0] == "not finished"
+    two = [(ours, other), (ours, {})]  # what is not there counts
+    corrected = small_results.verdicts(two, [4, None], "")
+    assert f"p = {min(1, 2 * p):.2g} (draws 4 to 8 alone" in corrected[0][1]
+    assert corrected[1][0] == "not finished"
     few = {draw: top1 for draw, top1 in ours.items() if draw < 8}
     assert (
-        small_results.verdicts([(few, other)])[0][0] == "not finished"
+        small_results.verdicts([(few, other)], [None], "")[0][0] == "not finished"
     )  # no verdict before all are there
 
 
@@ -227,7 +229,10 @@ def test_claims_are_of_the_main_draws_and_text_at_its_best_guidance():
     rows += [row_of("random", d, 70, student="resnet18") for d in range(1, 9)]
     claims, gains = small_results.sentences(rows, "convnet_w64")
     assert "**seen**" in claims[0] and "50.0 against 48.0, +2.00 [" in claims[0]
-    assert "**costs**" in claims[1] and "guidance, 2 (table 4): 50.0 against 52.0" in claims[1]
+    assert (
+        "**the opposite is seen**" in claims[1]
+        and "guidance, 2 (table 4): 50.0 against 52.0" in claims[1]
+    )
     assert (
         claims[2].startswith("**not finished**")
         and claims[3].startswith("**not finished**")

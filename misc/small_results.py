@@ -164,18 +164,18 @@ def differences(better, worse):
     return [better[draw] - worse[draw] for draw in sorted(better.keys() & worse.keys())]
 
 
-def against(arms, plain="d4m"):
-    """{arm: (mean of `plain` minus it, half of its 95 % interval or None)} of {arm: {draw: top1}}.
+def against(arms):
+    """{arm: (mean of D4M minus it, half of its 95 % interval or None)} of {arm: {draw: top1}}.
 
     DRAWS draws: by their own differences. Fewer: arms of the same draws share the residual variance
     of randomised blocks, s^2 = sum r^2 / ((arms - 1) (draws - 1)); a difference has 2 s^2 / draws.
     """
     from scipy.stats import t
 
-    ours, found = arms.get(plain, {}), {}
-    for arm in arms.keys() - {plain}:
+    ours, found = arms.get("d4m", {}), {}
+    blocks = [list(draws.values()) for draws in arms.values() if draws.keys() == ours.keys()]
+    for arm in arms.keys() - {"d4m"}:
         gap, half = differences(ours, arms[arm]), None
-        blocks = [list(d.values()) for d in arms.values() if d.keys() == ours.keys()]
         if len(gap) >= DRAWS:
             [(_, half)] = intervals([gap])
         elif 1 < len(gap) == len(ours) == len(arms[arm]):
@@ -244,13 +244,13 @@ def cells(rows, later=False):
 def main_cells(rows, network):
     """{(ipc, labels): {arm: {draw: top1}}} on the network, "arm_recipe" of other recipes than d4m;
     refuses two epochs."""
-    found = {}
+    found, trained = {}, {}
     for (ipc, recipe, student, epochs, labels), arms in cells(rows).items():
-        place = found.setdefault((ipc, labels), {}) if student == network else {}
-        arms = {a if recipe == "d4m" else f"{a}_{recipe}": draws for a, draws in arms.items()}
-        if place.keys() & arms.keys():
-            refuse(f"--results: IPC {ipc} was run with several epochs, such as {epochs}")
-        place |= arms
+        if student == network:
+            if trained.setdefault((ipc, recipe, labels), epochs) != epochs:
+                refuse(f"--results: IPC {ipc} was run with several epochs, such as {epochs}")
+            arms = {a if recipe == "d4m" else f"{a}_{recipe}": draws for a, draws in arms.items()}
+            found.setdefault((ipc, labels), {}).update(arms)
     return found
 
 
@@ -361,10 +361,8 @@ def sentences(rows, network):
 def markdown(about, rows):
     import jinja2
 
-    network, text = (
-        about["teacher"]["arch"],
-        Path(__file__).with_suffix(".md.j2").read_text("utf-8"),
-    )
+    network = about["teacher"]["arch"]
+    text = Path(__file__).with_suffix(".md.j2").read_text("utf-8")
     claims, gains = sentences(rows, network)
     values = about | {"claims": claims, "gains": gains, "draws": DRAWS, "new": NEW, "small": SMALL}
     values["means"] = main_table(found := main_cells(rows, network))

@@ -245,8 +245,9 @@ def test_claims_are_of_the_main_draws_and_text_at_its_best_guidance():
 
 
 def test_rows_of_two_trainings_are_not_mixed(refused, tmp_path):
-    rows = [row_of("d4m", 1), row_of("d4m", 2, epochs=60)]
-    refused(lambda _: small_results.main_cells(rows, "convnet_w64"), [], "several epochs")
+    for arm in ("d4m", "random"):
+        rows = [row_of("d4m", 1), row_of(arm, 2, epochs=60)]
+        refused(lambda _, r=rows: small_results.main_cells(r, "convnet_w64"), [], "several epochs")
     rows = [row_of("d4m", 1), row_of("d4m", 1, batch_size=50)]
     refused(lambda _: small_results.cells(rows), [], "another batch size")
     page = files.read_json(ROOT / "misc" / "results" / "cifar10_small.json")
